@@ -1,0 +1,97 @@
+"""What travels from the data to the model: one typed batch, and the legend of its shapes.
+
+Shape suffixes used all over this package:
+
+====  =====================================================================
+B     samples of a micro-batch
+T     time steps of an action chunk (``chunk_size``)
+A     action dimensions, padded to ``max_action_dim``
+S     state dimensions, padded to ``max_state_dim``
+L     language tokens, padded on the right
+C,H,W colour channels, height and width of an image
+P     image patches (tokens) of one camera
+N     tokens of a sequence
+D     width of a transformer
+====  =====================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T_co = TypeVar("T_co")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees.
+
+    ``images`` holds one entry per camera slot that at least one sample of the batch has; a slot that no
+    sample has is left out altogether, because its tokens would be masked everywhere.
+    """
+
+    images: dict[str, Tensor]
+    """Camera slot → (B, 3, H, W), uint8 in [0, 255] or float in [0, 1]."""
+    image_masks: dict[str, Tensor]
+    """Camera slot → (B,) bool; False where this sample has no such camera."""
+    state: Tensor
+    """(B, S) float32, normalised, zero beyond the robot's own dimensions."""
+    tokens: Tensor
+    """(B, L) int64 token ids of the instruction."""
+    token_mask: Tensor
+    """(B, L) bool, False on padding."""
+
+
+@dataclass(frozen=True)
+class ActionChunk:
+    """The actions that follow the observation."""
+
+    values: Tensor
+    """(B, T, A) float32, normalised, zero beyond the robot's own dimensions."""
+    is_pad: Tensor
+    """(B, T) bool, True past the end of the episode."""
+    dim_mask: Tensor
+    """(B, A) bool, True on the robot's own dimensions."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, with the flow-matching draws that belong to its samples.
+
+    Noise and time are part of the batch and not drawn in the model: they are a function of (seed, sample
+    number), so that the loss does not depend on how the samples are split over processes.
+    """
+
+    observation: Observation
+    actions: ActionChunk
+    noise: Tensor
+    """(B, T, A) float32, standard normal."""
+    time: Tensor
+    """(B,) float32 in (0, 1]; 1 is pure noise, 0 is the action (openpi's convention)."""
+    sample_index: Tensor
+    """(B,) int64, the number k of each sample in the run's stream."""
+    provenance: Tensor
+    """(B, 3) int64: data set, episode, frame; for messages and tests."""
+
+    def __len__(self) -> int:
+        return int(self.sample_index.shape[0])
+
+
+def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:
+    """A copy of a (nested) batch with all its tensors on ``device``."""
+    moved: dict[str, Any] = {}
+    assert is_dataclass(tree)
+    for field in fields(tree):
+        value = getattr(tree, field.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            moved[field.name] = to_device(value, device, non_blocking)
+        elif isinstance(value, dict):
+            moved[field.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+        else:
+            moved[field.name] = value.to(device, non_blocking=non_blocking)
+    return replace(tree, **moved)  # type: ignore[type-var]

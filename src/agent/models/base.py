@@ -1,0 +1,55 @@
+"""The contract between a policy and everything around it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import draccus
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from agent.batch import Batch, Observation
+
+
+@dataclass
+class ModelConfig(draccus.ChoiceRegistry):
+    """Base of every model JSON; ``"type"`` chooses the subclass. Importing one must not import torch."""
+
+    @property
+    def type(self) -> str:
+        """The JSON's ``"type"``."""
+        return self.get_choice_name(type(self))
+
+
+class Policy(ABC):
+    """What the trainer asks of a policy. A policy is an ``nn.Module`` that also inherits from this class.
+
+    Call ``policy(batch)``: it returns the loss of every sample, (B,) float32, the mean over the sample's real
+    action dimensions and unpadded time steps. The mean over the update's samples is the trainer's business.
+    """
+
+    config: Any
+
+    @abstractmethod
+    def sample_actions(self, observation: Observation, noise: Tensor) -> Tensor:
+        """Actions (B, T, A), normalised, for an observation, from initial noise (B, T, A)."""
+
+    @abstractmethod
+    def frozen_parameters(self) -> dict[str, str]:
+        """Name of each parameter that must not be trained → the reason, one short phrase.
+
+        Covers both what the config freezes and what the loss never reaches: DDP runs without a search for
+        unused parameters, so everything that this method leaves out must receive a gradient in every step.
+        """
+
+    @abstractmethod
+    def wrap_units(self) -> list[nn.Module]:
+        """The repeated blocks, in order of execution: units of activation checkpointing, compile and sharding."""
+
+    @abstractmethod
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Fills every parameter and buffer in place; the result depends on the generator's seed alone."""

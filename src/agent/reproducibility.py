@@ -1,0 +1,29 @@
+"""Random draws as a function of (seed, purpose, k), and the seeds of the process.
+
+A counter-based generator (Philox; Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011) needs
+no state to be carried from draw to draw: the k-th sample's noise is the same whichever process, worker, rank or
+restart asks for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+
+def key_of(seed: int, purpose: str) -> int:
+    """A 64-bit key for one purpose of one run; purposes never share a stream."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def stream(seed: int, purpose: str, k: int) -> np.random.Generator:
+    """The random generator of sample ``k`` for ``purpose`` (``"noise"``, ``"augmentation"``, …).
+
+    Args:
+        seed: the run's seed.
+        purpose: what the numbers are for; two purposes give independent streams.
+        k: the sample's number in the run, ``0 <= k < 2**64``.
+    """
+    return np.random.Generator(np.random.Philox(key=[key_of(seed, purpose), k]))
