@@ -1,0 +1,27 @@
+#!/bin/bash
+
+#SBATCH --job-name=pi0_train_fractal
+#SBATCH --output=log/slurm/train/%x.out
+#SBATCH --error=log/slurm/train/%x.err
+#SBATCH --open-mode=append
+#SBATCH --time=44:00:00
+#SBATCH --nodes=1
+#SBATCH --gres=gpu:4
+#SBATCH --constraint="a100|h100"
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=54
+#SBATCH --mem=440G
+#SBATCH --requeue
+##SBATCH --account=your_account
+
+# Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.
+for root in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "$PWD"; do
+    [[ ! -f "$root/set_path.sh" ]] || break
+done
+# shellcheck source=../common.sh
+source "$root/slurms/common.sh" || {
+    echo "no repository here: cd REPOSITORY && sbatch slurms/train_scripts/pi0_train_fractal.sh" >&2
+    exit 2
+}
+
+train config/train/pi0_train_fractal.yaml "$@"
