@@ -14,9 +14,15 @@ source ./set_path.sh || exit 2
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
+# Whether this SLURM job asked for GPUs.
+asked_for_gpus() {
+    [[ -n "${SLURM_JOB_ID:-}" ]] &&
+        scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -qE 'Tres[A-Za-z]+=[^ ]*gpu'
+}
+
 # How many GPUs this job may use. CUDA_VISIBLE_DEVICES says it best, empty meaning none; like CUDA we count up to the
-# first entry that names no device. nvidia-smi shows the GPUs of the whole machine, those of other people's jobs
-# included, so it is asked only outside SLURM.
+# first entry that names no device. nvidia-smi shows the whole machine, under SLURM often the GPUs of other people's
+# jobs too, so there it is asked only for a job that wants GPUs and was not told which (select/linear does that).
 count_gpus() {
     local devices device listed count=0
     if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
@@ -25,21 +31,21 @@ count_gpus() {
             [[ "$device" =~ ^([0-9]+|GPU-.+|MIG-.+)$ ]] || break
             count=$((count + 1))
         done
-    elif [[ -n "${SLURM_JOB_ID:-}" ]]; then
-        [[ "${SLURM_GPUS_ON_NODE:-}" =~ ^[0-9]+$ ]] && count=$SLURM_GPUS_ON_NODE
-    elif listed=$(nvidia-smi --list-gpus 2>/dev/null); then
-        count=$(grep -c '^GPU ' <<<"$listed")
+    elif [[ "${SLURM_GPUS_ON_NODE:-}" =~ ^[0-9]+$ ]]; then
+        count=$SLURM_GPUS_ON_NODE
+    elif [[ -z "${SLURM_JOB_ID:-}" ]] || asked_for_gpus; then
+        listed=$(nvidia-smi --list-gpus 2>/dev/null) && count=$(grep -c '^GPU ' <<<"$listed")
     fi
     echo "$count"
 }
 
 # Cores this job may use. nproc respects affinity and cgroup sets, but would also obey the variable we are about to
-# set; where SLURM does not confine jobs, nproc shows the whole node, so the request is an upper bound.
+# set; where SLURM does not confine its jobs nproc shows the whole node, so what the job was given is a bound.
 count_cores() {
     local cores
     cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
-    if [[ "${SLURM_CPUS_PER_TASK:-}" =~ ^[0-9]+$ ]] && ((SLURM_CPUS_PER_TASK < cores)); then
-        cores=$SLURM_CPUS_PER_TASK
+    if [[ "${SLURM_CPUS_ON_NODE:-}" =~ ^[0-9]+$ ]] && ((SLURM_CPUS_ON_NODE < cores)); then
+        cores=$SLURM_CPUS_ON_NODE
     fi
     echo "$cores"
 }
@@ -74,6 +80,10 @@ prepare() {
     say "job ${SLURM_JOB_ID:-none} on $HOSTNAME, restart count ${SLURM_RESTART_COUNT:-0}"
     say "GPUs $processes (CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-unset}), cores $cores"
     if ((processes == 0)); then
+        if [[ -z "${CUDA_VISIBLE_DEVICES+set}" ]] && asked_for_gpus; then
+            say "the job asked for GPUs, but this node shows none; not requeued" >&2
+            exit 1
+        fi
         processes=1
         export CUDA_VISIBLE_DEVICES="" # a GPU that the job was not given is not used either
         say "no GPU was given: one process on the CPU"
