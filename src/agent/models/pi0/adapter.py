@@ -1,0 +1,176 @@
+"""Names of π0's tensors here and elsewhere: LeRobot (0.6 and older), openpi's PyTorch port, Hugging Face PaliGemma.
+
+The model knows only its own names. A ``Layout`` says how a foreign checkpoint names the same tensors, what it may
+hold that we leave behind, and what it does not hold; reading files and accounting for every key is done elsewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from agent.models.pi0.configuration import PI0Config
+from agent.models.pi0.model import PI0
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# PaliGemma's parts: our beginning of a name, the same in transformers from 4.52 on, and before.
+PALIGEMMA_PARTS = [
+    ("vision.patch_embedding.", "model.vision_tower.vision_model.embeddings.patch_embedding."),
+    ("vision.position_embedding.", "model.vision_tower.vision_model.embeddings.position_embedding."),
+    ("vision.layers.", "model.vision_tower.vision_model.encoder.layers."),
+    ("vision.post_layernorm.", "model.vision_tower.vision_model.post_layernorm."),
+    ("projector.", "model.multi_modal_projector.linear."),
+    ("language.embedding.", "model.language_model.embed_tokens."),
+    ("language.layers.", "model.language_model.layers."),
+    ("language.norm.", "model.language_model.norm."),
+]
+OLD_PALIGEMMA_PARTS = [
+    (ours, theirs.replace("model.language_model.", "language_model.model.").removeprefix("model."))
+    for ours, theirs in PALIGEMMA_PARTS
+]
+EXPERT_PARTS = [("expert.layers.", "gemma_expert.model.layers."), ("expert.norm.", "gemma_expert.model.norm.")]
+SMALL_PARTS = [
+    (f"{name}.", f"{name}.")
+    for name in ("state_proj", "action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "action_out_proj")
+]
+
+EMBEDDING = "language.embedding.weight"
+# What a checkpoint may hold and this model leaves behind, and why.
+WAIVED = [
+    (r"(.*\.)?gemma_expert\.lm_head\.weight", "the expert's language head is never used"),
+    (r"(.*\.)?lm_head\.weight", "the language head is tied to the token embedding"),
+]
+# What PaliGemma does not bring, and why.
+FRESH = [
+    (
+        r"(expert|state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out|action_out_proj)\..*",
+        "PaliGemma has no action expert",
+    )
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of checkpoint names our tensors."""
+
+    title: str
+    parts: list[tuple[str, str]]
+    """Beginning of our names → beginning of theirs; the rest of a name is the same."""
+    fresh: list[tuple[str, str]] = field(default_factory=list)
+    """Patterns of our names that this kind of checkpoint does not hold → the reason."""
+
+    def theirs(self, name: str) -> str | None:
+        """Their name of our tensor; None if they have none."""
+        return next((theirs + name.removeprefix(ours) for ours, theirs in self.parts if name.startswith(ours)), None)
+
+    def ours(self, name: str) -> str | None:
+        """Our name of their tensor; None if we have none."""
+        return next((ours + name.removeprefix(theirs) for ours, theirs in self.parts if name.startswith(theirs)), None)
+
+
+def _policy(title: str, prefix: str, paligemma: list[tuple[str, str]]) -> Layout:
+    inner = [(ours, f"paligemma_with_expert.paligemma.{theirs}") for ours, theirs in paligemma]
+    inner += [(ours, f"paligemma_with_expert.{theirs}") for ours, theirs in EXPERT_PARTS]
+    return Layout(title, [(ours, prefix + theirs) for ours, theirs in inner + SMALL_PARTS])
+
+
+LEROBOT = _policy("LeRobot 0.6", "model.", PALIGEMMA_PARTS)
+POLICIES = [
+    LEROBOT,
+    _policy("openpi", "", PALIGEMMA_PARTS),
+    _policy("older LeRobot", "model.", OLD_PALIGEMMA_PARTS),
+]
+PALIGEMMAS = [
+    Layout("PaliGemma", PALIGEMMA_PARTS, FRESH),
+    Layout("PaliGemma before transformers 4.52", OLD_PALIGEMMA_PARTS, FRESH),
+]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where each tensor of a checkpoint goes; together the three hold every name of the checkpoint."""
+
+    layout: Layout
+    sources: dict[str, str]
+    """Our name → theirs. What of ours is neither here nor in ``layout.fresh`` is missing."""
+    waived: dict[str, str]
+    """Their names that are left behind → the reason."""
+    extra: list[str]
+    """Their names that nobody knows."""
+
+
+def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Match:
+    """Sorts the tensor names of a checkpoint, by the layout that explains most of them."""
+    names, known = list(names), shapes(config)
+    layout = max(layouts, key=lambda layout: sum(layout.ours(name) in known for name in names))
+    sources, waived, extra = {}, {}, []
+    for name in names:
+        reason = next((reason for pattern, reason in WAIVED if re.fullmatch(pattern, name)), None)
+        if layout.ours(name) in known:
+            sources[layout.ours(name)] = name
+        elif reason is not None:
+            waived[name] = reason
+        else:
+            extra.append(name)
+    # safetensors stores tied tensors once, and openpi's files keep the head. Where a file has both, the embedding
+    # counts: LeRobot unties them and trains the embedding alone.
+    head = next((name for name in waived if "gemma_expert" not in name), None)
+    if EMBEDDING not in sources and head is not None:
+        sources[EMBEDDING] = head
+        del waived[head]
+    return Match(layout, sources, waived, extra)
+
+
+def from_lerobot(names: Iterable[str], config: PI0Config) -> Match:
+    """Sorts the tensor names of a π0 policy: LeRobot's, old or new, or openpi's."""
+    return match(names, POLICIES, config)
+
+
+def from_paligemma(names: Iterable[str], config: PI0Config) -> Match:
+    """Sorts the tensor names of a Hugging Face PaliGemma; the expert is left fresh."""
+    return match(names, PALIGEMMAS, config)
+
+
+def fit(name: str, tensor: Tensor, config: PI0Config) -> Tensor:
+    """A foreign tensor as our tensor ``name`` takes it; whether the shape is right is the caller's to check."""
+    if name == EMBEDDING:
+        # Hugging Face appended rows to PaliGemma's vocabulary (the image placeholder and padding); π0 has no use
+        # for them.
+        return tensor[: config.language.vocab_size]
+    return tensor
+
+
+def shapes(config: PI0Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the model, without building it."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in PI0(config).state_dict().items()}
+
+
+def expected(config: PI0Config) -> dict[str, str]:
+    """Our name of every tensor of the model → LeRobot 0.6's."""
+    names = {name: LEROBOT.theirs(name) for name in shapes(config)}
+    assert all(names.values()), names
+    return names
+
+
+def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Tensor]:
+    """Our tensors under LeRobot 0.6's names, with the two language heads that its strict loading demands.
+
+    No two tensors of the result share memory, which safetensors would refuse.
+    """
+    out = {LEROBOT.theirs(name): tensor for name, tensor in state_dict.items()}
+    assert None not in out, [name for name in state_dict if LEROBOT.theirs(name) is None]
+    prefix = "model.paligemma_with_expert."
+    out[f"{prefix}paligemma.lm_head.weight"] = state_dict[EMBEDDING].clone()
+    # Nothing reads the expert's head: a small type saves half a gigabyte.
+    size = (config.expert.vocab_size, config.expert.width)
+    out[f"{prefix}gemma_expert.lm_head.weight"] = torch.zeros(
+        size, dtype=torch.bfloat16, device=state_dict[EMBEDDING].device
+    )
+    return out

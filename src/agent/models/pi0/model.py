@@ -1,0 +1,449 @@
+"""π0 in plain PyTorch: a SigLIP vision tower, a Gemma language model and a Gemma action expert.
+
+Images and instruction form the prefix, which attends to itself. Robot state and noisy actions form the suffix: at
+each layer the expert attends to that layer's prefix keys and values and to the suffix. See π0
+(https://arxiv.org/abs/2410.24164), PaliGemma (https://arxiv.org/abs/2407.07726) and openpi. The numbers are those
+of LeRobot 0.6.1; the arrangement is not: the prefix never waits for the suffix, and what the loss does not reach is
+not computed. Shape suffixes are explained in ``agent.batch``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from agent.batch import Batch, Observation
+from agent.models.base import Policy
+from agent.models.flow_matching import euler, interpolate, per_sample_loss
+from agent.models.pi0.configuration import EMPTY_CAMERA, GemmaVariant, PI0Config, VisionVariant
+
+Rope = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Left to ``PI0.init_weights``, as in the next three classes: building a model computes no weights."""
+
+
+class Conv2d(nn.Conv2d):
+    def reset_parameters(self) -> None:
+        """See ``Linear``."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """See ``Linear``."""
+
+
+class LayerNorm(nn.LayerNorm):
+    def reset_parameters(self) -> None:
+        """See ``Linear``."""
+
+
+class RMSNorm(nn.Module):
+    """Gemma's: the weight is an offset from one, and the arithmetic is float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.rms_norm(hidden.float(), self.weight.shape, 1.0 + self.weight.float(), eps=1e-6).type_as(hidden)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention: queries (B, heads, N, head_dim), keys and values (B, kv_heads, M, head_dim) → (B, N, heads·head_dim).
+
+    ``mask`` is broadcastable to (B, heads, N, M), True where a query may look; None lets all look everywhere.
+    """
+    groups = queries.shape[1] // keys.shape[1]
+    if mask is not None and groups > 1:
+        # With a mask, enable_gqa leaves only the kernel that writes out all scores. A view that repeats the heads
+        # keeps the fused kernels; of a single key-value head it copies nothing.
+        keys, values = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (keys, values))
+        groups = 1
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=groups > 1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotary(positions_BN: Tensor, head_dim: int) -> Rope:
+    """Cosine and sine (B, 1, N, head_dim) of rotary position embedding (https://arxiv.org/abs/2104.09864)."""
+    exponents = torch.arange(0, head_dim, 2, device=positions_BN.device, dtype=torch.float32) / head_dim
+    angles = positions_BN[:, None, :, None].float() * (1.0 / 10_000.0**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Queries or keys (B, heads, N, head_dim) turned by their positions, in float32."""
+    first, second = x.float().chunk(2, dim=-1)
+    cos, sin = rope
+    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+
+
+def sinusoidal(time_B: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
+    """Embedding of time (B, width): sines, then cosines, of periods from ``min_period`` to ``max_period``."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time_B.device)
+    period = min_period * (max_period / min_period) ** fraction
+    # float64: the shortest period makes angles of over a thousand, of which float32 would lose four digits.
+    angles = (1.0 / period * 2 * math.pi)[None, :] * time_B[:, None]
+    return torch.cat((angles.sin(), angles.cos()), dim=1).type_as(time_B)
+
+
+def prepare_images(images: Tensor, resolution: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W), uint8 in [0, 255] or float in [0, 1] → float32 in [-1, 1] of the model's size.
+
+    Another size is scaled to fit and padded with black on both sides, as in openpi's ``resize_with_pad``.
+    """
+    images = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
+    height, width = resolution
+    if images.shape[-2:] != (height, width):
+        ratio = max(images.shape[-1] / width, images.shape[-2] / height)
+        size = (int(images.shape[-2] / ratio), int(images.shape[-1] / ratio))
+        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False).clamp(0.0, 1.0)
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        images = F.pad(images, (left, width - size[1] - left, top, height - size[0] - top))
+    return images * 2.0 - 1.0
+
+
+class VisionAttention(nn.Module):
+    """Tokens (B, P, D) of an image attend to each other."""
+
+    def __init__(self, table: VisionVariant) -> None:
+        super().__init__()
+        self.heads = table.heads
+        self.q_proj = Linear(table.width, table.width)
+        self.k_proj = Linear(table.width, table.width)
+        self.v_proj = Linear(table.width, table.width)
+        self.out_proj = Linear(table.width, table.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        queries, keys, values = (p(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
+        return self.out_proj(attend(queries, keys, values, None))
+
+
+class VisionMLP(nn.Module):
+    """Two linear layers, (B, P, D) → (B, P, D)."""
+
+    def __init__(self, table: VisionVariant) -> None:
+        super().__init__()
+        self.fc1 = Linear(table.width, table.mlp_dim)
+        self.fc2 = Linear(table.mlp_dim, table.width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(hidden), approximate="tanh"))
+
+
+class VisionLayer(nn.Module):
+    """A layer of the vision tower, (B, P, D) → (B, P, D)."""
+
+    def __init__(self, table: VisionVariant) -> None:
+        super().__init__()
+        self.layer_norm1 = LayerNorm(table.width, eps=1e-6)
+        self.self_attn = VisionAttention(table)
+        self.layer_norm2 = LayerNorm(table.width, eps=1e-6)
+        self.mlp = VisionMLP(table)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.self_attn(self.layer_norm1(hidden))
+        return hidden + self.mlp(self.layer_norm2(hidden))
+
+
+class Vision(nn.Module):
+    """SigLIP's vision tower (https://arxiv.org/abs/2303.15343) without its pooling head."""
+
+    def __init__(self, table: VisionVariant, image_size: int) -> None:
+        super().__init__()
+        self.patch_embedding = Conv2d(3, table.width, kernel_size=table.patch_size, stride=table.patch_size)
+        self.position_embedding = Embedding((image_size // table.patch_size) ** 2, table.width)
+        self.layers = nn.ModuleList(VisionLayer(table) for _ in range(table.depth))
+        self.post_layernorm = LayerNorm(table.width, eps=1e-6)
+
+
+class GemmaAttention(nn.Module):
+    """Attention with grouped queries: several heads share a key-value head."""
+
+    def __init__(self, table: GemmaVariant) -> None:
+        super().__init__()
+        self.head_dim = table.head_dim
+        self.q_proj = Linear(table.width, table.heads * table.head_dim, bias=False)
+        self.k_proj = Linear(table.width, table.kv_heads * table.head_dim, bias=False)
+        self.v_proj = Linear(table.width, table.kv_heads * table.head_dim, bias=False)
+        self.o_proj = Linear(table.heads * table.head_dim, table.width, bias=False)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def keys_values(self, hidden: Tensor, rope: Rope) -> KeysValues:
+        return rotate(self.split_heads(self.k_proj(hidden)), rope), self.split_heads(self.v_proj(hidden))
+
+    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
+        queries = rotate(self.split_heads(self.q_proj(hidden)), rope)
+        return self.o_proj(attend(queries, keys, values, mask))
+
+
+class GemmaMLP(nn.Module):
+    """Gated linear unit, (B, N, D) → (B, N, D)."""
+
+    def __init__(self, table: GemmaVariant) -> None:
+        super().__init__()
+        self.gate_proj = Linear(table.width, table.mlp_dim, bias=False)
+        self.up_proj = Linear(table.width, table.mlp_dim, bias=False)
+        self.down_proj = Linear(table.mlp_dim, table.width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(hidden), approximate="tanh") * self.up_proj(hidden))
+
+
+class GemmaLayer(nn.Module):
+    """A layer of the language model or of the expert."""
+
+    def __init__(self, table: GemmaVariant) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(table.width)
+        self.self_attn = GemmaAttention(table)
+        self.post_attention_layernorm = RMSNorm(table.width)
+        self.mlp = GemmaMLP(table)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rope: Rope,
+        mask: Tensor | None,
+        past: KeysValues | None = None,
+        keys_values_only: bool = False,
+    ) -> tuple[Tensor, KeysValues]:
+        """Hidden states (B, N, D) after the layer, and the layer's own keys and values.
+
+        ``past`` are keys and values to attend to before the layer's own. With ``keys_values_only`` the hidden
+        states come back as they went in.
+        """
+        normed = self.input_layernorm(hidden)
+        own = self.self_attn.keys_values(normed, rope)
+        if keys_values_only:
+            return hidden, own
+        keys, values = own if past is None else (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
+        hidden = hidden + self.self_attn(normed, rope, mask, keys, values)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
+
+
+class Gemma(nn.Module):
+    """Layers and final norm; the language model also has the token embedding, the expert has none."""
+
+    def __init__(self, table: GemmaVariant, embedding: bool) -> None:
+        super().__init__()
+        if embedding:
+            self.embedding = Embedding(table.vocab_size, table.width)
+        self.layers = nn.ModuleList(GemmaLayer(table) for _ in range(table.depth))
+        self.norm = RMSNorm(table.width)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the residual stream: that of the parameters, also under autocast."""
+        return self.layers[0].self_attn.q_proj.weight.dtype
+
+
+class Prefix(NamedTuple):
+    """All that the suffix needs to know of images and instruction, and how it attends to them."""
+
+    keys_values: list[KeysValues]
+    rope: Rope
+    mask: Tensor
+
+
+class PI0(nn.Module, Policy):
+    """The policy. Build it under ``torch.device("meta")`` or not; either way call ``init_weights`` or load some."""
+
+    def __init__(self, config: PI0Config) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False  # the trainer's switch for activation checkpointing
+        language, expert = config.language, config.expert
+        self.vision = Vision(config.vision, config.image_resolution[0])
+        self.projector = Linear(config.vision.width, language.width)
+        self.language = Gemma(language, embedding=True)
+        self.expert = Gemma(expert, embedding=False)
+        self.state_proj = Linear(config.max_state_dim, expert.width)
+        self.action_in_proj = Linear(config.max_action_dim, expert.width)
+        self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
+        self.action_time_mlp_out = Linear(expert.width, expert.width)
+        self.action_out_proj = Linear(expert.width, config.max_action_dim)
+        if config.dtype == "bfloat16":
+            for gemma in (self.language, self.expert):
+                for name, parameter in gemma.named_parameters():
+                    if "norm" not in name:
+                        parameter.data = parameter.data.bfloat16()
+
+    # ---- contract
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Loss of each sample, (B,) float32."""
+        return per_sample_loss(self.velocity_errors(batch), batch.actions.is_pad, batch.actions.dim_mask)
+
+    def velocity_errors(self, batch: Batch) -> Tensor:
+        """Squared error of the predicted velocity, (B, T, A) float32, padding included."""
+        noisy_BTA, target_BTA = interpolate(batch.actions.values, batch.noise, batch.time)
+        prefix = self.encode_prefix(batch.observation)
+        return (target_BTA - self.velocity(prefix, batch.observation.state, noisy_BTA, batch.time)).square()
+
+    @torch.no_grad()
+    def sample_actions(self, observation: Observation, noise: Tensor, num_steps: int | None = None) -> Tensor:
+        """Actions (B, T, A), normalised, from initial noise (B, T, A); the prefix is computed once."""
+        prefix = self.encode_prefix(observation)
+        return euler(
+            lambda noisy_BTA, time_B: self.velocity(prefix, observation.state, noisy_BTA, time_B),
+            noise,
+            num_steps or self.config.num_inference_steps,
+        )
+
+    def frozen_parameters(self) -> dict[str, str]:
+        """See ``Policy``."""
+        config, last = self.config, f"language.layers.{len(self.language.layers) - 1}."
+        unreached = "of the last prefix layer, only keys and values reach the loss"
+        rules = {  # the first that fits gives the reason
+            "language.norm.": "the prefix's final norm does not reach the loss",
+            f"{last}self_attn.q_proj.": unreached,
+            f"{last}self_attn.o_proj.": unreached,
+            f"{last}post_attention_layernorm.": unreached,
+            f"{last}mlp.": unreached,
+        }
+        if not self.cameras:
+            rules |= dict.fromkeys(("vision.", "projector."), "the model has no camera")
+        if config.train_expert_only:
+            for part in ("vision.", "projector.", "language."):
+                rules.setdefault(part, "train_expert_only")
+        if config.freeze_vision_encoder:
+            rules.setdefault("vision.", "freeze_vision_encoder")
+        if config.freeze_lm_head:
+            rules["language.embedding."] = "freeze_lm_head"
+        names = [name for name, _ in self.named_parameters()]
+        return {name: why for name in names for why in [v for k, v in rules.items() if name.startswith(k)][:1]}
+
+    def wrap_units(self) -> list[nn.Module]:
+        """See ``Policy``."""
+        return [*self.vision.layers, *self.language.layers, *self.expert.layers]
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """See ``Policy``. The distributions are those of Hugging Face's SigLIP and Gemma, and torch's ``Linear``."""
+        for name, module in self.named_modules():
+            if isinstance(module, RMSNorm):
+                nn.init.zeros_(module.weight)
+            elif isinstance(module, LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Conv2d):
+                # LeCun's normal distribution.
+                fan_in = module.weight[0].numel()
+                nn.init.trunc_normal_(module.weight, std=fan_in**-0.5 / 0.87962566103423978, generator=generator)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, Embedding):
+                std = module.embedding_dim**-0.5 if name.startswith("vision.") else 0.02
+                nn.init.normal_(module.weight, std=std, generator=generator)
+            elif isinstance(module, Linear):
+                self._init_linear(name, module, generator)
+
+    def _init_linear(self, name: str, module: Linear, generator: torch.Generator) -> None:
+        if name.startswith("vision."):
+            nn.init.xavier_uniform_(module.weight, generator=generator)
+            nn.init.normal_(module.bias, std=1e-6, generator=generator)
+        elif name.startswith(("language.", "expert.")):
+            nn.init.normal_(module.weight, std=0.02, generator=generator)
+        else:
+            bound = module.in_features**-0.5
+            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+
+    # ---- forward pass
+
+    @property
+    def cameras(self) -> list[str]:
+        """The camera slots that can hold an image."""
+        return [slot for slot in self.config.camera_slots if not slot.startswith(EMPTY_CAMERA)]
+
+    def _run(self, layer: nn.Module, *args: Any) -> Any:
+        """A layer, its activations kept or computed again in the backward pass."""
+        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+        return layer(*args)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → tokens (B, P, D)."""
+        train = not (self.config.freeze_vision_encoder or self.config.train_expert_only)
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            hidden = self.vision.patch_embedding(images).flatten(2).transpose(1, 2)
+            hidden = hidden + self.vision.position_embedding.weight
+            for layer in self.vision.layers:
+                hidden = self._run(layer, hidden)
+            hidden = self.vision.post_layernorm(hidden)
+        return self.projector(hidden)
+
+    def embed_prefix(self, observation: Observation) -> tuple[Tensor, Tensor]:
+        """Tokens of the present cameras and of the instruction (B, N, D), and which of them are real (B, N)."""
+        slots = [slot for slot in self.config.camera_slots if slot in observation.images]
+        assert len(slots) == len(observation.images), (
+            f"the batch has cameras {sorted(observation.images)}, the model knows {self.config.camera_slots}"
+        )
+        assert slots or not self.cameras, f"the batch has no image; the model expects some of {self.cameras}"
+        batch_size = len(observation.tokens)
+        tokens, masks = [], []
+        if slots:
+            # All cameras in one call: the tower sees one large batch instead of several small ones.
+            images = [prepare_images(observation.images[slot], self.config.image_resolution) for slot in slots]
+            patches = self.embed_images(torch.cat(images))
+            for slot, patches_BPD in zip(slots, patches.split(batch_size), strict=True):
+                tokens.append(patches_BPD)
+                masks.append(observation.image_masks[slot][:, None].expand(-1, patches_BPD.shape[1]))
+        width = self.language.embedding.embedding_dim
+        # Gemma scales its token embeddings; image tokens stay as they are.
+        tokens.append(self.language.embedding(observation.tokens) * width**0.5)
+        masks.append(observation.token_mask)
+        return torch.cat([t.to(self.language.dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
+
+    def encode_prefix(self, observation: Observation) -> Prefix:
+        """Keys and values of images and instruction at every layer, and the suffix's positions and mask."""
+        train = not self.config.train_expert_only
+        with torch.set_grad_enabled(train and torch.is_grad_enabled()):
+            hidden, real_BN = self.embed_prefix(observation)
+            count_BN = real_BN.cumsum(dim=1)
+            rope = rotary(count_BN - 1, self.config.language.head_dim)
+            mask = real_BN[:, None, None, :]
+            keys_values, last = [], len(self.language.layers) - 1
+            for i, layer in enumerate(self.language.layers):
+                hidden, own = self._run(layer, hidden, rope, mask, None, i == last)
+                keys_values.append(own)
+        # The suffix's positions continue after the real tokens of the prefix. The state sees the prefix and
+        # itself; the actions see the state too, and each other.
+        length = 1 + self.config.chunk_size
+        positions = count_BN[:, -1:] + torch.arange(length, device=count_BN.device)
+        block = torch.ones(length, length, dtype=torch.bool, device=count_BN.device)
+        block[0, 1:] = False
+        batch_size = len(real_BN)
+        seen = torch.cat((real_BN[:, None].expand(-1, length, -1), block[None].expand(batch_size, -1, -1)), dim=-1)
+        return Prefix(keys_values, rotary(positions, self.config.expert.head_dim), seen[:, None])
+
+    def embed_suffix(self, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
+        """Tokens of state and of noisy actions mixed with time, (B, 1 + T, D)."""
+        width = self.config.expert.width
+        time_BD = sinusoidal(time_B, width, self.config.min_period, self.config.max_period)
+        actions_BTD = self.action_in_proj(noisy_BTA)
+        mixed = torch.cat((actions_BTD, time_BD[:, None].expand_as(actions_BTD).type_as(actions_BTD)), dim=-1)
+        actions_BTD = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
+        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).to(self.expert.dtype)
+
+    def velocity(self, prefix: Prefix, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
+        """The predicted velocity (B, T, A) float32 at the noisy actions."""
+        assert noisy_BTA.shape[1] == self.config.chunk_size, noisy_BTA.shape
+        hidden = self.embed_suffix(state_BS, noisy_BTA, time_B)
+        for layer, past in zip(self.expert.layers, prefix.keys_values, strict=True):
+            hidden, _ = self._run(layer, hidden, prefix.rope, prefix.mask, past)
+        actions_BTD = self.expert.norm(hidden)[:, 1:]
+        with torch.autocast(actions_BTD.device.type, enabled=False):
+            return self.action_out_proj(actions_BTD.float())
