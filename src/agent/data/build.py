@@ -1,0 +1,167 @@
+"""The data of a run from its config: sources, statistics, instructions and readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from agent.data import files
+from agent.data.features import check_features
+from agent.data.loader import DataConfig, Draw, SampleReader
+from agent.data.mixture import Mixture
+from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, merge_statistics
+from agent.data.source import DatasetConfig, Source, hold_out, open_source
+from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
+
+
+@dataclass
+class Data:
+    """Everything the trainer needs of the data."""
+
+    spec: SampleSpec
+    """As given, completed where the model left its features to the data."""
+    reader: SampleReader
+    """Of the training samples."""
+    mixture: Mixture
+    """Which training frame each sample is; ``mixture.frames`` make an epoch."""
+    validation: SampleReader | None
+    """Of the validation samples, or None when nothing is held out."""
+    state_statistics: FeatureStatistics
+    """Of the training frames; ``to_lerobot_stats`` names them for a checkpoint."""
+    action_statistics: FeatureStatistics
+    """Of the training frames; its mean is the mean-action baseline."""
+    action_normalizer: Normalizer
+    """To bring predicted actions back to physical units."""
+    report: list[str]
+    """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
+
+
+def build_data(
+    config: DataConfig,
+    spec: SampleSpec,
+    *,
+    seed: int,
+    draw: Draw,
+    validation_draw: Draw,
+    normalization_mapping: Mapping[str, str],
+    tokenizer_path: str,
+    task_paraphrase: str | None = None,
+) -> Data:
+    """Opens and verifies all data of a run.
+
+    Args:
+        config: the data sets.
+        spec: what the model wants of a sample.
+        seed: the run's.
+        draw: k → noise (T, A) float32 and time of training sample k.
+        validation_draw: the same for the validation set.
+        normalization_mapping: ``VISUAL``, ``STATE`` and ``ACTION`` → mode, as in the model JSON.
+        tokenizer_path: folder or hub id.
+        task_paraphrase: a JSON of instruction → paraphrases, for training samples.
+
+    Raises:
+        ValueError: on anything wrong with the data or its config, before a sample is read.
+    """
+    if not config.train.datasets:
+        raise ValueError("data.train.datasets is empty: name at least one data set")
+    if normalization_mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
+        raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
+    training, validation, report = _open_sources(config, spec)
+    spec, notes = check_features([*training, *validation], spec)
+    report += notes
+    mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
+    report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
+    statistics = {}
+    for name in ("state", "action"):
+        statistics[name] = merge_statistics([_finite_columns(source, name) for source in training], mixture.shares)
+        if statistics[name].clamped:
+            report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
+    for source in validation:
+        _finite_columns(source, "state"), _finite_columns(source, "action")
+    tasks = sorted({task for source in [*training, *validation] for task in source.tasks()})
+    paraphrases: dict[str, list[str]] = {}
+    if task_paraphrase is not None:
+        trained = sorted({task for source in training for task in source.tasks()})
+        paraphrases, missing = load_paraphrases(task_paraphrase, trained)
+        if missing:
+            report.append(f"{len(missing)} of {len(trained)} instructions have no paraphrase: {missing[:5]}")
+    texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
+    tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
+    report += tokens.warnings()
+    normalizers = [
+        Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name]) for name in statistics
+    ]
+    return Data(
+        spec=spec,
+        reader=SampleReader(training, *normalizers, tokens, spec, draw, seed, paraphrases),
+        mixture=mixture,
+        validation=SampleReader(validation, *normalizers, tokens, spec, validation_draw, seed) if validation else None,
+        state_statistics=statistics["state"],
+        action_statistics=statistics["action"],
+        action_normalizer=normalizers[1],
+        report=report,
+    )
+
+
+def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], list[Source], list[str]]:
+    """Training and validation sources, and a line of the log for each."""
+
+    def opened(dataset: DatasetConfig) -> Source:
+        return open_source(dataset, spec.chunk_size, config.train.video_backend, config.train.tolerance_s)
+
+    training = [opened(dataset) for dataset in config.train.datasets]
+    if config.val.datasets:
+        whole = [opened(dataset) for dataset in config.val.datasets]
+        validation = [source.view(source.episodes, with_previous_action=True) for source in whole]
+    elif config.val.fraction:
+        parts = [_held_out(source, config.val.fraction) for source in training]
+        training = [train for train, _ in parts]
+        validation = [held for _, held in parts]
+    else:
+        validation = []
+    report = _described("training", training) + _described("validation", validation) + _overlaps(training, validation)
+    return training, validation, report
+
+
+def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
+    try:
+        train, held = hold_out(source.episodes, fraction)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    return source.view(train), source.view(held, with_previous_action=True)
+
+
+def _described(role: str, sources: Sequence[Source]) -> list[str]:
+    return [
+        f"{role}: {source}, {len(source.episodes)} episodes ({files.spelled(source.episodes)}), {len(source)} frames"
+        for source in sources
+    ]
+
+
+def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[str]:
+    lines = []
+    for train in training:
+        for held in validation:
+            both = np.intersect1d(train.episodes, held.episodes)
+            if train.metadata.root.resolve() == held.metadata.root.resolve() and len(both):
+                lines.append(
+                    f"WARNING: {train}: episodes {files.spelled(both)} are trained on and validated on; "
+                    "validation will look better than it is"
+                )
+    return lines
+
+
+def _finite_columns(source: Source, name: str) -> np.ndarray:
+    """The state or action column of a source, refused if a value is not finite."""
+    key = source.config.state if name == "state" else source.config.action
+    columns = source.columns(key)
+    if (bad := first_non_finite(columns)) is not None:
+        row, dim = bad
+        episode, frame = source.frame(row)
+        raise ValueError(
+            f"{source}: {key} is {columns[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
+            "the data set, or leave this episode out with `episodes`"
+        )
+    return columns

@@ -1,0 +1,122 @@
+"""Do the data sets have what the model expects? One table of every mismatch, before anything is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from agent.data.source import Source
+from agent.data.transforms import SampleSpec
+
+_EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no data set ever fills
+
+
+def check_features(sources: Sequence[Source], spec: SampleSpec) -> tuple[SampleSpec, list[str]]:
+    """Compares cameras, state and action with the model, and sets each source's ``cameras``.
+
+    A model without camera features takes them, with the state and action dimensions, from the first data set.
+
+    Args:
+        sources: all data sets, of training and validation.
+        spec: what the model expects.
+
+    Returns:
+        The spec, completed, and lines for the log.
+
+    Raises:
+        ValueError: a table of what the model expects and what the data set has, all mismatches at once.
+    """
+    notes = []
+    if not spec.camera_slots or spec.state_dim is None or spec.action_dim is None:
+        spec = _inferred(sources[0], spec)
+        notes.append(
+            f"the model's features are those of {sources[0]}: cameras {', '.join(spec.camera_slots)}, "
+            f"state {spec.state_dim}, action {spec.action_dim}"
+        )
+    tables = []
+    for source in sources:
+        mismatches = _camera_mismatches(source, spec) + _vector_mismatches(source, spec)
+        if mismatches:
+            tables.append(_table(source, mismatches))
+            continue
+        cameras = source.config.cameras or {slot: slot for slot in spec.camera_slots if not _is_empty(slot)}
+        source.cameras = {slot: key for slot, key in cameras.items() if key is not None}
+        left_out = [key for key in source.metadata.camera_keys if key not in source.cameras.values()]
+        if left_out:
+            notes.append(f"{source}: `cameras` leaves out {', '.join(left_out)}")
+    if tables:
+        raise ValueError("\n\n".join(tables))
+    return spec, notes
+
+
+def _is_empty(slot: str) -> bool:
+    return slot.startswith(_EMPTY_CAMERA)
+
+
+def _size(source: Source, key: str) -> int | None:
+    feature = source.metadata.features.get(key)
+    return None if feature is None else math.prod(feature["shape"])
+
+
+def _inferred(source: Source, spec: SampleSpec) -> SampleSpec:
+    slots = tuple(source.config.cameras or source.metadata.camera_keys)
+    values: dict[str, Any] = {"camera_slots": spec.camera_slots or slots}
+    for name, key in (("state_dim", source.config.state), ("action_dim", source.config.action)):
+        size = _size(source, key)
+        if size is None:
+            raise ValueError(f"{source} has no {key!r}, it has {', '.join(_vectors(source))}: set `{name[:-4]}`")
+        if getattr(spec, name) is None:
+            values[name] = size
+    return replace(spec, **values)
+
+
+def _vectors(source: Source) -> list[str]:
+    return [key for key, feature in source.metadata.features.items() if feature["dtype"].startswith("float")]
+
+
+def _camera_mismatches(source: Source, spec: SampleSpec) -> list[tuple[str, str]]:
+    there = source.metadata.camera_keys
+    wanted = [slot for slot in spec.camera_slots if not _is_empty(slot)]
+    cameras = source.config.cameras
+    if cameras is None:
+        rows = [(slot, "-") for slot in wanted if slot not in there]
+        return rows + [("-", key) for key in there if key not in wanted]
+    rows = [(slot, "not in `cameras`") for slot in wanted if slot not in cameras]
+    for slot, key in cameras.items():
+        if slot not in spec.camera_slots:
+            rows.append(("-", f"`cameras` maps {slot}, which the model does not have"))
+        elif key is not None and key not in there:
+            rows.append((slot, f"`cameras` says {key}, the cameras are {', '.join(there) or 'none'}"))
+    if not rows and not any(cameras.values()):
+        rows.append((", ".join(wanted), "`cameras` maps every camera to null"))
+    return rows
+
+
+def _vector_mismatches(source: Source, spec: SampleSpec) -> list[tuple[str, str]]:
+    rows = []
+    for name, key, size, most in (
+        ("state", source.config.state, spec.state_dim, spec.max_state_dim),
+        ("action", source.config.action, spec.action_dim, spec.max_action_dim),
+    ):
+        found = _size(source, key)
+        if found is None:
+            rows.append((f"{name}: {size}", f"no {key}, it has {', '.join(_vectors(source))}"))
+        elif found != size:
+            rows.append((f"{name}: {size}", f"{key}: {found}"))
+        elif found > most:
+            rows.append((f"{name}: at most max_{name}_dim = {most}", f"{key}: {found}"))
+    return rows
+
+
+def _table(source: Source, rows: list[tuple[str, str]]) -> str:
+    heads = ("the model expects", "the data set has")
+    width = max(len(left) for left, _ in [heads, *rows])
+    lines = [f"  {left:<{width}} | {right}" for left, right in [heads, ("-" * width, "-" * len(heads[1])), *rows]]
+    advice = (
+        "Map every camera of the model in the data set's entry, to null where this robot has none:\n"
+        "  cameras: {<camera of the model>: <key in the data set>}\n"
+        "name other columns with `state:` and `action:`, or change input_features and output_features of model_cfg."
+    )
+    return "\n".join([f"{source} does not match the model:", *lines, advice])

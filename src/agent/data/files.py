@@ -1,0 +1,306 @@
+"""Is the data set on disk, complete and readable? Asked before LeRobot, which would go to the hub instead of saying.
+
+A folder that is missing, half copied or cut short is named here with the episodes it costs, in seconds, rather
+than by a decoder in the night.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+_HUB_TIMEOUT_S = 10
+_VERSION = "v3.0"
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the ``meta`` folder of a LeRobot v3 data set says."""
+
+    repo_id: str
+    root: Path
+    info: dict[str, Any]
+    episodes: dict[str, np.ndarray]
+    """Column → (episodes,): lengths, places in files, video time stamps; row e is episode e."""
+    tasks: list[str]
+    """The instruction of each task index."""
+
+    @property
+    def total_episodes(self) -> int:
+        return len(self.episodes["episode_index"])
+
+    @property
+    def features(self) -> dict[str, dict[str, Any]]:
+        return self.info["features"]
+
+    @property
+    def video_keys(self) -> list[str]:
+        return [key for key, feature in self.features.items() if feature["dtype"] == "video"]
+
+    @property
+    def camera_keys(self) -> list[str]:
+        """Keys of colour images; depth maps are no input of these policies."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if feature["dtype"] in ("video", "image") and not _is_depth(feature)
+        ]
+
+    def data_file(self, episode: int) -> Path:
+        """The parquet file that holds an episode."""
+        chunk, file = (int(self.episodes[f"data/{name}"][episode]) for name in ("chunk_index", "file_index"))
+        return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+
+    def video_file(self, episode: int, key: str) -> Path:
+        """The mp4 file that holds an episode's frames of one camera."""
+        names = (f"videos/{key}/chunk_index", f"videos/{key}/file_index")
+        chunk, file = (int(self.episodes[name][episode]) for name in names)
+        return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+
+
+def _is_depth(feature: dict[str, Any]) -> bool:
+    details = [feature.get("info") or {}, feature.get("video_info") or {}]
+    return any(detail.get(name) for detail in details for name in ("is_depth_map", "video.is_depth_map"))
+
+
+def spelled(episodes: Sequence[int] | np.ndarray) -> str:
+    """Episode numbers for a message: ``0-3, 7``; long lists are cut."""
+    numbers = np.unique(np.asarray(episodes, dtype=np.int64))
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    parts = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run)]
+    return ", ".join(parts[:8]) + (", …" if len(parts) > 8 else "")
+
+
+def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
+    """The local folder of a data set's metadata; from the hub it is downloaded when it is not there yet.
+
+    Raises:
+        ValueError: if the folder is missing or holds no data set, or the hub cannot be reached.
+    """
+    if root is not None:
+        folder = Path(root).expanduser()
+        if not folder.is_dir():
+            raise ValueError(
+                f"data set {repo_id}: the folder {folder} does not exist. "
+                "Correct `root`, or leave `root` out to take the data set from the Hugging Face hub."
+            )
+        if not (folder / "meta" / "info.json").is_file():
+            holds = "is empty" if not any(folder.iterdir()) else "has no meta/info.json"
+            raise ValueError(
+                f"data set {repo_id}: the folder {folder} {holds}. `root` is the folder that holds "
+                "meta/, data/ and videos/ of one LeRobot data set; copy it again if the copy was cut short."
+            )
+        return folder
+    from lerobot.datasets.utils import has_legacy_hub_download_metadata
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    # A data set recorded on this machine, where LeRobot keeps it.
+    recorded = HF_LEROBOT_HOME / repo_id
+    if (recorded / "meta" / "info.json").is_file() and not has_legacy_hub_download_metadata(recorded):
+        return recorded
+    return _from_hub(repo_id, revision, ["meta/*"])
+
+
+def fetch_missing(metadata: Metadata, episodes: np.ndarray, revision: str | None) -> Metadata:
+    """Downloads what the selected episodes of a data set on the hub still lack; returns the metadata there."""
+    wanted = {metadata.data_file(episode) for episode in episodes}
+    wanted |= {metadata.video_file(episode, key) for key in metadata.video_keys for episode in episodes}
+    if all(path.is_file() for path in wanted):
+        return metadata
+    patterns = sorted(str(path.relative_to(metadata.root)) for path in wanted)
+    return read_metadata(metadata.repo_id, _from_hub(metadata.repo_id, revision, ["meta/*", *patterns]))
+
+
+def _from_hub(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
+    import httpx
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    wanted: dict[str, Any] = {
+        "repo_id": repo_id,
+        "repo_type": "dataset",
+        "revision": revision or _VERSION,
+        "cache_dir": HF_LEROBOT_HUB_CACHE,
+        "allow_patterns": patterns,
+    }
+    try:
+        # One question with a time limit first: a download retries for minutes when there is no network.
+        HfApi().dataset_info(repo_id, revision=wanted["revision"], timeout=_HUB_TIMEOUT_S)
+    except HfHubHTTPError as error:
+        _refuse(repo_id, wanted["revision"], error)
+    except (httpx.HTTPError, OSError) as error:  # no network, or offline mode: what is cached may do
+        try:
+            return _with_metadata(Path(snapshot_download(**wanted, local_files_only=True)))
+        except (LocalEntryNotFoundError, FileNotFoundError):
+            _refuse(repo_id, wanted["revision"], error)
+    logger.info("downloading data set %s", repo_id)
+    return Path(snapshot_download(**wanted))
+
+
+def _with_metadata(folder: Path) -> Path:
+    if not (folder / "meta" / "info.json").is_file():
+        raise FileNotFoundError(f"no meta/info.json in {folder}")
+    return folder
+
+
+def _refuse(repo_id: str, revision: str, error: Exception) -> NoReturn:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    raise ValueError(
+        f"data set {repo_id} is not on this machine and cannot be had from the Hugging Face hub at revision "
+        f"{revision!r} ({type(error).__name__}: {reason[0]}). Either set `root` to a local folder that holds it, or "
+        f"run `hf download --repo-type dataset {repo_id} --revision {revision} --local-dir DIR` where there is "
+        "network (`hf auth login` first if it is private) and set `root: DIR`; check the spelling of `repo_id`."
+    ) from error
+
+
+def read_metadata(repo_id: str, root: Path) -> Metadata:
+    """Reads ``meta``.
+
+    Raises:
+        ValueError: if a file there is missing or damaged, or the format is not v3.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    info_file, tasks_file = root / "meta" / "info.json", root / "meta" / "tasks.parquet"
+    try:
+        info = json.loads(info_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"data set {repo_id}: {info_file} is not valid JSON ({error}); copy it again") from error
+    _check_version(repo_id, root, str(info.get("codebase_version")))
+    episode_files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
+    if not episode_files or not tasks_file.is_file():
+        raise ValueError(
+            f"data set {repo_id}: {root / 'meta'} lacks its episodes/ or tasks.parquet. A recording that was not "
+            "closed with finalize() looks like this; otherwise copy the folder again."
+        )
+    columns: dict[str, list[np.ndarray]] = {}
+    for path in episode_files:
+        try:
+            # Statistics per episode are most of the file and not needed.
+            names = [n for n in pq.read_schema(path).names if n != "tasks" and not n.startswith("stats/")]
+            for name, column in pq.read_table(path, columns=names).to_pydict().items():
+                columns.setdefault(name, []).append(np.asarray(column))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
+    episodes = {name: np.concatenate(parts) for name, parts in columns.items()}
+    if not np.array_equal(episodes["episode_index"], np.arange(info["total_episodes"])):
+        raise ValueError(
+            f"data set {repo_id}: meta/info.json counts {info['total_episodes']} episodes, meta/episodes holds "
+            f"{len(episodes['episode_index'])} ({spelled(episodes['episode_index'])}); copy the folder again"
+        )
+    import pandas as pd
+
+    return Metadata(repo_id, root, info, episodes, [str(task) for task in pd.read_parquet(tasks_file).index])
+
+
+def _check_version(repo_id: str, root: Path, version: str) -> None:
+    if version.startswith("v3."):
+        return
+    raise ValueError(
+        f"data set {repo_id} has format {version}, this program reads v3. Convert it in place with LeRobot's own "
+        f"`python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id} --root={root} "
+        "--push-to-hub=false` (from v2.1; older formats need LeRobot's older converters first)."
+    )
+
+
+def verify_files(metadata: Metadata, episodes: np.ndarray) -> None:
+    """Opens every data and video file of the selected episodes.
+
+    Raises:
+        ValueError: on the first file that is missing, empty, cut short or holds too few rows or frames, naming
+            the file and the selected episodes that it holds.
+    """
+    for path, members in _files(metadata, episodes, "data", metadata.data_file):
+        # Rows of episodes that are not selected are in the file, too.
+        of_file = _same_file(metadata, "data", members[0])
+        _verify_parquet(metadata.repo_id, path, members, int(metadata.episodes["length"][of_file].sum()))
+    for key in metadata.video_keys:
+        place = f"videos/{key}"
+        for path, members in _files(metadata, episodes, place, lambda e, key=key: metadata.video_file(e, key)):
+            last = float(metadata.episodes[f"{place}/to_timestamp"][members].max())
+            _verify_video(metadata.repo_id, path, members, last, float(metadata.info["fps"]))
+
+
+def _same_file(metadata: Metadata, place: str, episode: int) -> np.ndarray:
+    chunks, files = (metadata.episodes[f"{place}/{name}"] for name in ("chunk_index", "file_index"))
+    return (chunks == chunks[episode]) & (files == files[episode])
+
+
+def _files(metadata: Metadata, episodes: np.ndarray, place: str, path_of: Any) -> list[tuple[Path, np.ndarray]]:
+    """Each file of one kind with the selected episodes in it."""
+    chunks, files = (metadata.episodes[f"{place}/{name}"][episodes] for name in ("chunk_index", "file_index"))
+    _, group = np.unique(np.stack([chunks, files]), axis=1, return_inverse=True)
+    members = [episodes[group.ravel() == number] for number in range(group.max() + 1)]
+    return [(path_of(int(part[0])), part) for part in members]
+
+
+def _damaged(repo_id: str, path: Path, episodes: np.ndarray, what: str) -> ValueError:
+    return ValueError(
+        f"data set {repo_id}: {path} {what}. It holds episodes {spelled(episodes)}: "
+        "copy the file again, or leave these episodes out with `episodes` or `split`."
+    )
+
+
+def _verify_parquet(repo_id: str, path: Path, episodes: np.ndarray, rows: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise _damaged(repo_id, path, episodes, "is missing")
+    try:
+        found = pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise _damaged(repo_id, path, episodes, f"is empty, cut short or damaged ({reason})") from error
+    if found != rows:
+        raise _damaged(repo_id, path, episodes, f"has {found} rows where the metadata counts {rows}")
+
+
+def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, last: float, fps: float) -> None:
+    import av
+
+    if not path.is_file():
+        raise _damaged(repo_id, path, episodes, "is missing")
+    if (gap := _missing_bytes(path)) is not None:
+        raise _damaged(repo_id, path, episodes, gap)
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            duration = float(stream.duration * stream.time_base) if stream.duration else None
+    except (av.FFmpegError, IndexError) as error:
+        raise _damaged(repo_id, path, episodes, f"cannot be opened as a video ({error})") from error
+    if duration is not None and duration < last - 1.5 / fps:
+        raise _damaged(repo_id, path, episodes, f"ends at {duration:.2f} s, its episodes reach {last:.2f} s")
+
+
+def _missing_bytes(path: Path) -> str | None:
+    """What is wrong with the outermost boxes of an mp4, or None.
+
+    LeRobot writes the index at the front, so a file that was cut short opens without complaint and fails only
+    when a frame of its missing part is asked for. The lengths of the boxes tell.
+    """
+    size, offset, kinds = path.stat().st_size, 0, set()
+    with path.open("rb") as file:
+        while offset < size:
+            file.seek(offset)
+            header = file.read(16)
+            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
+            if length == 1:  # a 64-bit length follows
+                length = int.from_bytes(header[8:16], "big")
+            elif length == 0:  # to the end of the file
+                length = size - offset
+            if length < 8 or offset + length > size:
+                return f"is cut short or damaged after byte {offset} of {size}"
+            kinds.add(kind)
+            offset += length
+    return None if {b"moov", b"mdat"} <= kinds else "is empty or no complete mp4"

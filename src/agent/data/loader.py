@@ -1,0 +1,350 @@
+"""From sample numbers to batches: reading, collating, worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.batch import ActionChunk, Batch, Observation
+from agent.data.mixture import Mixture
+from agent.data.normalization import Normalizer
+from agent.data.source import DatasetConfig, Source
+from agent.data.transforms import SampleSpec, TaskTokens, pad_vector, paraphrase, resize_with_pad
+
+if TYPE_CHECKING:
+    import torch
+
+Draw = Callable[[int], tuple[np.ndarray, float]]
+
+
+@dataclass
+class TrainDataConfig:
+    """The training data and how it is read."""
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """The data sets to train on."""
+    num_workers: int = 4
+    """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
+    prefetch_factor: int = 2
+    """Micro-batches that each worker keeps ready."""
+    video_backend: str | None = None
+    """``torchcodec`` or ``pyav``; when not given, torchcodec where it loads and otherwise pyav."""
+    tolerance_s: float = 1e-4
+    """How far a video frame's time stamp may be from the one asked for, in seconds."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0 or self.prefetch_factor < 1 or self.tolerance_s <= 0:
+            raise ValueError(
+                f"data.train: num_workers must be at least 0 (is {self.num_workers}), prefetch_factor at least 1 "
+                f"(is {self.prefetch_factor}), tolerance_s above 0 (is {self.tolerance_s})"
+            )
+
+
+@dataclass
+class ValDataConfig:
+    """The validation data."""
+
+    datasets: list[DatasetConfig] = field(default_factory=list)
+    """Data sets of their own for validation. When empty, `fraction` is held out of the training data."""
+    fraction: float = 0.05
+    """Fraction of each training data set's episodes that is held out for validation, evenly spaced, at least one
+    episode; 0 trains on everything. Ignored when `datasets` is given."""
+
+
+@dataclass
+class DataConfig:
+    """Training and validation data."""
+
+    train: TrainDataConfig = field(default_factory=TrainDataConfig)
+    """The training data."""
+    val: ValDataConfig = field(default_factory=ValDataConfig)
+    """The validation data."""
+
+
+@dataclass
+class Sample:
+    """One sample, ready to be put into a batch."""
+
+    images: dict[str, torch.Tensor]
+    """Camera slot → (3, H, W) uint8."""
+    state: np.ndarray
+    """(S,) float32, normalised."""
+    tokens: np.ndarray
+    """(at most L,) int64."""
+    actions: np.ndarray
+    """(T, A) float32, normalised."""
+    is_pad: np.ndarray
+    """(T,) bool."""
+    dim_mask: np.ndarray
+    """(A,) bool."""
+    noise: np.ndarray
+    """(T, A) float32."""
+    time: float
+    k: int
+    provenance: tuple[int, int, int]
+    raw_actions: np.ndarray
+    """(T, a) float32, physical units."""
+    previous_action: np.ndarray | None
+    """(a,) float32, physical units."""
+    previous_is_pad: bool
+
+
+@dataclass
+class SampleReader:
+    """Reads and transforms samples; travels to the workers, where ``sample`` is called.
+
+    ``paraphrases`` is empty for validation.
+    """
+
+    sources: Sequence[Source]
+    state_normalizer: Normalizer
+    action_normalizer: Normalizer
+    tokens: TaskTokens
+    spec: SampleSpec
+    draw: Draw
+    """k → flow-matching noise (T, A) and time, a pure function."""
+    seed: int = 0
+    paraphrases: dict[str, list[str]] = field(default_factory=dict)
+
+    def sample(self, k: int, dataset: int, position: int) -> Sample:
+        """Sample ``k`` of the stream, which is the frame at ``position`` of a data set.
+
+        Raises:
+            RuntimeError: if the frame cannot be read, naming data set, episode and frame.
+        """
+        raw = self.sources[dataset].read(position)
+        noise, time = self.draw(k)
+        height, width = self.spec.image_resolution
+        return Sample(
+            images={slot: resize_with_pad(image, height, width) for slot, image in raw.images.items()},
+            state=pad_vector(self.state_normalizer.normalize(raw.state), self.spec.max_state_dim),
+            tokens=self.tokens(paraphrase(raw.task, self.paraphrases, self.seed, k)),
+            actions=pad_vector(self.action_normalizer.normalize(raw.actions), self.spec.max_action_dim),
+            is_pad=raw.action_is_pad,
+            dim_mask=np.arange(self.spec.max_action_dim) < raw.actions.shape[-1],
+            noise=noise,
+            time=time,
+            k=k,
+            provenance=(dataset, raw.episode, raw.frame),
+            raw_actions=raw.actions,
+            previous_action=raw.previous_action,
+            previous_is_pad=raw.previous_is_pad,
+        )
+
+
+def collate(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> Batch:
+    """One batch of samples.
+
+    Camera slots that no sample has are left out, and so is language padding beyond the longest instruction,
+    rounded up to a multiple of 8: both would be masked everywhere.
+    """
+    import torch
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
+
+    images, masks = {}, {}
+    blank = torch.zeros(3, *spec.image_resolution, dtype=torch.uint8)
+    for slot in spec.camera_slots:
+        mask = torch.tensor([slot in sample.images for sample in samples])
+        if mask.any():
+            masks[slot] = mask
+            images[slot] = torch.stack([sample.images.get(slot, blank) for sample in samples])
+    lengths = np.asarray([len(sample.tokens) for sample in samples])
+    longest = min(-(-int(lengths.max()) // 8) * 8, spec.tokenizer_max_length)
+    tokens = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
+    for row, sample in zip(tokens, samples, strict=True):
+        row[: len(sample.tokens)] = sample.tokens
+    token_mask = np.arange(longest) < lengths[:, None]
+    return Batch(
+        observation=Observation(
+            images=images,
+            image_masks=masks,
+            state=stacked("state"),
+            tokens=torch.from_numpy(tokens),
+            token_mask=torch.from_numpy(token_mask),
+        ),
+        actions=ActionChunk(values=stacked("actions"), is_pad=stacked("is_pad"), dim_mask=stacked("dim_mask")),
+        noise=stacked("noise"),
+        time=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
+        sample_index=torch.tensor([sample.k for sample in samples], dtype=torch.int64),
+        provenance=torch.tensor([sample.provenance for sample in samples], dtype=torch.int64),
+    )
+
+
+@dataclass
+class _Stream:
+    """The samples of the run by number, for torch's DataLoader."""
+
+    reader: SampleReader
+    mixture: Mixture
+
+    def __getitem__(self, k: int) -> Sample:
+        return self.reader.sample(k, *self.mixture[k])
+
+
+@dataclass
+class _Numbers:
+    """The sample numbers of one rank's micro-batches, from an update on, for ever."""
+
+    global_batch: int
+    batch: int
+    rank: int
+    world: int
+    first_update: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Updates are whole multiples of what all ranks take together, so this counts through u and m at once.
+        start = self.first_update * self.global_batch + self.rank * self.batch
+        while True:
+            yield list(range(start, start + self.batch))
+            start += self.batch * self.world
+
+
+def _as_tree(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> dict[str, Any]:
+    """A batch as nested dictionaries, which is what torch knows how to pin."""
+    batch = collate(samples, spec, pad_token_id)
+    return {**vars(batch), "observation": dict(vars(batch.observation)), "actions": dict(vars(batch.actions))}
+
+
+def _as_batch(tree: dict[str, Any]) -> Batch:
+    observation, actions = Observation(**tree["observation"]), ActionChunk(**tree["actions"])
+    return Batch(**{**tree, "observation": observation, "actions": actions})
+
+
+class TrainLoader(Iterator[Batch]):
+    """An endless iterator over one rank's micro-batches.
+
+    Micro-batch m of update u holds on rank r the samples k = u·G + m·B·W + r·B + j, j in range(B), for a global
+    batch G, B samples per device and W ranks. So an update's samples do not depend on ranks, accumulation or
+    workers, and starting at any update costs nothing.
+
+    Args:
+        reader: reads a sample.
+        mixture: which frame each sample is.
+        global_batch: G.
+        per_device_batch: B.
+        rank: r.
+        world: W.
+        first_update: the update whose first micro-batch comes first.
+        num_workers: processes that read ahead; 0 reads in this one.
+        prefetch_factor: micro-batches that each worker keeps ready.
+        pin: whether batches are put into pinned memory, for copies to a GPU that overlap with computing.
+    """
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        mixture: Mixture,
+        *,
+        global_batch: int,
+        per_device_batch: int,
+        rank: int = 0,
+        world: int = 1,
+        first_update: int = 0,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin: bool = False,
+    ) -> None:
+        import torch
+        from torch.utils.data import DataLoader
+
+        assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
+        multiprocessing.set_forkserver_preload(["agent.data.worker"])
+        if num_workers:
+            for source in reader.sources:
+                source.open()  # once here; workers take it over
+        self._workers = num_workers
+        self._batches: Iterator[dict[str, Any]] | None = iter(
+            DataLoader(
+                _Stream(reader, mixture),  # type: ignore[arg-type]
+                batch_sampler=_Numbers(global_batch, per_device_batch, rank, world, first_update),  # type: ignore[arg-type]
+                collate_fn=partial(_as_tree, spec=reader.spec, pad_token_id=reader.tokens.pad_token_id),
+                num_workers=num_workers,
+                prefetch_factor=prefetch_factor if num_workers else None,
+                multiprocessing_context="forkserver" if num_workers else None,
+                pin_memory=pin,
+                # A generator of its own: DataLoader would otherwise draw from the process's.
+                generator=torch.Generator().manual_seed(0),
+            )
+        )
+
+    def __next__(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            RuntimeError: if a sample cannot be read, or a worker was killed.
+        """
+        if self._batches is None:
+            raise StopIteration
+        try:
+            return _as_batch(next(self._batches))
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise RuntimeError(
+                f"a data worker was killed, most often by the system when memory runs out ({error}). Ask for more "
+                f"memory (--mem), or lower data.train.num_workers (now {self._workers}), "
+                "data.train.prefetch_factor or per_device_batch_size."
+            ) from error
+
+    def close(self) -> None:
+        """Ends the workers; further batches are not to be had."""
+        self._batches = None  # torch ends them when its iterator is released
+
+
+@dataclass(frozen=True)
+class ValidationExtras:
+    """What an evaluator needs beside a batch; physical units."""
+
+    index: torch.Tensor
+    """(B,) int64, place in the validation set."""
+    actions: torch.Tensor
+    """(B, T, a) float32, the recorded actions."""
+    previous_action: torch.Tensor
+    """(B, a) float32, the action recorded one frame before the observation."""
+    previous_is_pad: torch.Tensor
+    """(B,) bool, True on an episode's first frame, where ``previous_action`` is that frame's own."""
+
+
+def validation_batches(
+    reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[Batch, ValidationExtras]]:
+    """One rank's part of a fixed set of validation samples: every ``world``-th, so that all together are the set.
+
+    The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
+    from 0, and with it the draws. Ranks may get different numbers of batches, or none.
+
+    Args:
+        reader: of sources opened with the previous action.
+        size: samples of the set over all ranks; all frames when there are fewer, or when 0.
+        batch: samples per batch; the last may be smaller.
+    """
+    import torch
+
+    lengths = [len(source) for source in reader.sources]
+    frames, starts = sum(lengths), np.cumsum([0, *lengths])
+    size = min(size, frames) if size > 0 else frames
+    mine = range(rank, size, world)
+    for begin in range(0, len(mine), batch):
+        samples = []
+        for index in mine[begin : begin + batch]:
+            pooled = (2 * index + 1) * frames // (2 * size)
+            dataset = int(np.searchsorted(starts, pooled, side="right")) - 1
+            samples.append(reader.sample(index, dataset, pooled - int(starts[dataset])))
+        previous = [sample.previous_action for sample in samples if sample.previous_action is not None]
+        assert len(previous) == len(samples), "validation sources are opened with the previous action"
+        yield (
+            collate(samples, reader.spec, reader.tokens.pad_token_id),
+            ValidationExtras(
+                index=torch.tensor([sample.k for sample in samples], dtype=torch.int64),
+                actions=torch.from_numpy(np.stack([sample.raw_actions for sample in samples])),
+                previous_action=torch.from_numpy(np.stack(previous)),
+                previous_is_pad=torch.tensor([sample.previous_is_pad for sample in samples]),
+            ),
+        )

@@ -1,0 +1,178 @@
+"""Statistics of low-dimensional columns, and the invertible normalisation that LeRobot repeats at inference.
+
+The statistics are made safe once, here, before they are used or stored: LeRobot reads the same numbers with the
+same formulas and therefore normalises identically.
+
+With one data set its own statistics are used. With several, all are normalised by one merged set, computed over
+the pooled frames weighted by their share of the sample stream, because a checkpoint holds one set and the policy
+must meet at inference the numbers it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    Values = TypeVar("Values", np.ndarray, torch.Tensor)
+
+_EPSILON = 1e-8  # LeRobot's, in NormalizerProcessorStep
+_NARROW = 1e-4
+STATISTIC_NAMES = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")
+MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
+_BOUNDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Statistics of one feature, each (dims,) float32."""
+
+    mean: np.ndarray
+    std: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+    q01: np.ndarray
+    q10: np.ndarray
+    q90: np.ndarray
+    q99: np.ndarray
+    clamped: tuple[int, ...] = ()
+    """The dimensions of which at least one statistic was replaced by a safe one."""
+
+    def to_dict(self) -> dict[str, np.ndarray]:
+        """Name → (dims,), as LeRobot's ``stats.json`` and processors have it."""
+        return {name: getattr(self, name) for name in STATISTIC_NAMES}
+
+
+def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:
+    """Row and dimension of the first NaN or infinity of (frames, dims), or None."""
+    bad = ~np.isfinite(columns)
+    if not bad.any():
+        return None
+    row = int(bad.any(axis=1).argmax())
+    return row, int(bad[row].argmax())
+
+
+def compute_statistics(columns: np.ndarray, weights: np.ndarray | None = None) -> FeatureStatistics:
+    """Exact statistics of (frames, dims), in float64.
+
+    Quantiles are values that occur: the smallest one at which the (weighted) share of the frames reaches q. So a
+    merge over data sets equals the statistics of the pooled frames.
+
+    Args:
+        columns: (frames, dims) of any number type.
+        weights: (frames,) relative weights, or None for equal ones.
+
+    Raises:
+        ValueError: if there is no frame, or a value is not finite (named by dimension and row).
+    """
+    if columns.ndim != 2 or len(columns) == 0:
+        raise ValueError(f"statistics need values of shape (frames, dims), got {columns.shape}")
+    if (bad := first_non_finite(columns)) is not None:
+        row, dim = bad
+        raise ValueError(f"dimension {dim} is {columns[row, dim]} at row {row}: every value must be finite")
+    values = columns.astype(np.float64)
+    mean = np.average(values, axis=0, weights=weights)
+    quantiles = np.quantile(values, [0.01, 0.1, 0.9, 0.99], axis=0, weights=weights, method="inverted_cdf")
+    raw = {
+        "mean": mean,
+        "std": np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights)),
+        "min": values.min(axis=0),
+        "max": values.max(axis=0),
+        **dict(zip(("q01", "q10", "q90", "q99"), quantiles, strict=True)),
+    }
+    return _made_safe(raw)
+
+
+def merge_statistics(columns: Sequence[np.ndarray], shares: Sequence[float]) -> FeatureStatistics:
+    """Statistics of several data sets pooled, each one's frames together weighing its share of the stream.
+
+    Args:
+        columns: one (frames, dims) per data set, all of the same dims.
+        shares: each data set's fraction of the samples (``Mixture.shares``).
+    """
+    counts = [len(part) for part in columns]
+    pooled = np.concatenate(columns)
+    if np.allclose(np.asarray(counts) / sum(counts), shares, rtol=1e-12):
+        return compute_statistics(pooled)
+    per_frame = [np.full(count, share / count) for count, share in zip(counts, shares, strict=True)]
+    return compute_statistics(pooled, np.concatenate(per_frame))
+
+
+def _made_safe(raw: dict[str, np.ndarray]) -> FeatureStatistics:
+    """Replaces what would blow up a near-constant dimension.
+
+    Narrow means below 1e-4 × max(1, |mean|). A narrow std becomes 1. A narrow min..max becomes mean ± 1. A
+    narrow pair of quantiles becomes min..max, which is the right scale for a gripper that hardly ever moves.
+    """
+    safe = {name: value.copy() for name, value in raw.items()}
+    narrow = _NARROW * np.maximum(1.0, np.abs(raw["mean"]))
+    clamped = raw["std"] < narrow
+    safe["std"][clamped] = 1.0
+    flat = (raw["max"] - raw["min"]) < narrow
+    safe["min"][flat], safe["max"][flat] = raw["mean"][flat] - 1.0, raw["mean"][flat] + 1.0
+    clamped |= flat
+    for low, high in (("q01", "q99"), ("q10", "q90")):
+        tight = (raw[high] - raw[low]) < narrow
+        safe[low][tight], safe[high][tight] = safe["min"][tight], safe["max"][tight]
+        clamped |= tight
+    stored: dict[str, Any] = {name: value.astype(np.float32) for name, value in safe.items()}
+    return FeatureStatistics(**stored, clamped=tuple(int(dim) for dim in np.flatnonzero(clamped)))
+
+
+class Normalizer:
+    """Normalises the last dimension of numpy arrays or torch tensors with LeRobot's formulas, and back.
+
+    Args:
+        mode: one of ``MODES``.
+        statistics: of the feature; its dims are the last dimension of what is normalised.
+
+    Raises:
+        ValueError: on an unknown mode.
+    """
+
+    def __init__(self, mode: str, statistics: FeatureStatistics) -> None:
+        if mode not in MODES:
+            raise ValueError(f"normalisation mode {mode!r} is unknown, choose one of {', '.join(MODES)}")
+        self.mode = mode
+        self.statistics = statistics
+
+    def normalize(self, values: Values) -> Values:
+        """Physical units (…, dims) → normalised (…, dims), in the type of the input."""
+        if self.mode == "IDENTITY":
+            return values
+        if self.mode == "MEAN_STD":
+            mean, std = self._like(values, "mean"), self._like(values, "std")
+            return (values - mean) / (std + _EPSILON)
+        low, width = self._bounds(values)
+        return 2.0 * (values - low) / width - 1.0
+
+    def unnormalize(self, values: Values) -> Values:
+        """Normalised (…, dims) → physical units (…, dims)."""
+        if self.mode == "IDENTITY":
+            return values
+        if self.mode == "MEAN_STD":
+            return values * self._like(values, "std") + self._like(values, "mean")
+        low, width = self._bounds(values)
+        return (values + 1.0) * width / 2.0 + low
+
+    def _bounds(self, values: Values) -> tuple[Values, Values]:
+        low, high = (self._like(values, name) for name in _BOUNDS[self.mode])
+        return low, high - low  # never zero: _made_safe widened it
+
+    def _like(self, values: Values, name: str) -> Values:
+        statistic = getattr(self.statistics, name)
+        if isinstance(values, np.ndarray):
+            return statistic.astype(values.dtype)
+        import torch
+
+        return torch.as_tensor(statistic, dtype=values.dtype, device=values.device)
+
+
+def to_lerobot_stats(state: FeatureStatistics, action: FeatureStatistics) -> dict[str, dict[str, np.ndarray]]:
+    """The statistics under the names that a LeRobot checkpoint stores them by."""
+    return {"observation.state": state.to_dict(), "action": action.to_dict()}
