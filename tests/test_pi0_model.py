@@ -1,11 +1,13 @@
 """π0 against LeRobot's own, shrunk: same weights, same batch, same numbers.
 
-Run: pytest tests/test_pi0_model.py   (about half a minute, most of it importing LeRobot)
+Run: pytest tests/test_pi0_model.py   (about ten seconds, most of them importing LeRobot)
 """
 
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from agent.batch import ActionChunk, Batch, Observation
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0, prepare_images
+from agent.models.pi0.model import PI0, attend, prepare_images
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
 # LeRobot's attention assumes eight heads.
@@ -172,11 +174,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("case", "checkpointing"), [*((case, False) for case in CASES), ("all cameras", True)])
 def test_loss_gradients_and_actions_equal_lerobots(lerobot, case, checkpointing):
-    if checkpointing and case != "all cameras":
-        pytest.skip("one case is enough")
     ours, batch = lively_model(), make_batch(**CASES[case])
     ours.checkpoint_blocks = checkpointing
     theirs = lerobot.build(ours)
@@ -226,6 +225,19 @@ def test_a_sample_without_a_camera_equals_that_sample_alone():
     actions = model.sample_actions(batch.observation, batch.noise)
     one = select(batch, 1, CAMERAS[1:])
     assert relative(actions[1:2], model.sample_actions(one.observation, one.noise)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 8])
+def test_attention_shares_key_value_heads(kv_heads):
+    queries, keys, values = torch.randn(2, 8, 5, 4), torch.randn(2, kv_heads, 6, 4), torch.randn(2, kv_heads, 6, 4)
+    mask = torch.rand(2, 1, 5, 6) < 0.5
+    mask[..., 0] = True
+    scores = queries @ keys.repeat_interleave(8 // kv_heads, 1).transpose(2, 3) / 2
+    values_all = values.repeat_interleave(8 // kv_heads, 1)
+    for seen in (mask, None):
+        weights = (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
+        expected = (weights @ values_all).transpose(1, 2).reshape(2, 5, 32)
+        torch.testing.assert_close(attend(queries, keys, values, seen), expected)
 
 
 def test_uint8_images_equal_float_ones():
@@ -376,11 +388,9 @@ def test_a_sample_without_any_real_step_is_not_silent():
     assert loss[0] == 1 and loss[1].isnan()
 
 
-def test_flow_matching_needs_no_torch_to_draw():
-    import subprocess
-    import sys
-
-    code = "import sys, agent.models.flow_matching; assert 'torch' not in sys.modules"
+def test_drawing_and_configuring_need_no_torch():
+    modules = "agent.models.flow_matching, agent.models.pi0.configuration"
+    code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'lerobot'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -109,11 +109,14 @@ def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Mat
     """Sorts the tensor names of a checkpoint, by the layout that explains most of them."""
     names, known = list(names), shapes(config)
     layout = max(layouts, key=lambda layout: sum(layout.ours(name) in known for name in names))
-    sources, waived, extra = {}, {}, []
+    sources: dict[str, str] = {}
+    waived: dict[str, str] = {}
+    extra: list[str] = []
     for name in names:
+        ours = layout.ours(name)
         reason = next((reason for pattern, reason in WAIVED if re.fullmatch(pattern, name)), None)
-        if layout.ours(name) in known:
-            sources[layout.ours(name)] = name
+        if ours is not None and ours in known:
+            sources[ours] = name
         elif reason is not None:
             waived[name] = reason
         else:
@@ -154,9 +157,13 @@ def shapes(config: PI0Config) -> dict[str, tuple[int, ...]]:
 
 def expected(config: PI0Config) -> dict[str, str]:
     """Our name of every tensor of the model → LeRobot 0.6's."""
-    names = {name: LEROBOT.theirs(name) for name in shapes(config)}
-    assert all(names.values()), names
-    return names
+    return {name: _lerobot_name(name) for name in shapes(config)}
+
+
+def _lerobot_name(name: str) -> str:
+    theirs = LEROBOT.theirs(name)
+    assert theirs is not None, f"{name} has no name in LeRobot"
+    return theirs
 
 
 def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Tensor]:
@@ -164,8 +171,7 @@ def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Te
 
     No two tensors of the result share memory, which safetensors would refuse.
     """
-    out = {LEROBOT.theirs(name): tensor for name, tensor in state_dict.items()}
-    assert None not in out, [name for name in state_dict if LEROBOT.theirs(name) is None]
+    out = {_lerobot_name(name): tensor for name, tensor in state_dict.items()}
     prefix = "model.paligemma_with_expert."
     out[f"{prefix}paligemma.lm_head.weight"] = state_dict[EMBEDDING].clone()
     # Nothing reads the expert's head: a small type saves half a gigabyte.

@@ -244,11 +244,6 @@ class Gemma(nn.Module):
         self.layers = nn.ModuleList(GemmaLayer(table) for _ in range(table.depth))
         self.norm = RMSNorm(table.width)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the residual stream: that of the parameters, also under autocast."""
-        return self.layers[0].self_attn.q_proj.weight.dtype
-
 
 class Prefix(NamedTuple):
     """All that the suffix needs to know of images and instruction, and how it attends to them."""
@@ -275,7 +270,9 @@ class PI0(nn.Module, Policy):
         self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = Linear(expert.width, expert.width)
         self.action_out_proj = Linear(expert.width, config.max_action_dim)
-        if config.dtype == "bfloat16":
+        # The residual stream has the type of the parameters, also under autocast.
+        self.stream_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        if self.stream_dtype == torch.bfloat16:
             for gemma in (self.language, self.expert):
                 for name, parameter in gemma.named_parameters():
                     if "norm" not in name:
@@ -343,6 +340,7 @@ class PI0(nn.Module, Policy):
                 # LeCun's normal distribution.
                 fan_in = module.weight[0].numel()
                 nn.init.trunc_normal_(module.weight, std=fan_in**-0.5 / 0.87962566103423978, generator=generator)
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
             elif isinstance(module, Embedding):
                 std = module.embedding_dim**-0.5 if name.startswith("vision.") else 0.02
@@ -405,7 +403,7 @@ class PI0(nn.Module, Policy):
         # Gemma scales its token embeddings; image tokens stay as they are.
         tokens.append(self.language.embedding(observation.tokens) * width**0.5)
         masks.append(observation.token_mask)
-        return torch.cat([t.to(self.language.dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
+        return torch.cat([t.to(self.stream_dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
 
     def encode_prefix(self, observation: Observation) -> Prefix:
         """Keys and values of images and instruction at every layer, and the suffix's positions and mask."""
@@ -436,7 +434,7 @@ class PI0(nn.Module, Policy):
         actions_BTD = self.action_in_proj(noisy_BTA)
         mixed = torch.cat((actions_BTD, time_BD[:, None].expand_as(actions_BTD).type_as(actions_BTD)), dim=-1)
         actions_BTD = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
-        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).to(self.expert.dtype)
+        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).to(self.stream_dtype)
 
     def velocity(self, prefix: Prefix, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
         """The predicted velocity (B, T, A) float32 at the noisy actions."""
