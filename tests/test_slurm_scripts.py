@@ -113,9 +113,10 @@ class Shell:
             (self.binaries / name).write_text(text)
             (self.binaries / name).chmod(0o755)
 
-    def run(
-        self, script: Path | str, *arguments: str, cwd: Path = ROOT, runner: str = "bash", **variables: str
-    ) -> Outcome:
+    def run(self, script: Path | str, *arguments: str, **variables: str) -> Outcome:
+        return self.run_in(ROOT, script, *arguments, **variables)
+
+    def run_in(self, cwd: Path, script: Path | str, *arguments: str, **variables: str) -> Outcome:
         self.calls.write_text("")
         environment = {
             "PATH": f"{self.binaries}:/usr/local/bin:/usr/bin:/bin",
@@ -126,7 +127,7 @@ class Shell:
             **variables,
         }
         process = subprocess.run(
-            [runner, str(script), *arguments],
+            ["bash", str(script), *arguments],
             cwd=cwd,
             env=environment,
             text=True,
@@ -177,7 +178,7 @@ SLURM_JOB = {
         ({"attempt": "b", "state": "failed", "error_kind": "config"}, 137, "requeue", 1),
         ({"state": "finished"}, 1, "requeue", 1),
         (None, 137, "requeue", 1),
-        (None, 0, "fail", 1),
+        (None, 0, "done", 0),  # --help
         ({"attempt": "a", "state": "dancing"}, 1, "fail", 1),
     ],
 )
@@ -359,6 +360,28 @@ def test_master_address_and_port(shell: Shell, variables: dict[str, str], addres
     assert f"MASTER_ADDR={address}, MASTER_PORT={port}" in outcome.text
 
 
+def test_real_torchrun_takes_the_command_line_and_hands_the_attempt_on(shell: Shell) -> None:
+    checkout = shell.folder / "checkout"
+    shutil.copytree(ROOT / "slurms", checkout / "slurms")
+    shutil.copy(ROOT / "set_path.sh", checkout)
+    run = checkout / "src" / "agent" / "run.py"
+    run.parent.mkdir(parents=True)
+    run.write_text(
+        "import json, os, sys\n"
+        "assert os.environ['WORLD_SIZE'] == '2' and sys.argv[1:] == ['--config_path', 'config/train/pi0_demo.yaml']\n"
+        "status = {'attempt': os.environ['VLA_ATTEMPT'], 'state': 'failed', 'error_kind': 'config', 'reason': 'why'}\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    open(os.environ['VLA_STATUS_FILE'], 'w').write(json.dumps(status))\n"
+        "sys.exit(2)\n"
+    )
+    uv = 'shift; [[ "$1" != --* ]] || shift; [[ "$1" != torchrun ]] || set -- python -m torch.distributed.run "${@:2}"'
+    (shell.binaries / "uv").write_text(f'{RECORD}{uv}\nshift; exec "$REAL_PYTHON" "$@"\n')
+    outcome = shell.run(checkout / "slurms" / "train_scripts" / "pi0_demo.sh", CUDA_VISIBLE_DEVICES="0,1")
+    assert "fail: the configuration has to be corrected first: why" in outcome.text
+    assert "torchrun left with exit code 1" in outcome.text  # and not 2, which is why the status file decides
+    assert outcome.exit_code == 2
+
+
 def test_restart_count_of_a_first_start(shell: Shell) -> None:
     assert "restart count 0" in shell.run(DEMO, FAKE_STATUS=FINISHED).text
 
@@ -368,7 +391,7 @@ def test_restart_count_of_a_first_start(shell: Shell) -> None:
 
 def test_plain_bash_from_anywhere(shell: Shell) -> None:
     for cwd, script in ((ROOT, "slurms/train_scripts/pi0_demo.sh"), (shell.folder, DEMO), (DEMO.parent, DEMO.name)):
-        outcome = shell.run(script, cwd=cwd, FAKE_STATUS=FINISHED)
+        outcome = shell.run_in(cwd, script, FAKE_STATUS=FINISHED)
         assert outcome.exit_code == 0, outcome.text
         assert outcome.environment["PWD"] == str(ROOT)
 
@@ -378,11 +401,11 @@ def test_copy_in_the_spool_finds_the_repository(shell: Shell) -> None:
     spool.mkdir(parents=True)
     copy = spool / "slurm_script"
     shutil.copy(DEMO, copy)
-    outcome = shell.run(copy, cwd=shell.folder, FAKE_STATUS=FINISHED, **SLURM_JOB)
+    outcome = shell.run_in(shell.folder, copy, FAKE_STATUS=FINISHED, **SLURM_JOB)
     assert outcome.exit_code == 0, outcome.text
     assert outcome.environment["PWD"] == str(ROOT)
 
-    elsewhere = shell.run(copy, cwd=shell.folder, **{**SLURM_JOB, "SLURM_SUBMIT_DIR": str(shell.folder)})
+    elsewhere = shell.run_in(shell.folder, copy, **{**SLURM_JOB, "SLURM_SUBMIT_DIR": str(shell.folder)})
     assert elsewhere.exit_code == 2
     assert "cd REPOSITORY && sbatch slurms/train_scripts/pi0_demo.sh" in elsewhere.text
 

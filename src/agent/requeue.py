@@ -61,8 +61,8 @@ def decide(status: dict[str, Any] | None, attempt: str, exit_code: int, problem:
         problem = f"the status is of another attempt, {status.get('attempt')!r}"
         status = None
     if status is None and exit_code == 0:
-        # Nothing crashed and nothing was recorded: starting it again would do the same again, for ever.
-        return Decision("fail", 1, f"the run ended without an error, but {problem}")
+        # torchrun leaves with 0 only when every worker did. To start again would do the same again, for ever.
+        return Decision("done", 0, f"the run ended without an error, but {problem}: not a training, or --help?")
     if status is None:
         return Decision("requeue", 1, f"the run crashed with exit code {exit_code}: {problem}")
 

@@ -1,0 +1,262 @@
+"""The shipped sbatch scripts in a real SLURM of one node, started by the tests.
+
+Run: uv run pytest tests/test_slurm_cluster.py -m slow      (half a minute)
+
+Needs Debian's packages, `apt-get install slurm-wlm munge`, and root, since slurmd starts jobs for others; skipped
+where one is missing. The node is a fiction as far as its size goes: it says that it has the cores, the memory and
+the four GPUs that the scripts ask for. The run itself is a stand-in for `uv`, for what counts here is what SLURM does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
+SBIN = "/usr/sbin:/sbin"
+
+
+def why_not() -> str:
+    """Why there can be no cluster here; empty if there can be one."""
+    missing = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ.get('PATH', '')}:{SBIN}") is None]
+    if missing:
+        return f"SLURM is not installed: no {', '.join(missing)} (apt-get install slurm-wlm munge)"
+    return "" if os.geteuid() == 0 else "a SLURM node can be started by root only"
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not())]
+
+CONFIGURATION = """
+ClusterName=trial
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller_port}
+SlurmdPort={node_port}
+AuthType=auth/munge
+# A requeued job starts again once its old credential has expired, on a real cluster after two minutes.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+SchedulerParameters=bf_interval=1,sched_interval=2
+KillWait=2
+ReturnToService=2
+# The node may claim more than the machine has.
+SlurmdParameters=config_overrides
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:4 Features=a100,h100 State=UNKNOWN
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+"""
+
+# Stands for uv: real Python for the port and the decision, and for torchrun a run that leaves with the outcomes
+# listed in $OUTCOMES, one for each attempt: a state, or "crash".
+UV = r"""#!/bin/bash
+shift # run
+while [[ "$1" == --* ]]; do shift; done
+if [[ "$1" == python ]]; then shift; exec "$REAL_PYTHON" "$@"; fi
+echo "stand-in: $*"
+echo "stand-in, on stderr" >&2
+read -r -a outcomes <<<"$OUTCOMES"
+state=${outcomes[${SLURM_RESTART_COUNT:-0}]}
+[[ "$state" != crash ]] || exit 1
+kind=null
+[[ "$state" != config ]] || { state=failed; kind='"config"'; }
+printf '{"attempt": "%s", "state": "%s", "error_kind": %s, "reason": "because", "step": 3}' \
+    "$VLA_ATTEMPT" "$state" "$kind" >"$VLA_STATUS_FILE"
+[[ "$state" == finished ]]
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: str, condition: Callable[[], bool], seconds: float) -> None:
+    """Returns when ``condition`` holds; fails, saying for what it waited, when it does not within ``seconds``."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+def make_gpu(path: Path, index: int) -> None:
+    """A file that SLURM hands out as a GPU. It sets CUDA_VISIBLE_DEVICES for a device file, else only the count."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(195, index))
+    except PermissionError:  # an unprivileged container
+        path.touch()
+
+
+@dataclass
+class Cluster:
+    """One running controller and node, and a checkout to submit from."""
+
+    folder: Path
+    checkout: Path
+    environment: dict[str, str]
+
+    def command(self, *arguments: str, **variables: str) -> str:
+        process = subprocess.run(
+            arguments,
+            cwd=self.checkout,
+            env=self.environment | variables,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=30,
+            check=False,
+        )
+        assert process.returncode == 0, f"{arguments}: {process.stdout}"
+        return process.stdout
+
+    def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
+        """``sbatch``, as a user does it from the repository's root; the job's number."""
+        path = f"slurms/train_scripts/{script}.sh"
+        return self.command("sbatch", "--parsable", *options, path, *arguments, **variables).strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What SLURM knows of the job."""
+        text = self.command("scontrol", "show", "job", "--oneliner", number)
+        return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+
+    def wait(self, number: str, seconds: float = 90) -> dict[str, str]:
+        """Waits for the job's end, through requeues."""
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+        wait_for(f"the end of job {number}", lambda: self.job(number)["JobState"] in ends, seconds)
+        return self.job(number)
+
+    def log(self, name: str, stream: str = "out") -> str:
+        return (self.checkout / "log" / "slurm" / "train" / f"{name}.{stream}").read_text()
+
+
+def make_checkout(folder: Path) -> None:
+    """The files that a job's shell needs, where a test may write."""
+    shutil.copytree(ROOT / "slurms", folder / "slurms")
+    shutil.copy(ROOT / "set_path.sh", folder)
+    (folder / "log" / "slurm" / "train").mkdir(parents=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("slurm")
+    checkout = folder / "checkout"
+    make_checkout(checkout)
+    binaries = folder / "bin"
+    for name in ("state", "spool", "bin", "home"):
+        (folder / name).mkdir()
+    (binaries / "uv").write_text(UV)
+    (binaries / "uv").chmod(0o755)
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+
+    host = socket.gethostname().split(".")[0]
+    configuration = folder / "slurm.conf"
+    configuration.write_text(
+        CONFIGURATION.format(host=host, folder=folder, controller_port=free_port(), node_port=free_port())
+    )
+    for index in range(4):
+        make_gpu(folder / f"gpu{index}", index)
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-3]\n")
+    (folder / "cgroup.conf").touch()
+
+    # Nothing of the session that runs the tests reaches the jobs but what is named here.
+    environment = {
+        "PATH": f"{binaries}:/usr/local/bin:/usr/bin:/bin:{SBIN}",
+        "HOME": str(folder / "home"),
+        "SLURM_CONF": str(configuration),
+        "REAL_PYTHON": sys.executable,
+    }
+    running = Cluster(folder, checkout, environment)
+    munge_files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(*command: str) -> None:
+        with (folder / f"{command[0]}.log").open("wb") as log:
+            daemons[command[0]] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def idle() -> bool:
+        for name, daemon in daemons.items():
+            assert daemon.poll() is None, (folder / f"{name}.log").read_text()
+        process = subprocess.run(["sinfo", "-h", "-o", "%T"], env=environment, capture_output=True, text=True)
+        return process.stdout.strip() == "idle"
+
+    try:
+        # --force: the folder is not open to all, and only we use the socket.
+        start("munged", "--foreground", "--force", f"--socket={folder}/munge.sock", *munge_files)
+        wait_for("munged", (folder / "munge.sock").exists, 10)
+        start("slurmctld", "-D", "-i", "-f", str(configuration))
+        start("slurmd", "-D", "-f", str(configuration), "-N", host)
+        wait_for("the node", idle, 30)
+        yield running
+    finally:
+        for daemon in reversed(daemons.values()):
+            daemon.terminate()
+        for daemon in reversed(daemons.values()):
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+
+
+def test_crash_and_preempted_run_are_requeued_and_logs_appended(cluster: Cluster) -> None:
+    number = cluster.submit("pi0_demo", "--name", "a b", OUTCOMES="crash preempted finished")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "2")
+    out = cluster.log("pi0_demo")
+    assert re.findall(r"restart count (\d)", out) == ["0", "1", "2"]
+    assert out.count("src/agent/run.py --config_path config/train/pi0_demo.yaml --name a b\n") == 3
+    assert out.count("--nproc_per_node=1 ") == 3
+    assert "requeue: the run crashed with exit code 1: it wrote no status" in out
+    assert "requeue: preempted at step 3: because" in out
+    assert "done: finished at step 3" in out
+    assert cluster.log("pi0_demo", "err").count("stand-in, on stderr") == 3
+
+
+def test_config_error_ends_the_job_at_once(cluster: Cluster) -> None:
+    number = cluster.submit("pi0_demo", options=("--job-name=mistake",), OUTCOMES="config")
+    job = cluster.wait(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "fail: the configuration has to be corrected first: because" in cluster.log("mistake")
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "slurms" / "train_scripts").glob("*.sh")))
+def test_header_is_accepted_and_its_gpus_are_used(cluster: Cluster, script: str) -> None:
+    number = cluster.submit(script, options=(f"--job-name=header_{script}",), OUTCOMES="finished")
+    assert cluster.wait(number)["JobState"] == "COMPLETED"
+    out = cluster.log(f"header_{script}")
+    gpus = 0 if script == "pi0_demo" else 4
+    assert re.search(rf"GPUs {gpus} \(CUDA_VISIBLE_DEVICES=({','.join(map(str, range(gpus)))}|unset)\)", out)
+    assert f"--nproc_per_node={max(1, gpus)} " in out
+
+
+def test_demo_takes_a_gpu_that_is_asked_for_on_the_command_line(cluster: Cluster) -> None:
+    options = ("--job-name=one_gpu", "--gres=gpu:1")
+    number = cluster.submit("pi0_demo", options=options, OUTCOMES="finished")
+    assert cluster.wait(number)["JobState"] == "COMPLETED"
+    assert "GPUs 1 (" in cluster.log("one_gpu")
