@@ -328,13 +328,8 @@ def test_mixed_precision_is_close():
     assert model.action_in_proj.weight.grad.dtype == torch.float32
 
 
-def test_bfloat16_parameters_are_lerobots(lerobot):
-    model, batch = lively_model(dtype="bfloat16"), make_batch()
-    policy = lerobot.build(model, dtype="bfloat16")
-    theirs = {name: p.dtype for name, p in policy.named_parameters()}
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == theirs[adapter.LEROBOT.theirs(name)], name
-    assert relative(model(batch), their_errors(policy, batch)[:, :, :ACTION_DIM].mean((1, 2))) < 2e-2
+def test_parameters_are_float32_whatever_the_training_precision():
+    assert {p.dtype for p in small_model(dtype="bfloat16").parameters()} == {torch.float32}
 
 
 def test_a_batch_that_does_not_fit_is_refused():

@@ -73,7 +73,8 @@ class PI0Config(ModelConfig):
     vision_variant: VisionVariant | str = "so400m"
     """Sizes of the vision tower: "so400m" or a table (not in LeRobot)."""
     dtype: str = "float32"
-    """Type of the parameters; "bfloat16" keeps vision, norms and small projections in float32, as LeRobot does."""
+    """With "bfloat16", train with bfloat16 autocast, as ``use_bf16`` does. Parameters are float32 either way, unlike
+    LeRobot's: rounded to bfloat16, they would swallow the updates of a small learning rate."""
     tokenizer_path: str = "google/paligemma-3b-pt-224"
     """Folder or Hub name of the tokenizer (not in LeRobot, which fixes it)."""
     tokenizer_max_length: int = 48

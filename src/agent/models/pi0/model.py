@@ -270,13 +270,6 @@ class PI0(nn.Module, Policy):
         self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = Linear(expert.width, expert.width)
         self.action_out_proj = Linear(expert.width, config.max_action_dim)
-        # The residual stream has the type of the parameters, also under autocast.
-        self.stream_dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-        if self.stream_dtype == torch.bfloat16:
-            for gemma in (self.language, self.expert):
-                for name, parameter in gemma.named_parameters():
-                    if "norm" not in name:
-                        parameter.data = parameter.data.bfloat16()
 
     # ---- contract
 
@@ -403,7 +396,8 @@ class PI0(nn.Module, Policy):
         # Gemma scales its token embeddings; image tokens stay as they are.
         tokens.append(self.language.embedding(observation.tokens) * width**0.5)
         masks.append(observation.token_mask)
-        return torch.cat([t.to(self.stream_dtype) for t in tokens], dim=1), torch.cat(masks, dim=1)
+        # float32, also under autocast: it is the residual stream, to which every layer adds a little.
+        return torch.cat([t.float() for t in tokens], dim=1), torch.cat(masks, dim=1)
 
     def encode_prefix(self, observation: Observation) -> Prefix:
         """Keys and values of images and instruction at every layer, and the suffix's positions and mask."""
@@ -434,7 +428,7 @@ class PI0(nn.Module, Policy):
         actions_BTD = self.action_in_proj(noisy_BTA)
         mixed = torch.cat((actions_BTD, time_BD[:, None].expand_as(actions_BTD).type_as(actions_BTD)), dim=-1)
         actions_BTD = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
-        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).to(self.stream_dtype)
+        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).float()
 
     def velocity(self, prefix: Prefix, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
         """The predicted velocity (B, T, A) float32 at the noisy actions."""
