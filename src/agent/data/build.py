@@ -9,7 +9,7 @@ import numpy as np
 
 from agent.data import files
 from agent.data.features import check_features
-from agent.data.loader import DataConfig, Draw, SampleReader
+from agent.data.loader import DataConfig, Draw, SampleReader, start_fork_server
 from agent.data.mixture import Mixture
 from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, merge_statistics
 from agent.data.source import DatasetConfig, Source, hold_out, open_source
@@ -68,6 +68,8 @@ def build_data(
         raise ValueError("data.train.datasets is empty: name at least one data set")
     if normalization_mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
+    if config.train.num_workers:
+        start_fork_server()
     training, validation, report = _open_sources(config, spec)
     spec, notes = check_features([*training, *validation], spec)
     report += notes
@@ -79,7 +81,10 @@ def build_data(
         if statistics[name].clamped:
             report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
     for source in validation:
-        _finite_columns(source, "state"), _finite_columns(source, "action")
+        for name in ("state", "action"):
+            _finite_columns(source, name)
+    for source in [*training, *validation]:
+        source.open()
     tasks = sorted({task for source in [*training, *validation] for task in source.tasks()})
     paraphrases: dict[str, list[str]] = {}
     if task_paraphrase is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -217,6 +216,21 @@ def _as_batch(tree: dict[str, Any]) -> Batch:
     return Batch(**{**tree, "observation": observation, "actions": actions})
 
 
+def _start_worker(number: int) -> None:
+    """Runs in a new worker, after torch has given it a SIGTERM handler of its own."""
+    from agent.data.worker import ignore_cluster_signals
+
+    ignore_cluster_signals(number)
+
+
+def start_fork_server() -> None:
+    """Begins to import in the background what workers need, some seconds ahead of the first loader."""
+    from multiprocessing import forkserver
+
+    forkserver.set_forkserver_preload(["agent.data.worker"])
+    forkserver.ensure_running()
+
+
 class TrainLoader(Iterator[Batch]):
     """An endless iterator over one rank's micro-batches.
 
@@ -255,8 +269,8 @@ class TrainLoader(Iterator[Batch]):
         from torch.utils.data import DataLoader
 
         assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
-        multiprocessing.set_forkserver_preload(["agent.data.worker"])
         if num_workers:
+            start_fork_server()
             for source in reader.sources:
                 source.open()  # once here; workers take it over
         self._workers = num_workers
@@ -268,6 +282,7 @@ class TrainLoader(Iterator[Batch]):
                 num_workers=num_workers,
                 prefetch_factor=prefetch_factor if num_workers else None,
                 multiprocessing_context="forkserver" if num_workers else None,
+                worker_init_fn=_start_worker,
                 pin_memory=pin,
                 # A generator of its own: DataLoader would otherwise draw from the process's.
                 generator=torch.Generator().manual_seed(0),
@@ -299,22 +314,23 @@ class TrainLoader(Iterator[Batch]):
 
 
 @dataclass(frozen=True)
-class ValidationExtras:
-    """What an evaluator needs beside a batch; physical units."""
+class ValidationBatch:
+    """A batch of validation samples with what is needed to judge sampled actions."""
 
-    index: torch.Tensor
-    """(B,) int64, place in the validation set."""
-    actions: torch.Tensor
-    """(B, T, a) float32, the recorded actions."""
-    previous_action: torch.Tensor
-    """(B, a) float32, the action recorded one frame before the observation."""
-    previous_is_pad: torch.Tensor
-    """(B,) bool, True on an episode's first frame, where ``previous_action`` is that frame's own."""
+    batch: Batch
+    index: np.ndarray
+    """(B,) int64, place of each sample in the validation set."""
+    actions: np.ndarray
+    """(B, T, a) float32, the recorded actions in the data set's own units."""
+    previous_action: np.ndarray
+    """(B, a) float32, the action recorded one frame before the observation, in the same units."""
+    has_previous: np.ndarray
+    """(B,) bool, False on an episode's first frame, where ``previous_action`` is that frame's own."""
 
 
 def validation_batches(
     reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
-) -> Iterator[tuple[Batch, ValidationExtras]]:
+) -> Iterator[ValidationBatch]:
     """One rank's part of a fixed set of validation samples: every ``world``-th, so that all together are the set.
 
     The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
@@ -325,8 +341,6 @@ def validation_batches(
         size: samples of the set over all ranks; all frames when there are fewer, or when 0.
         batch: samples per batch; the last may be smaller.
     """
-    import torch
-
     lengths = [len(source) for source in reader.sources]
     frames, starts = sum(lengths), np.cumsum([0, *lengths])
     size = min(size, frames) if size > 0 else frames
@@ -339,12 +353,10 @@ def validation_batches(
             samples.append(reader.sample(index, dataset, pooled - int(starts[dataset])))
         previous = [sample.previous_action for sample in samples if sample.previous_action is not None]
         assert len(previous) == len(samples), "validation sources are opened with the previous action"
-        yield (
-            collate(samples, reader.spec, reader.tokens.pad_token_id),
-            ValidationExtras(
-                index=torch.tensor([sample.k for sample in samples], dtype=torch.int64),
-                actions=torch.from_numpy(np.stack([sample.raw_actions for sample in samples])),
-                previous_action=torch.from_numpy(np.stack(previous)),
-                previous_is_pad=torch.tensor([sample.previous_is_pad for sample in samples]),
-            ),
+        yield ValidationBatch(
+            batch=collate(samples, reader.spec, reader.tokens.pad_token_id),
+            index=np.asarray([sample.k for sample in samples]),
+            actions=np.stack([sample.raw_actions for sample in samples]),
+            previous_action=np.stack(previous),
+            has_previous=np.asarray([not sample.previous_is_pad for sample in samples]),
         )

@@ -2,15 +2,23 @@
 
 The training process has threads and perhaps a CUDA context, which a fork would copy half dead. A fork server is a
 fresh process without either; with the heavy imports done there once, a worker starts in milliseconds and shares
-their memory. Importing this module is what prepares the server, so nobody else imports it.
+their memory. Importing this module is what prepares the server; in the training process nobody imports it.
 """
 
 import signal
 
-import lerobot.datasets.lerobot_dataset
+import lerobot.datasets.lerobot_dataset  # noqa: F401
 import torch.utils.data  # noqa: F401
 
-# A cluster sends its signal to every process of a job. The trainer answers it and still needs samples until its
-# update is done; workers and server end when the trainer closes them or is gone.
-for _signal in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(_signal, signal.SIG_IGN)
+
+def ignore_cluster_signals(_worker: int = 0) -> None:
+    """Lets this process live through the signals that a cluster sends to every process of a job.
+
+    The trainer answers them, and still needs samples until its update is done. Workers and server end when the
+    trainer closes them or is gone.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+ignore_cluster_signals()
