@@ -82,6 +82,20 @@ class Batch:
         return int(self.sample_index.shape[0])
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What a validation batch is judged by, in the data set's own units."""
+
+    index: Tensor
+    """(B,) int64, place of each sample in the validation set."""
+    actions: Tensor
+    """(B, T, a) float32, the recorded actions."""
+    previous_action: Tensor
+    """(B, a) float32, the action recorded one frame before the observation."""
+    previous_is_pad: Tensor
+    """(B,) bool, True on an episode's first frame, which has no action before it."""
+
+
 def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:
     """A copy of a (nested) batch with all its tensors on ``device``."""
     moved: dict[str, Any] = {}

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from agent.batch import Batch, Observation
+    from agent.batch import Observation
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Policy(ABC):
     """
 
     config: Any
+    checkpoint_blocks: bool
+    """The trainer's switch: compute each wrap unit's activations again in the backward pass instead of keeping them."""
 
     @abstractmethod
     def sample_actions(self, observation: Observation, noise: Tensor) -> Tensor:

@@ -310,6 +310,16 @@ class PI0Config(ModelConfig):
         spec = (self.output_features or {}).get(ACTION)
         return None if spec is None else spec.shape[0]
 
+    def adopt_features(self, cameras: tuple[str, ...], state_dim: int, action_dim: int) -> None:
+        """Takes over what the data set has, for a config that leaves its features open."""
+        image = FeatureSpec("VISUAL", [3, *self.image_resolution])
+        self.input_features = {
+            **{slot: (self.input_features or {}).get(slot, image) for slot in cameras},
+            STATE: FeatureSpec("STATE", [state_dim]),
+        }
+        self.output_features = {ACTION: FeatureSpec("ACTION", [action_dim])}
+        self._check_features()
+
     def to_lerobot(self, last_update: int = 30_000) -> dict[str, Any]:
         """What LeRobot 0.6.1 writes as config.json; it loads there if the sizes are standard ones.
 

@@ -1,0 +1,267 @@
+"""The training config: every key of ``config/train/*.yaml``, how the keys agree with the model JSON, and the
+numbers that follow from them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import yaml
+
+from agent.data.loader import DataConfig
+from agent.metrics import WandbConfig
+from agent.models.base import ModelConfig
+from agent.models.registry import PlaceholderConfig
+from agent.strict_config import ConfigError, load
+
+
+@dataclass
+class TrainPipelineConfig:
+    """One training run. Precedence: these defaults < the YAML file < the command line."""
+
+    model_cfg: ModelConfig
+    """The model, usually `!include ../model/X.json`; `{<<: !include ../model/X.json, chunk_size: 8}` changes values."""
+    data: DataConfig
+    """The data sets to train on and to validate with."""
+    name: str | None = None
+    """Name of the run and of its folder `${VLA_LOG_DIR}/<name>`; the stem of the config file when not given."""
+    seed: int = 42
+    """Seed of every random draw: order of the samples, noise, times, fresh weights."""
+    debug: bool = False
+    """Log every detail, load data in the main process, no wandb, and let autograd name the operation that made a NaN."""
+    load_from_checkpoint: str | None = None
+    """Weights to start from: a folder, a `.safetensors` file or a hub id. Only weights; the run starts at update 0."""
+    resume_run: bool = True
+    """Continue from this run's own newest checkpoint when there is one."""
+    resume_changes: bool = False
+    """Allow a resume although keys that change the mathematics or the data differ from the checkpoint's config."""
+    global_batch_size: int = 32
+    """Samples per optimizer update, over all GPUs and accumulation steps."""
+    per_device_batch_size: int = 32
+    """Samples that one GPU holds at once. Accumulation steps = global / (per device × number of processes)."""
+    n_epochs: float = 1.0
+    """Passes over the training frames. Not used when `n_updates` is given."""
+    n_updates: int | None = None
+    """Optimizer updates of the run; wins over `n_epochs`."""
+    max_grad_norm: float | None = None
+    """Clip the gradient's norm to this. Not set: the model JSON's `optimizer_grad_clip_norm`. 0 turns clipping off."""
+    use_bf16: bool | None = None
+    """bfloat16 autocast over float32 parameters. Not set: true when the model JSON's `dtype` is bfloat16."""
+    use_torch_compile: bool | None = None
+    """Compile the model's blocks. Not set: the model JSON's `compile_model`."""
+    freeze_lm_head: bool | None = None
+    """Freeze the language head, in π0 the same table as the token embedding. Not set: the model JSON's value."""
+    freeze_vlm: bool | None = None
+    """Train only the action expert and its projections. Not set: the model JSON's `train_expert_only`."""
+    deterministic: bool = False
+    """On a GPU: only deterministic kernels, so that two runs agree bit for bit. Slower. A CPU always is."""
+    task_paraphrase: str | None = None
+    """JSON of instruction → list of paraphrases; each sample takes one of them with probability 0.5."""
+    save_model_freq: int = 1000
+    """Updates between checkpoints; the last update is always saved."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    log_freq: int = 10
+    """Updates between lines in `metrics.jsonl`, the log and wandb."""
+    eval_freq: int = 1000
+    """Updates between validations, and one after the last update; 0 turns validation off."""
+    eval_size: int = 256
+    """Held-out samples in a validation, the same ones every time."""
+    eval_thresholds: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])
+    """Validation reports the fraction of action values within each of these distances, in the action's own unit."""
+    use_wandb: bool = True
+    """Log to Weights & Biases as well; `metrics.jsonl` is always written."""
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    """Weights & Biases settings."""
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "per_device_batch_size", "save_model_freq", "keep_checkpoints", "log_freq"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key in ("eval_freq", "eval_size", "max_grad_norm", "seed"):
+            if (getattr(self, key) or 0) < 0:
+                raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if self.n_updates is not None and self.n_updates < 1:
+            raise ValueError(f"n_updates must be at least 1, got {self.n_updates}")
+        if self.n_updates is None and self.n_epochs <= 0:
+            raise ValueError(f"n_epochs must be above 0, got {self.n_epochs}")
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+            raise ValueError(f"name must be usable as a folder's name, got '{self.name}'")
+        if self.eval_freq and self.eval_size < 1:
+            raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")
+        if isinstance(self.model_cfg, PlaceholderConfig):
+            raise ValueError(self.model_cfg.cannot_train())
+
+    @property
+    def run_dir(self) -> Path:
+        """`${VLA_LOG_DIR}/<name>`, or `runs/<name>` when the variable is not set."""
+        assert self.name is not None
+        return Path(os.environ.get("VLA_LOG_DIR") or "runs") / self.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All numbers that follow from the config, the number of processes and the number of training frames."""
+
+    world_size: int
+    accumulation_steps: int
+    train_frames: int
+    updates_per_epoch: float
+    n_updates: int
+
+    def describe(self, config: TrainPipelineConfig) -> str:
+        """One line for the log."""
+        return (
+            f"global batch {config.global_batch_size} = {config.per_device_batch_size} per device × "
+            f"{self.world_size} processes × {self.accumulation_steps} accumulation steps; {self.train_frames} training "
+            f"frames = {self.updates_per_epoch:.1f} updates per epoch; {self.n_updates} updates = "
+            f"{self.n_updates / self.updates_per_epoch:.2f} epochs"
+        )
+
+
+def accumulation_steps(config: TrainPipelineConfig, world_size: int) -> int:
+    """Micro-batches per update.
+
+    Raises:
+        ConfigError: if the global batch is not a multiple of what all devices hold; names batches that are.
+    """
+    together = config.per_device_batch_size * world_size
+    steps, rest = divmod(config.global_batch_size, together)
+    if rest == 0 and steps > 0:
+        return steps
+    nearest = sorted({max(steps, 1) * together, (steps + 1) * together})
+    per_device = [b for b in range(1, config.per_device_batch_size) if config.global_batch_size % (b * world_size) == 0]
+    alternative = f", or per_device_batch_size: {per_device[-1]}" if per_device else ""
+    raise ConfigError(
+        f"global_batch_size {config.global_batch_size} is not a multiple of per_device_batch_size × processes = "
+        f"{config.per_device_batch_size} × {world_size} = {together}; write global_batch_size: "
+        f"{' or '.join(map(str, nearest))}{alternative}"
+    )
+
+
+def make_plan(config: TrainPipelineConfig, world_size: int, train_frames: int) -> Plan:
+    """The one place where derived numbers are computed."""
+    updates_per_epoch = train_frames / config.global_batch_size
+    n_updates = config.n_updates or max(1, math.ceil(config.n_epochs * updates_per_epoch))
+    return Plan(world_size, accumulation_steps(config, world_size), train_frames, updates_per_epoch, n_updates)
+
+
+# Keys of which both the training YAML and the model JSON have a say: (YAML, JSON, YAML value → JSON value).
+_SHARED_KEYS = (
+    ("max_grad_norm", "optimizer_grad_clip_norm", float),
+    ("freeze_vlm", "train_expert_only", bool),
+    ("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32"),
+    ("use_torch_compile", "compile_model", bool),
+    ("freeze_lm_head", "freeze_lm_head", bool),
+)
+
+
+def reconcile(config: TrainPipelineConfig) -> list[str]:
+    """Makes YAML and model JSON agree, in place; the YAML wins where it sets a value. Returns lines for the log."""
+    model: Any = config.model_cfg
+    lines = []
+    for key, model_key, to_model in _SHARED_KEYS:
+        chosen, stated = getattr(config, key), getattr(model, model_key)
+        if chosen is None:
+            setattr(config, key, stated == "bfloat16" if model_key == "dtype" else stated)
+        elif to_model(chosen) != stated:
+            lines.append(f"{key}: {chosen} of the training config wins over {model_key}: {stated} of the model config")
+            setattr(model, model_key, to_model(chosen))
+    model.__post_init__()  # its own checks, on the values it has now
+    if config.load_from_checkpoint is None and model.pretrained_path is not None:
+        config.load_from_checkpoint = str(model.pretrained_path)
+        if model.pretrained_revision:
+            config.load_from_checkpoint += f"@{model.pretrained_revision}"
+        lines.append(f"load_from_checkpoint: {config.load_from_checkpoint}, from the model config's pretrained_path")
+    if config.debug:
+        config.use_wandb = False
+        config.data.train.num_workers = 0
+        lines.append("debug: true turns wandb and loader workers off")
+    return lines
+
+
+def load_config(path: str | Path, arguments: list[str], world_size: int) -> tuple[TrainPipelineConfig, list[str]]:
+    """Reads, checks and completes a training config, without importing torch.
+
+    Args:
+        path: the YAML file.
+        arguments: overrides from the command line.
+        world_size: the number of processes that torchrun started.
+
+    Returns:
+        The config and lines for the log.
+
+    Raises:
+        ConfigError: for every mistake that can be found without data, weights or a GPU.
+    """
+    path = Path(path)
+    config, _ = load(TrainPipelineConfig, path, arguments)
+    if config.name is None:
+        config.name = path.stem
+    lines = reconcile(config)
+    accumulation_steps(config, world_size)
+    if not config.data.train.datasets:
+        raise ConfigError(f"{path}: data.train.datasets is empty; list at least one {{repo_id: …, root: …}}")
+    if config.use_wandb:
+        config.wandb.check()
+    return config, lines
+
+
+def dump(config: TrainPipelineConfig) -> dict[str, Any]:
+    """The resolved config as plain data."""
+    return draccus.encode(config)
+
+
+def dump_yaml(config: TrainPipelineConfig) -> str:
+    """The resolved config as YAML; ``--config_path`` takes it back."""
+    return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
+
+
+# Keys that may differ between a checkpoint and the run that continues it: they change neither mathematics nor data.
+_FREE_ON_RESUME = (
+    "name",
+    "debug",
+    "resume_run",
+    "resume_changes",
+    "load_from_checkpoint",
+    "per_device_batch_size",
+    "use_torch_compile",
+    "deterministic",
+    "save_model_freq",
+    "keep_checkpoints",
+    "log_freq",
+    "eval_freq",
+    "eval_size",
+    "eval_thresholds",
+    "use_wandb",
+    "wandb",
+    "data.train.num_workers",
+    "data.train.prefetch_factor",
+    "data.train.video_backend",
+    *(
+        f"model_cfg.{key}"
+        for key in (
+            "device compile_model compile_mode gradient_checkpointing pretrained_path pretrained_revision push_to_hub "
+            "repo_id private tags license n_action_steps num_inference_steps paligemma_pretrained_path"
+        ).split()
+    ),
+)
+
+
+def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lines ``key: old → new`` of all keys that a resume must not change silently."""
+    lines = []
+    for key in [*saved, *(k for k in current if k not in saved)]:
+        name = f"{prefix}{key}"
+        old, new = saved.get(key), current.get(key)
+        if old == new or name in _FREE_ON_RESUME:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += changes_since(old, new, f"{name}.")
+        else:
+            lines.append(f"{name}: {old} → {new}")
+    return lines

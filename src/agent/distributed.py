@@ -1,0 +1,210 @@
+"""The processes of one run: who am I, agreeing with the others, and stopping together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says about this process; read from the environment, no device touched."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    local_world_size: int = 1
+    under_torchrun: bool = False
+
+
+def read_launch() -> Launch:
+    """This process's place among the others.
+
+    Raises:
+        ValueError: if only some of torchrun's variables are set.
+    """
+    present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    if not present:
+        return Launch()
+    missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(present)} set but {', '.join(missing)} not: that is half of a distributed environment. Start with "
+            "`torchrun --standalone --nproc_per_node=N src/agent/run.py …`, or unset them to run one process"
+        )
+    rank, local_rank, world, local_world = (int(os.environ[name]) for name in _TORCHRUN_VARIABLES[:4])
+    if world != local_world:
+        raise ValueError(f"{world} processes on several nodes; one node is supported: --nnodes=1")
+    return Launch(rank, local_rank, world, local_world, under_torchrun=True)
+
+
+class Processes:
+    """The process group. Collectives that carry decisions run on the CPU, so that they never wait for a GPU."""
+
+    def __init__(self, launch: Launch, device: torch.device) -> None:
+        self.rank, self.world_size, self.device = launch.rank, launch.world_size, device
+        self._control: Any = None
+        if launch.under_torchrun:
+            import torch.distributed as dist
+
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+            self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        """True when there is a process group, be it of one process."""
+        return self._control is not None
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if the flag is on any."""
+        return self.sum([float(flag)])[0] > 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Elementwise sums over the processes, in float64."""
+        if not self.distributed:
+            return values
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, group=self._control)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks, on every process."""
+        if not self.distributed:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def on_main(self, action: Callable[[], T]) -> T | None:
+        """Runs ``action`` on rank 0 alone and keeps the result there; its error reaches every process.
+
+        So a failure on rank 0 ends all processes with the same message instead of leaving the others waiting.
+        """
+        result: T | None = None
+        failure: Exception | None = None
+        told: tuple[bool, str] | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as error:
+                failure = error
+                # The text travels, not the object: not every exception can be pickled.
+                told = (isinstance(error, ValueError), str(error))
+        told = self._from_main(told)
+        if failure is not None:
+            raise failure
+        if told is not None:
+            is_user_error, text = told
+            raise ValueError(text) if is_user_error else RuntimeError(f"rank 0 failed: {text}")
+        return result
+
+    def main_decides(self, action: Callable[[], T]) -> T:
+        """Runs ``action`` on rank 0 alone; its result, or its error, reaches every process."""
+        return self._from_main(cast(T, self.on_main(action)))
+
+    def _from_main(self, value: T) -> T:
+        if not self.distributed:
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        return box[0]
+
+    def main_first(self, action: Callable[[], T]) -> T:
+        """``action`` on rank 0, then on the others: for what fills a cache that the others read."""
+        result = self.on_main(action)
+        return cast(T, result) if self.is_main else action()
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if self.distributed:
+            import torch.distributed as dist
+
+            dist.destroy_process_group()
+            self._control = None
+
+
+def choose_device(launch: Launch, wanted: str | None) -> torch.device:
+    """The GPU of this process, or the CPU where there is none.
+
+    Args:
+        launch: this process's place.
+        wanted: ``cpu``, ``cuda`` or None (a GPU if there is one), as in the model config's ``device``.
+
+    Raises:
+        ValueError: if a GPU is asked for and missing, or more processes than GPUs were started.
+    """
+    import torch
+
+    if wanted not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"model_cfg.device: '{wanted}' is not supported; write cuda, cpu or null (the GPU if there is one)"
+        )
+    gpus = torch.cuda.device_count()
+    if wanted == "cpu" or (wanted is None and gpus == 0):
+        return torch.device("cpu")
+    if gpus == 0:
+        raise ValueError(
+            "model_cfg.device is cuda, but no GPU is visible; write cpu or null, or check CUDA_VISIBLE_DEVICES"
+        )
+    if launch.local_world_size > gpus:
+        raise ValueError(
+            f"{launch.local_world_size} processes were started but {gpus} GPU{'s are' if gpus > 1 else ' is'} visible; "
+            f"write --nproc_per_node={gpus}, or ask the cluster for more GPUs"
+        )
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+class StopRequest:
+    """Remembers that somebody asked this process to stop; the training loop looks at the next update boundary."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self.reason:
+            raise KeyboardInterrupt  # the second Ctrl-C means now
+        self.reason = f"received {signal.Signals(number).name}"
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Catches SIGTERM, SIGUSR1 and SIGINT while the context lasts."""
+        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def agreed(self, processes: Processes) -> str:
+        """The reason to stop if any process was asked to, the same on all; empty otherwise."""
+        if not processes.any(bool(self.reason)):
+            return ""
+        reasons = sorted({reason for reason in processes.gather(self.reason) if reason})
+        return ", ".join(reasons)

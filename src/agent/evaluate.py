@@ -1,0 +1,75 @@
+"""Validation on held-out episodes: the flow-matching loss, and the error of sampled actions beside two baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.batch import Batch, Recorded, to_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from agent.distributed import Processes
+
+
+def evaluate(
+    policy: Any,
+    batches: Iterable[tuple[Batch, Recorded]],
+    processes: Processes,
+    *,
+    unnormalize: Callable[[Tensor], Tensor],
+    mean_action: np.ndarray,
+    thresholds: list[float],
+    precision: Callable[[], AbstractContextManager],
+) -> dict[str, float]:
+    """Metrics of one validation, the same on every process and for any number of them.
+
+    Args:
+        policy: the policy, not wrapped by DDP.
+        batches: this process's share of the validation set, each batch with what was recorded.
+        processes: the process group.
+        unnormalize: normalised actions (…, a) → the data set's units.
+        mean_action: (a,) mean of the training actions, the first baseline.
+        thresholds: distances for ``val/acc_<threshold>``.
+        precision: makes the autocast context.
+
+    Returns:
+        ``val/loss`` (flow matching, fixed noise and times), ``val/action_l1``, ``val/baseline_mean_l1``,
+        ``val/baseline_last_l1`` and ``val/acc_*``; the errors are means over every unpadded step and dimension.
+        On an episode's first frame nothing was recorded before; there the last-action baseline is the mean action.
+    """
+    import torch
+
+    was_training = policy.training
+    policy.eval()
+    rows: list[tuple[int, list[float]]] = []
+    with torch.no_grad():
+        for batch, recorded in batches:
+            batch = to_device(batch, processes.device)
+            with precision():
+                losses = policy(batch)
+                sampled = policy.sample_actions(batch.observation, batch.noise)
+            actions = recorded.actions.numpy()
+            predicted = unnormalize(sampled[..., : actions.shape[-1]].float().cpu()).numpy()
+            first_frame = recorded.previous_is_pad.numpy()[:, None]
+            last = np.where(first_frame, mean_action, recorded.previous_action.numpy())
+            valid = ~batch.actions.is_pad.cpu().numpy()
+            for place, index in enumerate(recorded.index.tolist()):
+                truth = actions[place][valid[place]]
+                error = np.abs(predicted[place][valid[place]] - truth).astype(np.float64)
+                row = [float(losses[place]), float(error.size), float(error.sum())]
+                row += [float(np.abs(baseline - truth).sum()) for baseline in (mean_action, last[place])]
+                row += [float((error <= threshold).sum()) for threshold in thresholds]
+                rows.append((index, row))
+    policy.train(was_training)
+    # Added up in the order of the samples, so that the number of processes cannot change the last digit.
+    everything = sorted(row for share in processes.gather(rows) for row in share)
+    totals = np.array([row for _, row in everything], dtype=np.float64).sum(axis=0)
+    values = totals[1]
+    names = ["val/action_l1", "val/baseline_mean_l1", "val/baseline_last_l1", *(f"val/acc_{t:g}" for t in thresholds)]
+    metrics = {name: float(total / values) for name, total in zip(names, totals[2:], strict=True)}
+    return {"val/loss": float(totals[0] / len(everything)), **metrics}

@@ -1,0 +1,218 @@
+"""What a run reports: ``metrics.jsonl`` always, wandb when asked for, a progress bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import netrc
+import os
+import shutil
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from agent.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class WandbConfig:
+    """Where and how to log to Weights & Biases."""
+
+    project: str = "agent"
+    """Project."""
+    entity: str | None = None
+    """User or team. Not set: `$VLA_WANDB_ENTITY`, else your default on wandb."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes to the run folder; `wandb sync` uploads it later."""
+    run_id: str | None = None
+    """Id of an existing wandb run to continue. Not set: made once per run folder and kept."""
+
+    def check(self) -> None:
+        """Refuses online logging without a key now, rather than asking for one on a compute node.
+
+        Raises:
+            ValueError: if no key is found in the environment or in the netrc file.
+        """
+        if (
+            self.mode != "online"
+            or os.environ.get("WANDB_MODE", "online") != "online"
+            or os.environ.get("WANDB_API_KEY")
+        ):
+            return
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+        try:
+            if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+                return
+        except (OSError, netrc.NetrcParseError):
+            pass
+        raise ValueError(
+            f"wandb.mode is online but there is no wandb key for {host}: run `wandb login` once or `export WANDB_API_KEY=…`; "
+            "or write wandb.mode: offline, or use_wandb: false"
+        )
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object per logged update, steps strictly increasing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream: Any = None
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Opens the file for the updates after ``step``; lines beyond it, and a torn last line, are dropped.
+
+        Returns:
+            The lines that stay.
+        """
+        kept = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    continue  # the process died in the middle of this line; the update will be done again
+                if record["step"] <= step:
+                    kept.append(record)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._stream = open(self.path, "a", encoding="utf-8")
+        return kept
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one line, whole."""
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._stream is not None:
+            self._stream.close()
+
+
+class Wandb:
+    """The same numbers on wandb, in one run across restarts."""
+
+    def __init__(self, config: WandbConfig, run_dir: Path, name: str, settings: dict, earlier: list[dict]) -> None:
+        import wandb
+
+        self.run_id = config.run_id or self._kept_id(run_dir)
+        entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
+        mode = os.environ.get("WANDB_MODE") or config.mode
+        if mode == "offline":
+            self._set_aside_offline(run_dir)
+        self._run = wandb.init(
+            project=config.project,
+            entity=entity,
+            name=name,
+            id=self.run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            config=settings,
+            settings=wandb.Settings(console="off"),
+        )
+        # An offline folder knows nothing of the one before it, and syncing it replaces what was synced under the
+        # same id: each start therefore begins with every line so far, and the newest folder alone is complete.
+        if mode == "offline":
+            for record in earlier:
+                self.write(record)
+
+    @staticmethod
+    def _kept_id(run_dir: Path) -> str:
+        path = run_dir / "wandb" / "run_id"
+        if path.exists():
+            return path.read_text(encoding="utf-8").strip()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, uuid.uuid4().hex[:8])
+        return path.read_text(encoding="utf-8")
+
+    @staticmethod
+    def _set_aside_offline(run_dir: Path) -> None:
+        superseded = run_dir / "wandb" / "superseded"
+        for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
+            superseded.mkdir(exist_ok=True)
+            shutil.move(folder, superseded / folder.name)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Logs one line at its own step. wandb ignores a step it has already; a resume repeats them exactly."""
+        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+
+    def close(self, exit_code: int) -> None:
+        """Ends the wandb run."""
+        self._run.finish(exit_code=exit_code)
+
+
+class Metrics:
+    """All sinks of one run, on rank 0; the other ranks have none."""
+
+    def __init__(self, run_dir: Path, n_updates: int) -> None:
+        self._lines = JsonLines(run_dir / "metrics.jsonl")
+        self._wandb: Wandb | None = None
+        self._bar: Any = None
+        self._n_updates = n_updates
+
+    def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str, settings: dict) -> str | None:
+        """Starts after ``step``. Returns the wandb id, if there is one."""
+        earlier = self._lines.rewind(step)
+        if wandb is not None and wandb.mode != "disabled":
+            self._wandb = Wandb(wandb, run_dir, name, settings, earlier)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=self._n_updates, initial=step, unit="update", dynamic_ncols=True)
+        return self._wandb.run_id if self._wandb else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One logged update."""
+        self._lines.write(record)
+        if self._wandb is not None:
+            self._wandb.write(record)
+        text = "  ".join(
+            f"{_short(key)} {_format(value)}" for key, value in record.items() if key in _SHOWN or "/" in key
+        )
+        if self._bar is not None:
+            self._bar.update(record["step"] - self._bar.n)
+            self._bar.set_postfix_str(text)
+        else:
+            eta = int(record["eta_s"])
+            log.info(
+                f"update {record['step']}/{self._n_updates}  {text}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
+            )
+
+    def close(self, exit_code: int) -> None:
+        """Closes every sink."""
+        if self._bar is not None:
+            self._bar.close()
+        self._lines.close()
+        if self._wandb is not None:
+            self._wandb.close(exit_code)
+
+
+_SHOWN = ("loss", "lr", "grad_norm", "samples_per_s", "data_wait")
+
+
+def _short(key: str) -> str:
+    return {"samples_per_s": "samples/s", "grad_norm": "grad", "data_wait": "wait"}.get(key, key)
+
+
+def _format(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def setup_logging(rank: int, debug: bool) -> None:
+    """Rank 0 says what it does; the others only what goes wrong."""
+    level = logging.DEBUG if debug else logging.INFO
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    logging.basicConfig(
+        level=level if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s {prefix}%(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stdout,
+        force=True,
+    )
+    for noisy in ("httpx", "httpcore", "urllib3", "fsspec", "datasets", "filelock", "asyncio", "matplotlib", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,79 @@
+"""Which models there are: ``"type"`` of the model JSON → config, builder and adapter.
+
+Importing this module registers the config classes and nothing heavier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from agent.models.base import ModelConfig
+from agent.models.pi0 import configuration as _pi0  # noqa: F401  (registers "pi0")
+
+# type → package that holds model.py, adapter.py and pretrained.py; name of the policy's class
+_IMPLEMENTATIONS = {"pi0": ("agent.models.pi0", "PI0")}
+
+
+@dataclass
+class PlaceholderConfig(ModelConfig):
+    """A model that other tools of this family train; its config loads, so that they can share the file."""
+
+    pretrained_path: str | None = None
+    """Where its weights are published."""
+    n_obs_steps: int = 1
+    """Observations that it sees at once."""
+    chunk_size: int = 1
+    """Action steps that it predicts at once."""
+    n_action_steps: int = 1
+    """Action steps that are executed."""
+    input_features: dict[str, Any] = field(default_factory=dict)
+    """Its inputs."""
+    output_features: dict[str, Any] = field(default_factory=dict)
+    """Its outputs."""
+
+    def cannot_train(self) -> str:
+        """One line for the user who tries."""
+        return f"model type '{self.type}' is a placeholder, its config loads but it cannot be trained; trainable: {trainable()}"
+
+
+@ModelConfig.register_subclass("magma")
+@dataclass
+class MagmaConfig(PlaceholderConfig):
+    """Magma."""
+
+
+@ModelConfig.register_subclass("spatial-vla")
+@dataclass
+class SpatialVLAConfig(PlaceholderConfig):
+    """SpatialVLA."""
+
+
+@ModelConfig.register_subclass("octo")
+@dataclass
+class OctoConfig(PlaceholderConfig):
+    """Octo."""
+
+
+def trainable() -> str:
+    """The types that can be trained, as a text."""
+    return ", ".join(_IMPLEMENTATIONS)
+
+
+def policy_class(config: ModelConfig) -> Callable[[Any], Any]:
+    """The class whose instances are the policy; takes the config."""
+    package, name = _IMPLEMENTATIONS[config.type]
+    return getattr(import_module(f"{package}.model"), name)
+
+
+def adapter(config: ModelConfig) -> ModuleType:
+    """The module that maps this model's tensor names to those of published checkpoints."""
+    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.adapter")
+
+
+def pretrained_writer(config: ModelConfig) -> Callable[..., None]:
+    """``write(folder, config, tensors, statistics)``: what a published checkpoint of this model consists of."""
+    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.pretrained").write_pretrained

@@ -1,0 +1,126 @@
+"""Which parameters are trained, the optimizer, and the learning rate as a function of the update."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Linear warm-up, then cosine decay, as LeRobot's ``CosineDecayWithWarmupSchedulerConfig`` computes it."""
+
+    peak: float
+    final: float
+    warmup_updates: int
+    decay_updates: int
+
+    @classmethod
+    def plan(cls, peak: float, final: float, warmup: int, decay: int | None, n_updates: int) -> LearningRate:
+        """The schedule of a run of ``n_updates``.
+
+        ``decay`` None ends the decay at the last update. A ``decay`` beyond the run is shortened to it, and the
+        warm-up in proportion, as LeRobot does. A warm-up that would fill the whole run is cut to a tenth of it.
+        """
+        if decay is not None and n_updates < decay:
+            warmup = int(warmup * n_updates / decay)
+        decay = min(decay or n_updates, n_updates)
+        if warmup >= n_updates:
+            warmup = n_updates // 10
+        return cls(peak, final, warmup, decay)
+
+    def at(self, update: int) -> float:
+        """The rate of the update with this number, counted from 0."""
+        if update < self.warmup_updates:
+            start = 1 / (self.warmup_updates + 1)
+            return self.peak * (start + (1 - start) * update / self.warmup_updates)
+        progress = min(update, self.decay_updates) / self.decay_updates
+        cosine = 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final + (self.peak - self.final) * cosine
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return (
+            f"learning rate: {self.warmup_updates} updates of warm-up to {self.peak:g}, "
+            f"cosine to {self.final:g} at update {self.decay_updates}"
+        )
+
+
+def freeze(module: nn.Module, frozen: dict[str, str]) -> str:
+    """Sets ``requires_grad`` of every parameter and returns a table: per reason and per module, how many.
+
+    Args:
+        module: the policy.
+        frozen: name → reason of each parameter that is not trained; all others are.
+
+    Raises:
+        ValueError: if nothing is left to train.
+    """
+    counts: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+        entry = counts[(frozen.get(name, "trained"), name.split(".")[0])]
+        entry[0] += 1
+        entry[1] += parameter.numel()
+    unknown = set(frozen) - {name for name, _ in module.named_parameters()}
+    assert not unknown, f"frozen parameters that the model does not have: {sorted(unknown)}"
+    if not any(reason == "trained" for reason, _ in counts):
+        raise ValueError("every parameter is frozen; nothing would be trained")
+    rows = [
+        f"  {reason:<48} {part:<20} {tensors:>5} tensors {numbers / 1e6:>10.3f} M"
+        for (reason, part), (tensors, numbers) in sorted(counts.items(), key=lambda item: item[0][0] != "trained")
+    ]
+    return "\n".join(["parameters:", *rows])
+
+
+def make_optimizer(
+    module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
+
+    One group, as LeRobot and openpi have it: the weight decay of the model config holds for all of them.
+    """
+    import torch
+
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors: ``exp_avg/<parameter>``, …"""
+    state = optimizer.state
+    return {
+        f"{key}/{name}": value
+        for name, parameter in module.named_parameters()
+        if parameter in state
+        for key, value in state[parameter].items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Puts back what :func:`optimizer_tensors` gave.
+
+    Raises:
+        ValueError: if the tensors are not exactly those of this model's trained parameters.
+    """
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    seen = {key.split("/", 1)[1] for key in tensors}
+    if seen != set(trained):
+        raise ValueError(
+            f"the checkpoint's optimizer state is of other parameters: missing {sorted(set(trained) - seen)[:5]}, "
+            f"extra {sorted(seen - set(trained))[:5]}; what is frozen must not change on a resume"
+        )
+    for key, value in tensors.items():
+        kind, name = key.split("/", 1)
+        parameter = trained[name]
+        if kind != "step" and value.shape != parameter.shape:
+            raise ValueError(
+                f"optimizer state {key} has shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}"
+            )
+        optimizer.state[parameter][kind] = value.to(parameter.device)

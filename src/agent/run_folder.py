@@ -1,0 +1,92 @@
+"""The folder of one run: its lock, and the status that the outside reads."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["running", "preempted", "finished", "failed"]
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file so that a reader sees the old or the new contents, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+
+
+def report_attempt(state: State, *, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
+    """Tells the script that launched this process how it ended, through ``$VLA_STATUS_FILE``.
+
+    torchrun turns every failure into exit code 1, so a launcher cannot tell a config error from a crash by it.
+    Does nothing when the variable is not set.
+    """
+    target = os.environ.get("VLA_STATUS_FILE")
+    if not target:
+        return
+    record = {"attempt": os.environ.get("VLA_ATTEMPT", ""), "state": state, "error_kind": error_kind, "reason": reason}
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
+
+
+class RunFolder:
+    """``${VLA_LOG_DIR}/<name>`` while this process runs it. Only rank 0 makes one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._acquire()
+        self._status = self._read_status()
+
+    def _acquire(self) -> int:
+        # An flock goes with its process however that dies, so no stale lock ever blocks a requeued job.
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 4096).decode(errors="replace") or "an unknown process"
+            os.close(handle)
+            raise ValueError(
+                f"the run folder {self.path} is in use by {holder}; wait for it, stop it, or give this run another name: --name …"
+            ) from None
+        os.ftruncate(handle, 0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())
+        return handle
+
+    def _read_status(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What ``status.json`` holds."""
+        return dict(self._status)
+
+    def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
+        """Writes ``status.json`` and the launcher's status file."""
+        self._status |= {"state": state, "step": step, "reason": reason, "error_kind": error_kind, **details}
+        self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        write_atomically(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+        report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))
+
+    def count_start(self) -> int:
+        """Number of earlier starts of this run; counts this one."""
+        starts = int(self._status.get("starts", 0))
+        self._status["starts"] = starts + 1
+        self._status["restarts"] = starts
+        return starts
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        os.close(self._lock)

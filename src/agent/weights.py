@@ -1,0 +1,226 @@
+"""Loading weights as accounting: every tensor of the model and of the file is loaded, waived by a rule, or an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Layout(Protocol):
+    """How the files name the model's tensors."""
+
+    title: str
+    fresh: list[tuple[str, str]]
+
+    def theirs(self, name: str) -> str | None:
+        """The files' name of the model's tensor."""
+        ...
+
+
+class Match(Protocol):
+    """Where each tensor of the files goes; the three together hold every name in the files."""
+
+    layout: Any
+    sources: dict[str, str]
+    waived: dict[str, str]
+    extra: list[str]
+
+
+@dataclass
+class Coverage:
+    """What became of every tensor, by the model's own names and by the file's."""
+
+    source: str
+    expected: dict[str, str]
+    loaded: list[str] = field(default_factory=list)
+    fresh: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, str] = field(default_factory=dict)
+    waived: dict[str, str] = field(default_factory=dict)
+    extra: list[str] = field(default_factory=list)
+
+    def table(self) -> str:
+        """One row per module of the model, then the rules that waived a tensor of the file."""
+        columns = ("expected", "loaded", "fresh", "missing", "wrong shape")
+        rows: dict[str, list[int]] = defaultdict(lambda: [0] * len(columns))
+        groups = (self.expected, self.loaded, self.fresh, self.missing, self.wrong_shape)
+        for column, names in enumerate(groups):
+            for name in names:
+                rows[name.split(".")[0]][column] += 1
+        lines = [f"weights from {self.source}:", "  " + f"{'module':<24}" + "".join(f"{c:>13}" for c in columns)]
+        lines += [f"  {module:<24}" + "".join(f"{n:>13}" for n in counts) for module, counts in rows.items()]
+        reasons: dict[str, int] = defaultdict(int)
+        for reason in [*self.waived.values(), *self.fresh.values()]:
+            reasons[reason] += 1
+        lines += [f"  {count} waived: {reason}" for reason, count in reasons.items()]
+        return "\n".join(lines)
+
+    def check(self) -> None:
+        """Refuses a file that does not cover the model.
+
+        Raises:
+            ValueError: names the tensors that are missing, of another shape, or unknown.
+        """
+        problems = [f"missing in the file: {self.expected[name]}" for name in self.missing]
+        problems += [f"other shape: {self.expected[name]}: {text}" for name, text in self.wrong_shape.items()]
+        problems += [f"unknown to the model: {name}" for name in self.extra]
+        if problems:
+            shown = "\n  ".join(problems[:12]) + (f"\n  … and {len(problems) - 12} more" if len(problems) > 12 else "")
+            raise ValueError(
+                f"the weights in {self.source} do not fit this model; nothing is trained from weights that only half "
+                f"match.\n{self.table()}\n  {shown}\nCheck that the model JSON is the one these weights were made with."
+            )
+
+
+def find_weights(reference: str, key: str) -> list[Path]:
+    """The safetensors files behind a folder, a file or a hub id (``owner/name`` or ``owner/name@revision``).
+
+    Args:
+        reference: what the user wrote.
+        key: the config key it stands under, for messages.
+
+    Raises:
+        ValueError: if there is nothing there; never an empty list.
+    """
+    path = Path(reference).expanduser()
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl") and path.exists():
+        raise ValueError(
+            f"{key}: {path} is a pickle file, which can run code when opened; convert it to safetensors first"
+        )
+    if path.is_file():
+        return [path]
+    for folder in (
+        path,
+        path / "pretrained_model",
+        path / "last" / "pretrained_model",
+        path / "checkpoints/last/pretrained_model",
+    ):
+        if folder.is_dir() and (files := _files_in(folder, key)):
+            return files
+    if path.is_dir():
+        raise ValueError(f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json")
+    if (
+        path.is_absolute()
+        or reference.startswith((".", "~"))
+        or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference)
+    ):
+        raise ValueError(
+            f"{key}: there is no file or folder {reference}, and it does not look like a hub id (owner/name)"
+        )
+    return _files_on_hub(reference, key)
+
+
+def _files_in(folder: Path, key: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise ValueError(
+                f"{key}: {index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
+            )
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def _files_on_hub(reference: str, key: str) -> list[Path]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, _, revision = reference.partition("@")
+    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, etag_timeout=10))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{key}: cannot get '{reference}' from the hub: {str(error).splitlines()[0]}\nIf it is a folder, it does not "
+            f"exist here. If it is gated, accept its licence on its page and run `hf auth login`. Without internet, run "
+            f"`hf download {name}` on a machine that has it, with the same HF_HOME, or name a local folder."
+        ) from None
+    files = _files_in(folder, key)
+    if not files:
+        raise ValueError(f"{key}: '{reference}' on the hub holds no model.safetensors")
+    return files
+
+
+def load_into(
+    tensors: dict[str, Tensor],
+    files: list[Path],
+    match: Callable[[list[str]], Match],
+    fit: Callable[[str, Tensor], Tensor],
+) -> Coverage:
+    """Copies tensors from safetensors files into the model, one at a time, and keeps the books.
+
+    Args:
+        tensors: the model's own name → tensor to fill.
+        files: safetensors files.
+        match: sorts the names in the files, see :class:`Match`.
+        fit: (the model's name, tensor of the file) → the tensor as the model takes it.
+
+    Returns:
+        The coverage, already checked.
+
+    Raises:
+        ValueError: if a file is damaged, or the files and the model do not cover each other.
+    """
+    import torch
+
+    where = _names_in(files)
+    found = match(list(where))
+    fresh = {name: why for name in tensors if name not in found.sources and (why := _rule(name, found.layout.fresh))}
+    missing = [name for name in tensors if name not in found.sources and name not in fresh]
+    coverage = Coverage(
+        source=f"{files[0] if len(files) == 1 else files[0].parent} ({found.layout.title})",
+        expected={name: found.layout.theirs(name) or name for name in tensors},
+        fresh=fresh,
+        missing=missing,
+        waived=dict(found.waived),
+        extra=list(found.extra),
+    )
+    for path in files:
+        with _opened(path) as archive:
+            for ours, theirs in found.sources.items():
+                if where[theirs] != path:
+                    continue
+                source, target = fit(ours, archive.get_tensor(theirs)), tensors[ours]
+                if source.shape != target.shape:
+                    coverage.wrong_shape[ours] = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
+                    continue
+                with torch.no_grad():
+                    target.copy_(source)
+                coverage.loaded.append(ours)
+    coverage.check()
+    return coverage
+
+
+def _rule(name: str, rules: list[tuple[str, str]]) -> str | None:
+    return next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
+
+
+def _names_in(files: list[Path]) -> dict[str, Path]:
+    names = {}
+    for path in files:
+        with _opened(path) as archive:
+            names.update(dict.fromkeys(archive.keys(), path))
+    return names
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as archive:
+            yield archive
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors, it is truncated or damaged: {error}") from None
