@@ -40,6 +40,8 @@ class _Loader(SafeLoaderWithInclusion):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
+            if key_node.start_mark is None:  # merged in from an included file; the keys written here win over it
+                continue
             key, line = key_node.value, key_node.start_mark.line + 1
             if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str) and key in seen:
                 raise ConfigError(f"{self.name}:{line}: the key '{key}' was already given in line {seen[key]}")
@@ -88,16 +90,12 @@ def _similar_file(path: Path) -> str:
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
-def expand_variables(tree: Any, where: str = "") -> Any:
-    """``${VAR}`` and ``${VAR:-default}`` in every string, from the environment.
-
-    Raises:
-        ConfigError: if a variable without default is not set; names the key.
-    """
+def expand_variables(tree: Any, mistakes: list[str], where: str = "") -> Any:
+    """``${VAR}`` and ``${VAR:-default}`` in every text, from the environment; unset ones are added to ``mistakes``."""
     if isinstance(tree, dict):
-        return {k: expand_variables(v, f"{where}.{k}" if where else str(k)) for k, v in tree.items()}
+        return {k: expand_variables(v, mistakes, f"{where}.{k}" if where else str(k)) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [expand_variables(v, f"{where}.{i}") for i, v in enumerate(tree)]
+        return [expand_variables(v, mistakes, f"{where}.{i}") for i, v in enumerate(tree)]
     if not isinstance(tree, str):
         return tree
 
@@ -105,11 +103,11 @@ def expand_variables(tree: Any, where: str = "") -> Any:
         name, default = match.group(1), match.group(3)
         found = os.environ.get(name) or default
         if found is None:
-            raise ConfigError(
+            mistakes.append(
                 f"{where}: '{tree}' uses the environment variable {name}, which is not set; "
                 f"`source set_path.sh`, `export {name}=…`, or write the path itself"
             )
-        return found
+        return found or ""
 
     return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", value, tree)
 
@@ -281,8 +279,9 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> t
     overrides = parse_overrides(arguments)
     for key, value in overrides.items():
         apply_override(tree, key, value)
-    tree = expand_variables(tree)
-    mistakes = check_tree(tree, config_class)
+    mistakes: list[str] = []
+    tree = expand_variables(tree, mistakes)
+    mistakes += check_tree(tree, config_class)
     if mistakes:
         lines = "\n  ".join(f"{_where(line.split(':')[0], files, overrides)}{line}" for line in mistakes)
         raise ConfigError(f"{path} cannot be used:\n  {lines}")
@@ -298,7 +297,7 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> t
 
 def _where(key: str, files: list[Path], overrides: dict[str, Any]) -> str:
     """``file:line: `` of the line that sets a key, as far as a search for its last part can tell."""
-    if any(key == name or key.startswith(f"{name}.") for name in overrides):
+    if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overrides):
         return "command line: --"
     last = next((part for part in reversed(key.split(".")) if not part.isdigit()), key)
     for file in reversed(files):
