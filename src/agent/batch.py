@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
 
@@ -83,17 +84,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """What a validation batch is judged by, in the data set's own units."""
+class ValidationBatch:
+    """A batch of validation samples with what is needed to judge sampled actions."""
 
-    index: Tensor
+    batch: Batch
+    index: np.ndarray
     """(B,) int64, place of each sample in the validation set."""
-    actions: Tensor
-    """(B, T, a) float32, the recorded actions."""
-    previous_action: Tensor
-    """(B, a) float32, the action recorded one frame before the observation."""
-    previous_is_pad: Tensor
-    """(B,) bool, True on an episode's first frame, which has no action before it."""
+    actions: np.ndarray
+    """(B, T, a) float32, the recorded actions in the data set's own units."""
+    previous_action: np.ndarray
+    """(B, a) float32, the action recorded one frame before the observation, in the same units."""
+    has_previous: np.ndarray
+    """(B,) bool, False on an episode's first frame, where ``previous_action`` is that frame's own."""
 
 
 def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:

@@ -72,7 +72,7 @@ def entries(kind: Any, prefix: str = "") -> Iterator[Entry]:
             yield from entries(inner, f"{name}{marker}")
 
 
-def _inner_dataclass(hint: Any) -> type | None:
+def _inner_dataclass(hint: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
     inner = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]

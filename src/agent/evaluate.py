@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.batch import Batch, Recorded, to_device
+from agent.batch import ValidationBatch, to_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     policy: Any,
-    batches: Iterable[tuple[Batch, Recorded]],
+    batches: Iterable[ValidationBatch],
     processes: Processes,
     *,
     unnormalize: Callable[[Tensor], Tensor],
@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         policy: the policy, not wrapped by DDP.
-        batches: this process's share of the validation set, each batch with what was recorded.
+        batches: this process's share of the validation set.
         processes: the process group.
         unnormalize: normalised actions (…, a) → the data set's units.
         mean_action: (a,) mean of the training actions, the first baseline.
@@ -48,18 +48,16 @@ def evaluate(
     policy.eval()
     rows: list[tuple[int, list[float]]] = []
     with torch.no_grad():
-        for batch, recorded in batches:
-            batch = to_device(batch, processes.device)
+        for item in batches:
+            batch = to_device(item.batch, processes.device)
             with precision():
                 losses = policy(batch)
                 sampled = policy.sample_actions(batch.observation, batch.noise)
-            actions = recorded.actions.numpy()
-            predicted = unnormalize(sampled[..., : actions.shape[-1]].float().cpu()).numpy()
-            first_frame = recorded.previous_is_pad.numpy()[:, None]
-            last = np.where(first_frame, mean_action, recorded.previous_action.numpy())
-            valid = ~batch.actions.is_pad.cpu().numpy()
-            for place, index in enumerate(recorded.index.tolist()):
-                truth = actions[place][valid[place]]
+            predicted = unnormalize(sampled[..., : item.actions.shape[-1]].float().cpu()).numpy()
+            last = np.where(item.has_previous[:, None], item.previous_action, mean_action)
+            valid = ~item.batch.actions.is_pad.numpy()
+            for place, index in enumerate(item.index.tolist()):
+                truth = item.actions[place][valid[place]]
                 error = np.abs(predicted[place][valid[place]] - truth).astype(np.float64)
                 row = [float(losses[place]), float(error.size), float(error.sum())]
                 row += [float(np.abs(baseline - truth).sum()) for baseline in (mean_action, last[place])]

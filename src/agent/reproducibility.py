@@ -8,6 +8,7 @@ restart asks for it.
 from __future__ import annotations
 
 import hashlib
+import os
 
 import numpy as np
 
@@ -27,3 +28,12 @@ def stream(seed: int, purpose: str, k: int) -> np.random.Generator:
         k: the sample's number in the run, ``0 <= k < 2**64``.
     """
     return np.random.Generator(np.random.Philox(key=[key_of(seed, purpose), k]))
+
+
+def make_deterministic() -> None:
+    """Only deterministic kernels from here on; call it before a GPU is touched. A CPU needs none of this."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -33,6 +33,7 @@ from agent.evaluate import evaluate
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.parallelize import parallelize
+from agent.reproducibility import make_deterministic
 from agent.run_folder import RunFolder, write_atomically
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,9 @@ def build(config: TrainPipelineConfig, launch: Launch, processes: Processes, fol
     Raises:
         ValueError: for every mistake in config, data or weights; nothing has been trained then.
     """
+    if config.deterministic:
+        make_deterministic()
+    torch.autograd.set_detect_anomaly(config.debug)
     checkpoints = CheckpointStore(config.run_dir, config.keep_checkpoints)
     resume_from = processes.main_decides(partial(_find_resume, config, checkpoints))
     data = build_run_data(config, processes)
@@ -391,6 +395,8 @@ class _Clock:
 def validate(run: Run) -> dict[str, float]:
     """The metrics of a validation; training's random streams do not move."""
     config = run.config
+    if run.data.validation is None:  # nothing held out
+        return {}
     batches = validation_batches(
         run.data.validation,
         size=config.eval_size,

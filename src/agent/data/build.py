@@ -95,17 +95,20 @@ def build_data(
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
     tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
     report += tokens.warnings()
-    normalizers = [
-        Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name]) for name in statistics
-    ]
+    state_normalizer, action_normalizer = (
+        Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name])
+        for name in ("state", "action")
+    )
     return Data(
         spec=spec,
-        reader=SampleReader(training, *normalizers, tokens, spec, draw, seed, paraphrases),
+        reader=SampleReader(training, state_normalizer, action_normalizer, tokens, spec, draw, seed, paraphrases),
         mixture=mixture,
-        validation=SampleReader(validation, *normalizers, tokens, spec, validation_draw, seed) if validation else None,
+        validation=SampleReader(validation, state_normalizer, action_normalizer, tokens, spec, validation_draw, seed)
+        if validation
+        else None,
         state_statistics=statistics["state"],
         action_statistics=statistics["action"],
-        action_normalizer=normalizers[1],
+        action_normalizer=action_normalizer,
         report=report,
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.batch import ActionChunk, Batch, Observation
+from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
 from agent.data.mixture import Mixture
 from agent.data.normalization import Normalizer
 from agent.data.source import DatasetConfig, Source
@@ -311,21 +311,6 @@ class TrainLoader(Iterator[Batch]):
     def close(self) -> None:
         """Ends the workers; further batches are not to be had."""
         self._batches = None  # torch ends them when its iterator is released
-
-
-@dataclass(frozen=True)
-class ValidationBatch:
-    """A batch of validation samples with what is needed to judge sampled actions."""
-
-    batch: Batch
-    index: np.ndarray
-    """(B,) int64, place of each sample in the validation set."""
-    actions: np.ndarray
-    """(B, T, a) float32, the recorded actions in the data set's own units."""
-    previous_action: np.ndarray
-    """(B, a) float32, the action recorded one frame before the observation, in the same units."""
-    has_previous: np.ndarray
-    """(B,) bool, False on an episode's first frame, where ``previous_action`` is that frame's own."""
 
 
 def validation_batches(

@@ -29,7 +29,7 @@ def draw(
     scale: float,
     offset: float,
     purpose: str = "train",
-) -> tuple[np.ndarray, np.float32]:
+) -> tuple[np.ndarray, float]:
     """Noise and time of the run's ``k``-th sample, a function of the arguments alone.
 
     Args:
@@ -42,12 +42,12 @@ def draw(
         purpose: separates training from evaluation.
 
     Returns:
-        noise (T, A) float32, standard normal; time, a float32.
+        noise (T, A) float32, standard normal; time, rounded to float32.
     """
     noise = stream(seed, f"{purpose}/noise", k).standard_normal((chunk_size, action_dim), dtype=np.float32)
     # A stream of its own: the times of a run do not change with the size of its chunks.
     time = stream(seed, f"{purpose}/time", k).beta(alpha, beta) * scale + offset
-    return noise, np.float32(time)
+    return noise, float(np.float32(time))
 
 
 def interpolate(actions_BTA: Tensor, noise_BTA: Tensor, time_B: Tensor) -> tuple[Tensor, Tensor]:
