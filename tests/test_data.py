@@ -1,0 +1,576 @@
+"""Data sets, transforms and the loader, on small real files. Run: pytest tests/test_data.py"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokenizer
+
+from agent.data import source as source_module
+from agent.data.build import build_data
+from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.source import DatasetConfig, choose_video_backend, hold_out, open_source
+from agent.data.transforms import (
+    SampleSpec,
+    TaskTokens,
+    load_paraphrases,
+    load_tokenizer,
+    pad_vector,
+    paraphrase,
+    resize_with_pad,
+)
+from agent.reproducibility import stream
+
+FRONT, WRIST = "observation.images.front", "observation.images.wrist"
+SPEC = SampleSpec(
+    chunk_size=4,
+    max_state_dim=16,
+    max_action_dim=10,
+    image_resolution=(48, 48),
+    tokenizer_max_length=16,
+    camera_slots=(FRONT,),
+    state_dim=7,
+    action_dim=7,
+)
+MODES = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
+
+
+def draw(seed, purpose, k):
+    generator = stream(seed, purpose, k)
+    return generator.standard_normal((4, 10)).astype(np.float32), float(generator.random())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Keeps the Arrow copies of these data sets out of the user's cache."""
+    import datasets
+
+    before = datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def video(folder):
+    """Four episodes of 12 frames, one camera as video."""
+    return write_dataset(folder / "video")
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    """Three episodes of different lengths, two cameras as PNG."""
+    sizes = {FRONT: (32, 48), WRIST: (48, 48)}
+    return write_dataset(folder / "pictures", episodes=3, length=[3, 9, 6], cameras=sizes, video=False, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return str(write_tokenizer(folder / "tokenizer"))
+
+
+def dataset_config(root, **settings):
+    return DatasetConfig(repo_id="test/data", root=str(root), **settings)
+
+
+def opened(root, **settings):
+    source = open_source(dataset_config(root, **settings), SPEC.chunk_size, None, 1e-4)
+    source.cameras = {FRONT: FRONT}
+    return source
+
+
+def built(*configs, tokenizer, spec=SPEC, val=None, **settings):
+    arguments = {
+        "seed": 5,
+        "draw": partial(draw, 5, "noise"),
+        "validation_draw": partial(draw, 5, "validation"),
+        "normalization_mapping": MODES,
+        "tokenizer_path": tokenizer,
+    }
+    config = DataConfig(TrainDataConfig(list(configs), num_workers=0), val or ValDataConfig())
+    return build_data(config, spec, **{**arguments, **settings})
+
+
+@pytest.fixture(scope="module")
+def data(video, pictures, tokenizer, cache):
+    """Both data sets mixed; the second one's wrist camera is left out."""
+    configs = [dataset_config(video, weight=1.0), dataset_config(pictures, weight=3.0, cameras={FRONT: FRONT})]
+    return built(*configs, tokenizer=tokenizer)
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("backend", ["pyav", None])
+def test_read_gives_what_was_recorded(video, backend):
+    source = open_source(dataset_config(video, episodes=[1, 3]), 4, backend, 1e-4)
+    source.cameras = {FRONT: FRONT}
+    assert len(source) == 24
+    assert source.frame(0) == (1, 0)
+    assert source.frame(23) == (3, 11)
+    states, actions = source.columns("observation.state"), source.columns("action")
+    for position in (0, 10, 12, 23):
+        sample = source.read(position)
+        episode, frame = source.frame(position)
+        assert (sample.episode, sample.frame, sample.task) == (episode, frame, DEFAULT_TASKS[episode % 2])
+        recorded = frame_image(episode, frame, 0, (64, 80)).transpose(2, 0, 1).astype(int)
+        assert np.abs(sample.images[FRONT].numpy() - recorded).mean() < 6  # H.264 loses some; a frame is 4 apart in red
+        assert abs(sample.images[FRONT].numpy()[0].mean() - recorded[0].mean()) < 2
+        np.testing.assert_array_equal(sample.state, states[position])
+        real = min(4, 12 - frame)
+        np.testing.assert_array_equal(sample.actions[:real], actions[position : position + real])
+        assert sample.action_is_pad.tolist() == [False] * real + [True] * (4 - real)
+        assert sample.previous_action is None
+
+
+def test_png_images_are_exact_and_previous_actions_are_read(pictures):
+    source = opened(pictures)
+    source = source.view(np.array([1, 2]), with_previous_action=True)
+    source.cameras = {"slot": WRIST}
+    actions = source.columns("action")
+    for position in (0, 1, 9, 14):
+        sample = source.read(position)
+        recorded = frame_image(sample.episode, sample.frame, 1, (48, 48), seed=1)
+        np.testing.assert_array_equal(sample.images["slot"].numpy(), recorded.transpose(2, 0, 1))
+        assert set(sample.images) == {"slot"}
+        assert sample.previous_is_pad == (sample.frame == 0)
+        np.testing.assert_array_equal(sample.actions[0], actions[position])
+        np.testing.assert_array_equal(sample.previous_action, actions[position - (sample.frame > 0)])
+
+
+def test_choice_of_episodes(video):
+    def chosen(**settings):
+        return opened(video, **settings).episodes.tolist()
+
+    assert chosen() == [0, 1, 2, 3]
+    assert chosen(episodes=[3, 1]) == [1, 3]
+    assert chosen(split="train") == [0, 1, 2, 3]
+    assert chosen(split="train[:50%]") == [0, 1]
+    assert chosen(split="train[50%:]") == [2, 3]
+    assert chosen(split="train[1:3]") == [1, 2]
+    assert chosen(split="train[-1:]") == [3]
+    for split in ("train[:95", "test", "train[1-3]", "train[5]"):
+        with pytest.raises(ValueError, match=r"split .* is not understood; write one of train"):
+            chosen(split=split)
+    with pytest.raises(ValueError, match="selects none of the 4 episodes"):
+        chosen(split="train[:1%]")
+    with pytest.raises(ValueError, match="asks for 4, 9, the data set has the episodes 0 to 3"):
+        chosen(episodes=[9, 1, 4])
+    with pytest.raises(ValueError, match="names 1 twice"):
+        chosen(episodes=[1, 1])
+    with pytest.raises(ValueError, match="not both"):
+        chosen(episodes=[1], split="train")
+
+
+def test_hold_out():
+    for count in (2, 3, 10, 20, 101):
+        for fraction in (0.01, 0.05, 0.5, 0.99):
+            train, held = hold_out(np.arange(count) + 5, fraction)
+            assert len(train) and len(held)
+            assert sorted([*train, *held]) == list(range(5, count + 5))
+    train, held = hold_out(np.arange(100), 0.05)
+    assert held.tolist() == [10, 30, 50, 70, 90]
+    assert len(hold_out(np.arange(3), 0)[1]) == 0
+    with pytest.raises(ValueError, match="set data.val.fraction to 0"):
+        hold_out(np.arange(1), 0.1)
+    with pytest.raises(ValueError, match="at least 0 and below 1"):
+        hold_out(np.arange(9), 1.0)
+
+
+def test_a_failing_frame_is_named(video, monkeypatch):
+    source = opened(video)
+    source.open()
+    monkeypatch.setattr(type(source.open()), "__getitem__", lambda self, row: 1 / 0)
+    with pytest.raises(RuntimeError, match=r"data set test/data, episode 2, frame 1 .*by zero.*file-000.mp4"):
+        source.read(25)
+
+
+def test_video_backend(monkeypatch):
+    assert choose_video_backend("pyav") == "pyav"
+    with pytest.raises(ValueError, match="write torchcodec, pyav"):
+        choose_video_backend("cv2")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # installed, but does not import
+    source_module.choose_video_backend.cache_clear()
+    assert choose_video_backend(None) == "pyav"
+    with pytest.raises(ValueError, match="does not load here"):
+        choose_video_backend("torchcodec")
+    source_module.choose_video_backend.cache_clear()
+
+
+# ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere does not exist. Correct `root`"):
+        opened(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is empty. `root` is the folder that holds"):
+        opened(tmp_path / "empty")
+    (tmp_path / "other" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match="other has no meta/info.json"):
+        opened(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "damage", "message"),
+    [
+        ("data/*/*.parquet", cut_short, r"file-000.parquet is empty, cut short or damaged .* episodes 0-3"),
+        ("data/*/*.parquet", Path.unlink, r"file-000.parquet is missing. It holds episodes 0-3"),
+        ("data/*/*.parquet", lambda path: path.write_bytes(b""), r"file-000.parquet is empty"),
+        ("videos/*/*/*.mp4", cut_short, r"file-000.mp4 is cut short or damaged after byte .* episodes 0-3"),
+        ("videos/*/*/*.mp4", Path.unlink, r"file-000.mp4 is missing. It holds episodes 0-3"),
+        ("videos/*/*/*.mp4", lambda path: path.write_bytes(b""), r"file-000.mp4 is empty or no complete mp4"),
+        ("meta/episodes/*/*.parquet", cut_short, r"episodes.*file-000.parquet is damaged"),
+        ("meta/info.json", cut_short, r"info.json is not valid JSON"),
+        ("meta/tasks.parquet", Path.unlink, r"lacks its episodes/ or tasks.parquet"),
+    ],
+)
+def test_damaged_files(video, tmp_path, pattern, damage, message):
+    shutil.copytree(video, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").glob(pattern)
+    damage(path)
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path / "copy")
+
+
+def test_fewer_rows_than_the_metadata_counts(video, tmp_path):
+    import pyarrow.parquet as pq
+
+    shutil.copytree(video, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").glob("data/*/*.parquet")
+    pq.write_table(pq.read_table(path).slice(0, 40), path)
+    with pytest.raises(ValueError, match="has 40 rows where the metadata counts 48"):
+        opened(tmp_path / "copy")
+
+
+def test_older_formats(video, tmp_path):
+    shutil.copytree(video, tmp_path / "copy")
+    info = tmp_path / "copy" / "meta" / "info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "codebase_version": "v2.1"}))
+    with pytest.raises(ValueError, match=r"format v2.1.*python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo"):
+        opened(tmp_path / "copy")
+
+
+def test_not_on_this_machine_and_no_network(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+    from lerobot.utils import constants
+
+    monkeypatch.setattr(constants, "HF_LEROBOT_HOME", tmp_path)
+    monkeypatch.setattr(constants, "HF_LEROBOT_HUB_CACHE", tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"nobody/nothing is not on this machine.*set `root`.*hf download"):
+        open_source(DatasetConfig("nobody/nothing"), 4, None, 1e-4)
+    assert time.monotonic() - begin < 15
+
+
+def test_non_finite_actions(video, tmp_path, tokenizer):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shutil.copytree(video, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    actions = table["action"].to_pylist()
+    actions[13][5] = float("nan")
+    column = pa.array(actions, type=table.schema.field("action").type)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), path)
+    with pytest.raises(ValueError, match="action is nan in dimension 5 at episode 1, frame 1"):
+        built(dataset_config(tmp_path / "copy"), tokenizer=tokenizer)
+
+
+def test_empty_instruction(video, tmp_path, tokenizer):
+    import pandas as pd
+
+    shutil.copytree(video, tmp_path / "copy")
+    path = tmp_path / "copy" / "meta" / "tasks.parquet"
+    tasks = pd.read_parquet(path)
+    tasks.index = [DEFAULT_TASKS[0], " "]
+    tasks.to_parquet(path)
+    with pytest.raises(ValueError, match=r"instruction of episode 1, frame 0 is empty"):
+        built(dataset_config(tmp_path / "copy"), tokenizer=tokenizer, val=ValDataConfig(fraction=0))
+
+
+def test_mismatches_with_the_model(video, pictures, tokenizer):
+    other = SampleSpec(4, 16, 10, (48, 48), 16, (FRONT, "observation.images.top"), state_dim=8, action_dim=7)
+    with pytest.raises(ValueError) as error:
+        built(dataset_config(pictures), tokenizer=tokenizer, spec=other)
+    text = str(error.value)
+    assert "the model expects" in text and "the data set has" in text
+    assert "  observation.images.top | -\n" in text
+    assert "| observation.images.wrist\n" in text
+    assert "state: 8" in text and "observation.state: 7" in text
+    assert "cameras: {<camera of the model>: <key in the data set>}" in text
+
+    def mapped(cameras, spec=SPEC, **settings):
+        return built(dataset_config(video, cameras=cameras, **settings), tokenizer=tokenizer, spec=spec)
+
+    with pytest.raises(ValueError, match="`cameras` says observation.image, the cameras are observation.images.front"):
+        mapped({FRONT: "observation.image"})
+    with pytest.raises(ValueError, match="maps other, which the model does not have"):
+        mapped({FRONT: FRONT, "other": None})
+    with pytest.raises(ValueError, match=r"not in `cameras`"):
+        mapped({FRONT: FRONT}, spec=SampleSpec(4, 16, 10, (48, 48), 16, (FRONT, WRIST), 7, 7))
+    with pytest.raises(ValueError, match="every camera to null"):
+        mapped({FRONT: None})
+    with pytest.raises(ValueError, match="no observation.joints, it has observation.state, action"):
+        mapped(None, state="observation.joints")
+    with pytest.raises(ValueError, match="at most max_action_dim = 6"):
+        mapped(None, spec=SampleSpec(4, 16, 6, (48, 48), 16, (FRONT,), 7, 7))
+    with pytest.raises(ValueError, match="normalization_mapping.VISUAL must be IDENTITY"):
+        built(dataset_config(video), tokenizer=tokenizer, normalization_mapping={"VISUAL": "MEAN_STD"})
+    with pytest.raises(ValueError, match="data.train.datasets is empty"):
+        built(tokenizer=tokenizer)
+
+
+# ── transforms ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("size", [(64, 80), (80, 64), (48, 48), (31, 97), (10, 10)])
+def test_resize_equals_lerobots(size):
+    import torch
+    from lerobot.policies.common.vla_utils import resize_with_pad_torch
+
+    image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, *size), dtype=np.uint8))
+    resized = resize_with_pad(image, 48, 48)
+    assert resized.dtype == torch.uint8 and resized.shape == (3, 48, 48)
+    theirs = resize_with_pad_torch(image[None].float() / 255, 48, 48)[0] * 255
+    assert (resized.float() - theirs).abs().max() <= 0.501
+
+
+def test_pad_vector():
+    assert pad_vector(np.ones((2, 3)), 5).tolist() == [[1, 1, 1, 0, 0]] * 2
+    with pytest.raises(ValueError, match="3 dimensions do not fit into 2"):
+        pad_vector(np.ones(3), 2)
+
+
+def test_tokens_equal_lerobots(tokenizer):
+    from lerobot.policies.pi0.processor_pi0 import Pi0NewLineProcessor
+    from lerobot.processor import TokenizerProcessorStep
+    from lerobot.processor.converters import create_transition
+
+    tasks = [DEFAULT_TASKS[0], "open the drawer\n", "open " * 30]
+    tokens = TaskTokens(tokenizer, 16, tasks)
+    step = TokenizerProcessorStep(tokenizer_name=tokenizer, max_length=16)
+    for task in tasks:
+        transition = create_transition(observation={}, complementary_data={"task": task})
+        theirs = step(Pi0NewLineProcessor()(transition))["observation"]
+        mask = theirs["observation.language.attention_mask"][0].numpy()
+        assert tokens(task).tolist() == theirs["observation.language.tokens"][0].numpy()[mask].tolist()
+    assert tokens.too_long == {tasks[2]: 32}  # bos, 30 words, newline
+    assert "32 tokens and is cut at 16" in tokens.warnings()[0]
+    with pytest.raises(ValueError, match="an instruction is empty"):
+        TaskTokens(tokenizer, 16, ["\n"])
+
+
+def test_missing_tokenizer(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    with pytest.raises(ValueError, match=r"model_cfg.tokenizer_path\).*no such folder.*gated.*hf auth login"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="the folder holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="not in the local cache and the hub cannot be reached"):
+        load_tokenizer("nobody/nothing")
+    assert time.monotonic() - begin < 15
+
+
+def test_paraphrases(tmp_path):
+    path = tmp_path / "paraphrases.json"
+    path.write_text(json.dumps({"a": ["b", "c"]}))
+    paraphrases, missing = load_paraphrases(str(path), ["a", "x"])
+    assert missing == ["x"]
+    texts = [paraphrase("a", paraphrases, 0, k) for k in range(2000)]
+    assert texts == [paraphrase("a", paraphrases, 0, k) for k in range(2000)]
+    assert 900 < texts.count("a") < 1100 and 400 < texts.count("b") < 600
+    assert paraphrase("x", paraphrases, 0, 1) == "x"
+    with pytest.raises(ValueError, match="an entry for none of the tasks, such as 'y'"):
+        load_paraphrases(str(path), ["y"])
+    for content in ("{", "[]", '{"a": []}', '{"a": "b"}', '{"a": [""]}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="task_paraphrase is a JSON file of the form"):
+            load_paraphrases(str(path), ["a"])
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_paraphrases(str(tmp_path / "nowhere.json"), ["a"])
+
+
+# ── building and loading ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_build_reports_and_infers(video, pictures, tokenizer, data):
+    assert data.mixture.shares == [0.25, 0.75]
+    assert len(data.reader.sources[0].episodes) == 3 and len(data.validation.sources[0].episodes) == 1
+    assert any("leaves out observation.images.wrist" in line for line in data.report)
+    inferred = built(
+        dataset_config(pictures), tokenizer=tokenizer, spec=SampleSpec(4, 16, 10, (48, 48), 16), val=ValDataConfig([], 0)
+    )
+    assert inferred.spec.camera_slots == (FRONT, WRIST)
+    assert (inferred.spec.state_dim, inferred.spec.action_dim, inferred.validation) == (7, 7, None)
+    both = built(dataset_config(video), tokenizer=tokenizer, val=ValDataConfig([dataset_config(video, episodes=[1])]))
+    assert any("WARNING" in line and "episodes 1 are trained on" in line for line in both.report)
+
+
+def test_statistics_are_those_of_the_training_frames(video, tokenizer):
+    data = built(dataset_config(video), tokenizer=tokenizer)
+    train, held = hold_out(np.arange(4), 0.05)
+    actions = opened(video).columns("action").reshape(4, 12, 7)
+    np.testing.assert_allclose(data.action_statistics.mean, actions[train].mean((0, 1)), atol=1e-6)
+    assert data.validation.sources[0].episodes.tolist() == held.tolist()
+
+
+def micro_batches(data, count, *, batch, rank=0, world=1, first_update=0, workers=0):
+    loader = TrainLoader(
+        data.reader,
+        data.mixture,
+        global_batch=16,
+        per_device_batch=batch,
+        rank=rank,
+        world=world,
+        first_update=first_update,
+        num_workers=workers,
+    )
+    batches = [next(loader) for _ in range(count)]
+    loader.close()
+    return batches
+
+
+def by_number(batches):
+    """Everything a batch says of each sample."""
+    return {
+        int(k): (
+            batch.provenance[row].tolist(),
+            batch.observation.images[FRONT][row].numpy().tobytes(),
+            batch.observation.state[row].tolist(),
+            batch.observation.tokens[row][batch.observation.token_mask[row]].tolist(),
+            batch.actions.values[row].tolist(),
+            batch.actions.is_pad[row].tolist(),
+            batch.noise[row].tolist(),
+            float(batch.time[row]),
+        )
+        for batch in batches
+        for row, k in enumerate(batch.sample_index)
+    }
+
+
+def test_the_stream_does_not_depend_on_the_split(data):
+    whole = by_number(micro_batches(data, 3, batch=16))
+    assert sorted(whole) == list(range(48))
+    assert {sample[0][0] for sample in whole.values()} == {0, 1}
+    assert by_number(micro_batches(data, 12, batch=4)) == whole  # accumulation over four
+    ranks = [micro_batches(data, 6, batch=4, rank=rank, world=2) for rank in (0, 1)]
+    assert by_number(ranks[0] + ranks[1]) == whole
+    assert ranks[1][1].sample_index.tolist() == [12, 13, 14, 15]
+    assert by_number(micro_batches(data, 12, batch=4, workers=2)) == whole
+    resumed = micro_batches(data, 2, batch=16, first_update=1)
+    assert by_number(resumed) == {k: sample for k, sample in whole.items() if k >= 16}
+    far = micro_batches(data, 1, batch=16, first_update=10**9)
+    assert far[0].sample_index[0] == 16 * 10**9
+
+
+def test_shapes_and_masks(video, tokenizer):
+    slots = (FRONT, WRIST, "observation.images.empty_camera_0")
+    spec = SampleSpec(4, 16, 10, (48, 48), 16, slots, 7, 7)
+    config = dataset_config(video, cameras={FRONT: FRONT, WRIST: None})
+    batch = micro_batches(built(config, tokenizer=tokenizer, spec=spec), 1, batch=8)[0]
+    assert len(batch) == 8
+    assert {slot: image.shape for slot, image in batch.observation.images.items()} == {FRONT: (8, 3, 48, 48)}
+    assert batch.observation.image_masks[FRONT].all()
+    assert batch.observation.state.shape == (8, 16) and not batch.observation.state[:, 7:].any()
+    assert batch.observation.tokens.shape == batch.observation.token_mask.shape == (8, 8)  # not 16
+    assert batch.actions.values.shape == batch.noise.shape == (8, 4, 10)
+    assert batch.actions.dim_mask.tolist() == [[True] * 7 + [False] * 3] * 8
+    assert (batch.actions.values[..., 7:] == 0).all()
+    assert str(batch.actions.values.dtype) == str(batch.noise.dtype) == "torch.float32"
+
+
+def test_a_camera_that_some_robots_lack(video, pictures, tokenizer):
+    spec = SampleSpec(4, 16, 10, (48, 48), 16, (FRONT, WRIST), 7, 7)
+    configs = [dataset_config(video, cameras={FRONT: FRONT, WRIST: None}), dataset_config(pictures)]
+    batch = micro_batches(built(*configs, tokenizer=tokenizer, spec=spec), 1, batch=16)[0]
+    has_wrist = batch.provenance[:, 0] == 1
+    assert 0 < has_wrist.sum() < 16
+    assert batch.observation.image_masks[WRIST].equal(has_wrist)
+    assert not batch.observation.images[WRIST][~has_wrist].any()
+
+
+def test_validation_is_a_fixed_set(data):
+    def collected(size, batch, world):
+        found = {}
+        for rank in range(world):
+            for item in validation_batches(data.validation, size, batch, rank, world):
+                samples = by_number([item.batch])
+                for row, index in enumerate(item.index.tolist()):
+                    found[index] = (samples[index], item.previous_action[row].tolist(), item.has_previous[row])
+                    assert item.actions.shape[1:] == (4, 7)
+        return found
+
+    one = collected(9, 4, 1)
+    assert sorted(one) == list(range(9))
+    assert collected(9, 2, 2) == one
+    assert {sample[0][0][0] for sample in one.values()} == {0, 1}
+    frames = sum(len(source) for source in data.validation.sources)
+    assert len(collected(10**6, 8, 1)) == len(collected(0, 8, 1)) == frames
+    held = [source.episodes.tolist() for source in data.validation.sources]
+    assert all(sample[0][1] in held[sample[0][0]] for sample, _, _ in one.values())
+
+
+def test_errors_in_workers_keep_their_message(data, monkeypatch):
+    monkeypatch.setattr(data.reader, "draw", broken_draw)
+    with pytest.raises(RuntimeError, match="no noise for sample 0"):
+        micro_batches(data, 1, batch=4, workers=1)
+
+
+def broken_draw(k):
+    raise RuntimeError(f"no noise for sample {k}")
+
+
+def test_signals_spare_workers_and_a_killed_one_is_reported(data):
+    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=1)
+    next(loader)
+    workers = worker_processes()
+    assert workers
+    for worker in workers:
+        os.kill(worker, signal.SIGTERM)
+    for _ in range(5):
+        next(loader)
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"a data worker was killed.*--mem.*num_workers \(now 1\)"):
+        for _ in range(20):
+            next(loader)
+    assert time.monotonic() - begin < 30
+    loader.close()
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def worker_processes():
+    """The children of the fork server, which is a child of this process."""
+    from multiprocessing import forkserver
+
+    server = forkserver._forkserver._forkserver_pid
+    return [int(number) for number in Path(f"/proc/{server}/task/{server}/children").read_text().split()]
