@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -70,13 +71,13 @@ class CheckpointStore:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._link_last(final)
-        self._prune()
+        self._prune(step)
         return final
 
     def newest(self) -> Found:
         """The newest checkpoint whose manifest holds; damaged ones are passed over with the reason."""
         passed_over: list[str] = []
-        for path in sorted(self._complete(), reverse=True):
+        for path in reversed(self._complete()):
             damage = verify(path)
             if damage is None:
                 return Found(path, _step_of(path), passed_over)
@@ -84,7 +85,9 @@ class CheckpointStore:
         return Found(None, 0, passed_over)
 
     def _complete(self) -> list[Path]:
-        return [p for p in self.folder.glob("step_[0-9]*") if p.is_dir()] if self.folder.is_dir() else []
+        # Exactly our names: a copy that somebody made beside them is neither loaded nor pruned.
+        named = self.folder.glob("step_*") if self.folder.is_dir() else ()
+        return sorted((p for p in named if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()), key=_step_of)
 
     def _link_last(self, final: Path) -> None:
         temporary = self.folder / ".last.tmp"
@@ -93,8 +96,13 @@ class CheckpointStore:
         os.replace(temporary, self.folder / "last")
         _sync(self.folder)
 
-    def _prune(self) -> None:
-        for path in sorted(self._complete())[: -self.keep]:
+    def _prune(self, step: int) -> None:
+        # Later steps than the one just saved are damaged and were passed over: the run went back behind them.
+        complete = self._complete()
+        kept = [path for path in complete if _step_of(path) <= step][-self.keep :]
+        for path in complete:
+            if path in kept:
+                continue
             # The manifest goes first: a folder half removed by a crash is then not mistaken for a whole one.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
@@ -120,20 +128,25 @@ def verify(folder: Path) -> str | None:
     """None if every file of the manifest is there, unchanged; otherwise what is wrong."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        files = [(name, entry["size"], entry["xxh3_128"]) for name, entry in manifest["files"].items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-    for name, entry in files:
+    if not files:
+        return f"its {MANIFEST} lists no file"
+    for name, size, _ in files:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size} bytes, {entry['size']} were written"
-    for name, entry in files:
-        if checksum(folder / name) != entry["xxh3_128"]:
-            return f"{name} is damaged: its checksum does not match"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, {size} were written"
+    for name, _, expected in files:
+        try:
+            if checksum(folder / name) != expected:
+                return f"{name} is damaged: its checksum does not match"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
 
 

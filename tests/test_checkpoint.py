@@ -1,0 +1,326 @@
+"""Checkpoints are whole or not there: damage, full disks and crashes at every point.
+
+Run: pytest tests/test_checkpoint.py   (about two seconds)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from agent.checkpoint import MANIFEST, PRETRAINED, TRAINING, CheckpointStore, verify
+
+WEIGHTS = f"{PRETRAINED}/model.safetensors"
+STATE = f"{TRAINING}/state.json"
+
+
+def writer(text: str, size: int = 5000) -> Callable[[Path], None]:
+    """Writes a checkpoint of two files whose contents depend on ``text``."""
+
+    def write(folder: Path) -> None:
+        (folder / WEIGHTS).write_bytes((text * size).encode()[:size])
+        (folder / STATE).write_text(json.dumps({"text": text}))
+
+    return write
+
+
+def store_with(run_dir: Path, *steps: int, keep: int = 10) -> CheckpointStore:
+    store = CheckpointStore(run_dir, keep)
+    for step in steps:
+        store.save(step, writer(f"s{step}"))
+    return store
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: files by their bytes, links by their target."""
+    entries = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in entries
+    }
+
+
+def test_a_saved_checkpoint_is_found_and_its_manifest_lists_every_file(tmp_path):
+    store = CheckpointStore(tmp_path, keep=2)
+    assert store.newest().path is None and store.newest().step == 0
+    path = store.save(200, writer("abc"))
+    assert path == tmp_path / "checkpoints" / "step_00000200" and verify(path) is None
+    found = store.newest()
+    assert (found.path, found.step, found.passed_over) == (path, 200, [])
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["step"] == 200
+    on_disk = {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != MANIFEST}
+    assert manifest["files"] == {
+        name: {"size": len(data), "xxh3_128": xxhash.xxh3_128(data).hexdigest()} for name, data in on_disk.items()
+    }
+    assert set(manifest["files"]) == {WEIGHTS, STATE}
+
+
+def test_last_is_a_relative_link_to_the_newest(tmp_path):
+    store = store_with(tmp_path / "run", 5, 10)
+    assert os.readlink(store.folder / "last") == "step_00000010"
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert (tmp_path / "moved/checkpoints/last" / WEIGHTS).read_bytes().startswith(b"s10")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_are_kept(tmp_path, keep):
+    store = store_with(tmp_path, 2, 4, 6, 8, keep=keep)
+    left = sorted(p.name for p in store.folder.iterdir())
+    assert left == ["last", *(f"step_{step:08d}" for step in (2, 4, 6, 8)[-keep:])]
+    assert store.newest().step == 8
+
+
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("boom"), OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()], ids=repr
+)
+def test_a_failing_save_leaves_nothing_and_harms_nothing(tmp_path, failure):
+    store = store_with(tmp_path, 5, 10, keep=1)
+    before = contents(store.folder)
+
+    def write(folder: Path) -> None:
+        writer("half")(folder)
+        raise failure
+
+    with pytest.raises(type(failure)) as caught:
+        store.save(15, write)
+    assert caught.value is failure
+    assert contents(store.folder) == before and len(list(store.folder.iterdir())) == 2
+    assert store.newest().step == 10
+
+
+def test_a_failing_save_of_a_step_that_exists_keeps_the_old_one(tmp_path):
+    store = store_with(tmp_path, 5)
+    before = contents(store.folder)
+
+    def write(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        store.save(5, write)
+    assert contents(store.folder) == before
+
+
+def test_a_step_saved_again_replaces_the_old_one(tmp_path):
+    store = store_with(tmp_path, 5)
+    (store.folder / "step_00000005" / STATE).unlink()
+    store.save(5, writer("again"))
+    assert store.newest().step == 5 and (store.folder / "last" / WEIGHTS).read_bytes().startswith(b"again")
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray((path / WEIGHTS).read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / WEIGHTS).write_bytes(data)
+
+
+DAMAGES = {
+    "a flipped bit": (flip_a_bit, "model.safetensors is damaged: its checksum does not match"),
+    "a truncated file": (
+        lambda path: os.truncate(path / WEIGHTS, 4000),
+        "model.safetensors has 4000 bytes, 5000 were written",
+    ),
+    "a file gone": (lambda path: (path / STATE).unlink(), "state.json is missing"),
+    "a folder gone": (lambda path: shutil.rmtree(path / PRETRAINED), "model.safetensors is missing"),
+    "the manifest gone": (lambda path: (path / MANIFEST).unlink(), "it has no manifest.json"),
+    "the manifest empty": (lambda path: os.truncate(path / MANIFEST, 0), "its manifest.json cannot be read"),
+    "the manifest truncated": (lambda path: os.truncate(path / MANIFEST, 60), "its manifest.json cannot be read"),
+    "the manifest not text": (
+        lambda path: (path / MANIFEST).write_bytes(b"\xff\x00\xfe"),
+        "its manifest.json cannot be read",
+    ),
+    "the manifest a list": (lambda path: (path / MANIFEST).write_text("[]"), "its manifest.json cannot be read"),
+    "the manifest of another form": (
+        lambda path: (path / MANIFEST).write_text('{"files": {"pretrained_model/model.safetensors": 5000}}'),
+        "its manifest.json cannot be read",
+    ),
+    "the manifest without files": (
+        lambda path: (path / MANIFEST).write_text('{"files": {}}'),
+        "its manifest.json lists no file",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
+    store = store_with(tmp_path, 5, 10)
+    harm, reason = DAMAGES[damage]
+    harm(store.folder / "step_00000010")
+    found = store.newest()
+    assert (found.step, found.path) == (5, store.folder / "step_00000005")
+    assert len(found.passed_over) == 1
+    assert "step_00000010" in found.passed_over[0] and found.passed_over[0].endswith(reason)
+    harm(store.folder / "step_00000005")
+    everything = store.newest()
+    assert everything.path is None and [text.split(":")[0][-2:] for text in everything.passed_over] == ["10", "05"]
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
+    store = store_with(tmp_path, 5, 10)
+    bad = str(store.folder / "step_00000010" / WEIGHTS)
+
+    def reading(path, *args, **kwargs):
+        if str(path) == bad:
+            raise OSError(errno.EIO, "Input/output error", bad)
+        return open(path, *args, **kwargs)
+
+    monkeypatch.setattr("agent.checkpoint.open", reading, raising=False)
+    found = store.newest()
+    assert found.step == 5 and "model.safetensors" in found.passed_over[0]
+    assert "Input/output error" in found.passed_over[0]
+
+
+def test_names_that_are_no_checkpoint_are_neither_taken_nor_removed(tmp_path):
+    store = store_with(tmp_path, 5, 10, keep=2)
+    newest = store.folder / "step_00000010"
+    others = ["step_00000010.backup", "step_00000010_before_the_change", "my_step_00000010", "step_final", "notes"]
+    for name in others:
+        shutil.copytree(newest, store.folder / name)
+    (store.folder / "step_00000099").write_text("a file, not a folder")
+    assert store.newest().path == newest and not store.newest().passed_over
+    store.save(15, writer("s15"))
+    left = {p.name for p in store.folder.iterdir()}
+    assert left == {"last", "step_00000010", "step_00000015", "step_00000099", *others}
+
+
+def test_a_save_cut_short_is_ignored_and_cleared_by_the_next(tmp_path):
+    store = store_with(tmp_path, 5)
+    for step in (7, 10):
+        torn = store.folder / f".step_{step:08d}.tmp"
+        (torn / PRETRAINED).mkdir(parents=True)
+        (torn / "leftover").write_text("of a killed process")
+    assert store.newest().step == 5 and not store.newest().passed_over
+    path = store.save(10, writer("s10"))
+    assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000005", "step_00000010"]
+    assert not (path / "leftover").exists() and verify(path) is None
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_path):
+    store = store_with(tmp_path, 10, 20, keep=2)
+    flip_a_bit(store.folder / "step_00000020")
+    assert store.newest().step == 10
+    # The run goes on from 10 and saves more often than before.
+    for step in (12, 14):
+        store.save(step, writer(f"s{step}"))
+        assert store.newest().step == step
+    assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000012", "step_00000014"]
+
+
+def test_a_crash_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
+    class Crash(BaseException):
+        """Like a SIGKILL: nothing after it is done, not even cleaning up."""
+
+    calls = ("fsync", "rename", "replace", "rmdir", "unlink")
+    outcomes = []
+    for moment in range(1000):
+        run_dir = tmp_path / str(moment)
+        store = store_with(run_dir, 5, 10, keep=2)
+        left = moment
+        with monkeypatch.context() as patch:
+            for name in calls:
+                original = getattr(os, name)
+
+                def counted(*args, original=original, **kwargs):
+                    nonlocal left
+                    if left <= 0:
+                        raise Crash
+                    left -= 1
+                    return original(*args, **kwargs)
+
+                patch.setattr(os, name, counted)
+            try:
+                store.save(15, writer("s15"))
+                crashed = False
+            except Crash:
+                crashed = True
+        found = CheckpointStore(run_dir, keep=2).newest()
+        assert found.path is not None and verify(found.path) is None and found.step in (10, 15), moment
+        last = run_dir / "checkpoints/last"
+        assert verify(last) is None, moment
+        outcomes.append(found.step)
+        if not crashed:
+            break
+        store.save(20, writer("s20"))
+        left_over = sorted(p.name for p in store.folder.iterdir())
+        assert left_over == ["last", f"step_{found.step:08d}", "step_00000020"], moment
+    assert outcomes == sorted(outcomes) and set(outcomes) == {10, 15} and len(outcomes) > 10
+
+
+def test_everything_is_on_the_disk_before_the_manifest_and_the_manifest_before_the_name(tmp_path, monkeypatch):
+    store = store_with(tmp_path, 5)
+    events: list[tuple[str, str]] = []
+    fsync, rename, replace, write_text = os.fsync, os.rename, os.replace, Path.write_text
+    temporary, final = ".step_00000010.tmp", "step_00000010"
+
+    def name_of(path) -> str:
+        return str(Path(path).relative_to(store.folder))
+
+    def record_fsync(handle):
+        events.append(("sync", name_of(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def record_rename(source, target, **kwargs):
+        events.append(("rename", f"{name_of(source)} → {name_of(target)}"))
+        rename(source, target, **kwargs)
+
+    def record_replace(source, target, **kwargs):
+        events.append(("rename", f"{name_of(source)} → {name_of(target)}"))
+        replace(source, target, **kwargs)
+
+    def record_write(path, *args, **kwargs):
+        if path.name == MANIFEST:
+            events.append(("write", name_of(path)))
+        return write_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "rename", record_rename)
+    monkeypatch.setattr(os, "replace", record_replace)
+    monkeypatch.setattr(Path, "write_text", record_write)
+    store.save(10, writer("s10"))
+
+    manifest = events.index(("write", f"{temporary}/{MANIFEST}"))
+    named = events.index(("rename", f"{temporary} → {final}"))
+    linked = events.index(("rename", ".last.tmp → last"))
+    synced = {name for kind, name in events[:manifest] if kind == "sync"}
+    assert {f"{temporary}/{name}" for name in (WEIGHTS, STATE, PRETRAINED, TRAINING)} <= synced
+    after = [event for event in events[manifest:named] if event[0] == "sync"]
+    assert after == [("sync", f"{temporary}/{MANIFEST}"), ("sync", temporary)]
+    assert ("sync", ".") in events[named:linked] and ("sync", ".") in events[linked:]
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 3 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)], capture_output=True, text=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one(small_disk):
+    store = CheckpointStore(small_disk / "run", keep=1)
+    store.save(5, writer("s5", 1_000_000))
+    before = contents(store.folder)
+    with pytest.raises(OSError) as caught:
+        store.save(10, writer("s10", 2_500_000))
+    assert caught.value.errno == errno.ENOSPC
+    assert contents(store.folder) == before
+    found = store.newest()
+    assert found.step == 5 and found.path is not None and verify(found.path) is None and not found.passed_over
+    # What the failed save had filled is free again.
+    store.save(15, writer("s15", 1_500_000))
+    assert store.newest().step == 15
