@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up, then cosine decay, as LeRobot's ``CosineDecayWithWarmupSchedulerConfig`` computes it."""
@@ -116,6 +119,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tenso
             f"the checkpoint's optimizer state is of other parameters: missing {sorted(set(trained) - seen)[:5]}, "
             f"extra {sorted(seen - set(trained))[:5]}; what is frozen must not change on a resume"
         )
+    holes = {f"{kind}/{name}" for kind in _STATE for name in trained} - set(tensors)
+    if holes:
+        raise ValueError(f"the checkpoint's optimizer state is incomplete: missing {sorted(holes)[:5]}")
     for key, value in tensors.items():
         kind, name = key.split("/", 1)
         parameter = trained[name]

@@ -1,0 +1,197 @@
+"""The learning rate against LeRobot's, the freeze table, the optimizer's state out and in.
+
+Run: pytest tests/test_optim.py   (a few seconds, most of them importing LeRobot)
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from agent.optim import LearningRate, freeze, make_optimizer, optimizer_tensors, restore_optimizer
+
+PEAK, FINAL = 5e-5, 2.5e-6
+
+
+@pytest.mark.parametrize("n_updates", [1, 2, 7, 100, 1000])
+@pytest.mark.parametrize("decay", [1, 30, 100, 999, 1000, 30_000])
+@pytest.mark.parametrize("warmup", [0, 1, 5, 99, 1000])
+def test_the_learning_rate_is_lerobots(warmup, decay, n_updates):
+    from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
+
+    ours = LearningRate.plan(PEAK, FINAL, warmup, decay, n_updates)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    their_config = CosineDecayWithWarmupSchedulerConfig(
+        num_warmup_steps=warmup, num_decay_steps=decay, peak_lr=PEAK, decay_lr=FINAL
+    )
+    (theirs,) = their_config.build(optimizer, n_updates).lr_lambdas
+    scaled = int(warmup * n_updates / decay) if n_updates < decay else warmup
+    if scaled >= n_updates:  # here LeRobot never leaves the warm-up
+        assert ours.warmup_updates == n_updates // 10
+        return
+    for update in range(n_updates + 5):
+        assert ours.at(update) == pytest.approx(PEAK * theirs(update), rel=1e-12), update
+
+
+@pytest.mark.parametrize(("warmup", "n_updates"), [(0, 1), (0, 10), (3, 10), (200, 1000), (1000, 100)])
+def test_without_a_decay_the_cosine_ends_with_the_run(warmup, n_updates):
+    rate = LearningRate.plan(PEAK, FINAL, warmup, None, n_updates)
+    assert rate.at(n_updates) == FINAL == rate.at(10 * n_updates)
+    rates = [rate.at(update) for update in range(n_updates + 1)]
+    top = rate.warmup_updates
+    assert top < n_updates and max(rates) <= PEAK and min(rates[top:-1]) > FINAL
+    assert all(a < b for a, b in zip(rates[:top], rates[1:top], strict=False))
+    assert all(a > b for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
+    # One update before the end: within what a cosine still has to go there.
+    assert rates[-2] - FINAL <= (PEAK - FINAL) * (math.pi / 2 / n_updates) ** 2 * 1.0001
+    same = LearningRate.plan(PEAK, FINAL, warmup, n_updates, n_updates)
+    assert rates == [same.at(update) for update in range(n_updates + 1)]
+
+
+def test_the_schedule_is_described():
+    assert LearningRate.plan(5e-5, 2.5e-6, 20, None, 100).describe() == (
+        "learning rate: 20 updates of warm-up to 5e-05, cosine to 2.5e-06 at update 100"
+    )
+    assert "2 updates of warm-up" in LearningRate.plan(5e-5, 2.5e-6, 20, 1000, 100).describe()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.vision = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 5))
+        self.expert = nn.Linear(5, 3)
+        self.head = nn.Linear(3, 2, bias=False)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        return self.head(self.expert(self.vision(x)))
+
+
+FROZEN = {"vision.0.weight": "freeze_vision", "vision.0.bias": "freeze_vision", "head.weight": "the loss never reaches"}
+
+
+def make(frozen: dict[str, str] | None = None) -> tuple[Model, torch.optim.Optimizer]:
+    model = Model()
+    freeze(model, FROZEN if frozen is None else frozen)
+    return model, make_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def train(model: Model, optimizer: torch.optim.Optimizer, updates: range) -> None:
+    for update in updates:
+        model(torch.randn(8, 4, generator=torch.Generator().manual_seed(update))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def test_every_parameter_is_counted_once_as_trained_or_frozen():
+    model = Model()
+    table = freeze(model, FROZEN)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(FROZEN)
+    rows = {}
+    for line in table.splitlines()[1:]:
+        words = line.split()
+        rows[(" ".join(words[:-5]), words[-5])] = (int(words[-4]), round(float(words[-2]) * 1e6))
+    # The table shows millions with three digits: what is this small shows as zero, the tensors are exact.
+    assert {key: tensors for key, (tensors, _) in rows.items()} == {
+        ("trained", "vision"): 2,
+        ("trained", "expert"): 2,
+        ("freeze_vision", "vision"): 2,
+        ("the loss never reaches", "head"): 1,
+    }
+    assert list(rows)[0][0] == "trained" and sum(tensors for tensors, _ in rows.values()) == len(
+        list(model.parameters())
+    )
+
+
+def test_the_freeze_table_counts_numbers_in_millions():
+    model = nn.ModuleDict({"a": nn.Linear(1000, 1500, bias=False), "b": nn.Linear(500, 1000, bias=False)})
+    lines = freeze(model, {"b.weight": "frozen here"}).splitlines()
+    assert lines[0] == "parameters:" and len(lines) == 3
+    assert lines[1].split() == ["trained", "a", "1", "tensors", "1.500", "M"]
+    assert lines[2].split() == ["frozen", "here", "b", "1", "tensors", "0.500", "M"]
+
+
+def test_freezing_again_thaws_what_is_not_named():
+    model = Model()
+    freeze(model, FROZEN)
+    freeze(model, {"head.weight": "only this"})
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["head.weight"]
+
+
+def test_nothing_left_to_train_and_unknown_names_are_refused():
+    model = Model()
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        freeze(model, {name: "all" for name, _ in model.named_parameters()})
+    with pytest.raises(AssertionError, match="does not have.*visoin"):
+        freeze(model, {"visoin.0.weight": "a typo"})
+
+
+def test_the_optimizer_holds_exactly_the_trained_parameters_in_one_group():
+    model, optimizer = make()
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters() if p.requires_grad]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (1e-2, (0.9, 0.95), 1e-8, 0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    train(model, optimizer, range(3))
+    assert {name for name, p in model.named_parameters() if torch.equal(p, before[name])} == set(FROZEN)
+
+
+def test_the_optimizer_continues_bit_for_bit_after_out_and_in(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    straight, optimizer = make()
+    train(straight, optimizer, range(6))
+
+    first, optimizer = make()
+    train(first, optimizer, range(3))
+    tensors = optimizer_tensors(optimizer, first)
+    trained = {name for name, p in first.named_parameters() if p.requires_grad}
+    assert set(tensors) == {f"{kind}/{name}" for name in trained for kind in ("step", "exp_avg", "exp_avg_sq")}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "optimizer.safetensors")
+
+    second, fresh = make()
+    second.load_state_dict(first.state_dict())
+    restore_optimizer(fresh, second, load_file(tmp_path / "optimizer.safetensors"))
+    train(second, fresh, range(3, 6))
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+    # Without the state it would have gone elsewhere: the comparison above means something.
+    third, fresh = make()
+    third.load_state_dict(first.state_dict())
+    train(third, fresh, range(3, 6))
+    assert not torch.equal(third.expert.weight, straight.expert.weight)
+
+
+def saved_state() -> dict[str, torch.Tensor]:
+    model, optimizer = make()
+    train(model, optimizer, range(2))
+    return optimizer_tensors(optimizer, model)
+
+
+def test_the_state_of_other_parameters_is_refused():
+    tensors = saved_state()
+    model, optimizer = make({})  # trains more than the checkpoint's run did
+    with pytest.raises(ValueError, match=r"missing \['head.weight', 'vision.0.bias', 'vision.0.weight'\].*frozen"):
+        restore_optimizer(optimizer, model, tensors)
+    model, optimizer = make(FROZEN | {"expert.bias": "now frozen"})
+    with pytest.raises(ValueError, match=r"extra \['expert.bias'\].*must not change on a resume"):
+        restore_optimizer(optimizer, model, tensors)
+    model, optimizer = make()
+    with pytest.raises(ValueError, match=r"expert.weight has shape \(3, 6\), the model has \(3, 5\)"):
+        restore_optimizer(optimizer, model, tensors | {"exp_avg/expert.weight": torch.zeros(3, 6)})
+    assert not optimizer.state or all(p.requires_grad for p in optimizer.state)
+
+
+@pytest.mark.parametrize("kind", ["step", "exp_avg", "exp_avg_sq"])
+def test_a_state_with_a_hole_is_refused(kind):
+    tensors = saved_state()
+    del tensors[f"{kind}/expert.weight"]
+    model, optimizer = make()
+    with pytest.raises(ValueError, match=rf"missing \['{kind}/expert.weight'\]"):
+        restore_optimizer(optimizer, model, tensors)
