@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,9 @@ from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokeni
 
 from agent.data import source as source_module
 from agent.data.build import build_data
+from agent.data.episodes import hold_out
 from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
-from agent.data.source import DatasetConfig, choose_video_backend, hold_out, open_source
+from agent.data.source import DatasetConfig, choose_video_backend, open_source
 from agent.data.transforms import (
     SampleSpec,
     TaskTokens,
@@ -425,7 +428,10 @@ def test_build_reports_and_infers(video, pictures, tokenizer, data):
     assert len(data.reader.sources[0].episodes) == 3 and len(data.validation.sources[0].episodes) == 1
     assert any("leaves out observation.images.wrist" in line for line in data.report)
     inferred = built(
-        dataset_config(pictures), tokenizer=tokenizer, spec=SampleSpec(4, 16, 10, (48, 48), 16), val=ValDataConfig([], 0)
+        dataset_config(pictures),
+        tokenizer=tokenizer,
+        spec=SampleSpec(4, 16, 10, (48, 48), 16),
+        val=ValDataConfig([], 0),
     )
     assert inferred.spec.camera_slots == (FRONT, WRIST)
     assert (inferred.spec.state_dim, inferred.spec.action_dim, inferred.validation) == (7, 7, None)
@@ -568,9 +574,37 @@ def test_signals_spare_workers_and_a_killed_one_is_reported(data):
         next(loader)
 
 
+def test_workers_end_with_a_killed_trainer(video, tokenizer, tmp_path):
+    code = f"import test_data; test_data.wait_with_workers({str(video)!r}, {tokenizer!r})"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_DATASETS_CACHE": str(tmp_path)}
+    trainer = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    processes = [int(number) for number in trainer.stdout.readline().split()]
+    assert len(processes) == 3
+    trainer.kill()
+    trainer.wait()
+    give_up = time.monotonic() + 20
+    while any(lives(process) for process in processes):
+        assert time.monotonic() < give_up, "the fork server or a worker lives on"
+        time.sleep(0.1)
+
+
+def lives(process):
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def wait_with_workers(video, tokenizer):
+    """In a process of its own: prints the fork server and its workers, and waits to be killed."""
+    data = built(dataset_config(video), tokenizer=tokenizer)
+    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=2)
+    next(loader)
+    print(forkserver._forkserver._forkserver_pid, *worker_processes(), flush=True)
+    time.sleep(100)
+
+
 def worker_processes():
     """The children of the fork server, which is a child of this process."""
-    from multiprocessing import forkserver
-
     server = forkserver._forkserver._forkserver_pid
     return [int(number) for number in Path(f"/proc/{server}/task/{server}/children").read_text().split()]

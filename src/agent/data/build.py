@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.data import files
+from agent.data.episodes import hold_out
 from agent.data.features import check_features
-from agent.data.loader import DataConfig, Draw, SampleReader, start_fork_server
+from agent.data.files import spelled
+from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
 from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, merge_statistics
-from agent.data.source import DatasetConfig, Source, hold_out, open_source
+from agent.data.reader import Draw, SampleReader
+from agent.data.source import DatasetConfig, Source, open_source
 from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
 
 
@@ -143,7 +145,7 @@ def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
 
 def _described(role: str, sources: Sequence[Source]) -> list[str]:
     return [
-        f"{role}: {source}, {len(source.episodes)} episodes ({files.spelled(source.episodes)}), {len(source)} frames"
+        f"{role}: {source}, {len(source.episodes)} episodes ({spelled(source.episodes)}), {len(source)} frames"
         for source in sources
     ]
 
@@ -155,7 +157,7 @@ def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[
             both = np.intersect1d(train.episodes, held.episodes)
             if train.metadata.root.resolve() == held.metadata.root.resolve() and len(both):
                 lines.append(
-                    f"WARNING: {train}: episodes {files.spelled(both)} are trained on and validated on; "
+                    f"WARNING: {train}: episodes {spelled(both)} are trained on and validated on; "
                     "validation will look better than it is"
                 )
     return lines

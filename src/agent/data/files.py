@@ -276,7 +276,8 @@ def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, last: float, f
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
-            duration = float(stream.duration * stream.time_base) if stream.duration else None
+            known = stream.duration is not None and stream.time_base is not None
+            duration = float(stream.duration * stream.time_base) if known else None  # type: ignore[operator]
     except (av.FFmpegError, IndexError) as error:
         raise _damaged(repo_id, path, episodes, f"cannot be opened as a video ({error})") from error
     if duration is not None and duration < last - 1.5 / fps:

@@ -7,15 +7,14 @@ travels to the workers with the source.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agent.data import files
+from agent.data.episodes import choose_episodes
 
 if TYPE_CHECKING:
     import torch
@@ -255,87 +254,11 @@ def open_source(config: DatasetConfig, chunk_size: int, video_backend: str | Non
     """
     root = files.locate(config.repo_id, config.root, config.revision)
     metadata = files.read_metadata(config.repo_id, root)
-    chosen = choose_episodes(config, metadata)
+    chosen = choose_episodes(metadata, config.episodes, config.split)
     if config.root is None:
         metadata = files.fetch_missing(metadata, chosen, config.revision)
     files.verify_files(metadata, chosen)
     return Source(config, metadata, chosen, chosen, chunk_size, choose_video_backend(video_backend), tolerance_s)
-
-
-def choose_episodes(config: DatasetConfig, metadata: files.Metadata) -> np.ndarray:
-    """The episodes that ``episodes`` or ``split`` select, ascending.
-
-    Raises:
-        ValueError: if both are given, nothing is selected, or an episode does not exist or is named twice.
-    """
-    count, name = metadata.total_episodes, f"data set {config.repo_id}"
-    if config.episodes is not None and config.split is not None:
-        raise ValueError(f"{name}: give `episodes` or `split`, not both")
-    if config.split is not None:
-        return _slice_of(config.split, metadata, name)
-    if config.episodes is None:
-        return np.arange(count)
-    episodes = np.sort(np.asarray(config.episodes, dtype=np.int64))
-    outside = episodes[(episodes < 0) | (episodes >= count)]
-    if len(outside) or len(episodes) == 0:
-        asked = f"asks for {files.spelled(outside)}" if len(outside) else "is empty"
-        raise ValueError(f"{name}: `episodes` {asked}, the data set has the episodes 0 to {count - 1}")
-    if (np.diff(episodes) == 0).any():
-        raise ValueError(f"{name}: `episodes` names {files.spelled(episodes[1:][np.diff(episodes) == 0])} twice")
-    return episodes
-
-
-def _slice_of(split: str, metadata: files.Metadata, name: str) -> np.ndarray:
-    match = re.fullmatch(r"(\w+)(?:\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?", split.replace(" ", ""))
-    splits = metadata.info.get("splits") or {"train": f"0:{metadata.total_episodes}"}
-    if match is None or match[1] not in splits:
-        raise ValueError(
-            f"{name}: split {split!r} is not understood; write one of {', '.join(sorted(splits))}, whole or as a "
-            "slice of its episodes: train[:95%], train[5%:], train[10:200]"
-        )
-    first, last = (int(end) for end in splits[match[1]].split(":"))
-    episodes = np.arange(first, last)
-    try:
-        chosen = episodes[slice(*(_bound(text, len(episodes)) for text in match.groups()[1:]))]
-    except ValueError as error:
-        raise ValueError(f"{name}: split {split!r}: {error}") from error
-    if len(chosen) == 0:
-        raise ValueError(f"{name}: split {split!r} selects none of the {len(episodes)} episodes")
-    return chosen
-
-
-def _bound(text: str | None, count: int) -> int | None:
-    if text is None:
-        return None
-    if not text.endswith("%"):
-        return int(text)
-    percent = Fraction(text[:-1])
-    if abs(percent) > 100:
-        raise ValueError(f"{text} is more than all of it")
-    return int(percent * count / 100 + Fraction(1, 2) * (1 if percent >= 0 else -1))
-
-
-def hold_out(episodes: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Splits episodes into those for training and those for validation.
-
-    The validation episodes are evenly spaced, the same for every seed, at least one when ``fraction`` > 0 and
-    never all.
-
-    Raises:
-        ValueError: if the fraction is outside [0, 1), or there is only one episode to split.
-    """
-    if not 0 <= fraction < 1:
-        raise ValueError(f"data.val.fraction is {fraction}, it must be at least 0 and below 1")
-    if fraction == 0:
-        return episodes, episodes[:0]
-    if len(episodes) < 2:
-        raise ValueError(
-            "one episode cannot be split into training and validation: set data.val.fraction to 0, or name "
-            "validation data in data.val.datasets"
-        )
-    count = min(max(1, round(len(episodes) * fraction)), len(episodes) - 1)
-    held = (2 * np.arange(count) + 1) * len(episodes) // (2 * count)
-    return np.delete(episodes, held), episodes[held]
 
 
 @cache

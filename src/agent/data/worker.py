@@ -5,13 +5,16 @@ fresh process without either; with the heavy imports done there once, a worker s
 their memory. Importing this module is what prepares the server; in the training process nobody imports it.
 """
 
+import os
 import signal
+import threading
+from multiprocessing import connection, parent_process
 
 import lerobot.datasets.lerobot_dataset  # noqa: F401
 import torch.utils.data  # noqa: F401
 
 
-def ignore_cluster_signals(_worker: int = 0) -> None:
+def ignore_cluster_signals() -> None:
     """Lets this process live through the signals that a cluster sends to every process of a job.
 
     The trainer answers them, and still needs samples until its update is done. Workers and server end when the
@@ -19,6 +22,22 @@ def ignore_cluster_signals(_worker: int = 0) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_with_trainer() -> None:
+    """Ends this worker when the training process is gone, however it went.
+
+    Torch's workers watch their parent, which here is the fork server, and the server lives as long as it has
+    workers: after a SIGKILL of the trainer they would keep each other, and their memory, for ever.
+    """
+    trainer = parent_process()
+    assert trainer is not None, "called in a worker only"
+
+    def watch() -> None:
+        connection.wait([trainer.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end_with_trainer", daemon=True).start()
 
 
 ignore_cluster_signals()
