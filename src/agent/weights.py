@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
 class Layout(Protocol):
     """How the files name the model's tensors."""
 
@@ -92,7 +95,7 @@ def find_weights(reference: str, key: str) -> list[Path]:
         ValueError: if there is nothing there; never an empty list.
     """
     path = Path(reference).expanduser()
-    if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl") and path.exists():
+    if path.suffix in _PICKLES and path.exists():
         raise ValueError(
             f"{key}: {path} is a pickle file, which can run code when opened; convert it to safetensors first"
         )
@@ -107,7 +110,11 @@ def find_weights(reference: str, key: str) -> list[Path]:
         if folder.is_dir() and (files := _files_in(folder, key)):
             return files
     if path.is_dir():
-        raise ValueError(f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json")
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
+        hint = f"; convert its {pickles[0]} to safetensors first" if pickles else ""
+        raise ValueError(
+            f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json{hint}"
+        )
     if (
         path.is_absolute()
         or reference.startswith((".", "~"))
@@ -122,7 +129,12 @@ def find_weights(reference: str, key: str) -> list[Path]:
 def _files_in(folder: Path, key: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            names = []
+        if not names:
+            raise ValueError(f"{key}: {index} cannot be read as an index, it is truncated or damaged")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
             raise ValueError(
@@ -149,7 +161,11 @@ def _files_on_hub(reference: str, key: str) -> list[Path]:
         ) from None
     files = _files_in(folder, key)
     if not files:
-        raise ValueError(f"{key}: '{reference}' on the hub holds no model.safetensors")
+        # Without internet this is what the cache has, which can be less than the hub.
+        raise ValueError(
+            f"{key}: '{reference}' holds no model.safetensors, as far as it was downloaded to {folder}; if the hub has "
+            f"one, run `hf download {name}` on a machine with internet and the same HF_HOME"
+        )
     return files
 
 
