@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,15 +29,20 @@ def parse(arguments: list[str], world_size: int) -> tuple[TrainPipelineConfig, l
     if "--help" in arguments or "-h" in arguments:
         from agent.describe_config import as_help
 
-        print(_USAGE + as_help())
+        try:
+            print(_USAGE + as_help(), flush=True)
+        except BrokenPipeError:  # `--help | head` reads no further; nor must the interpreter's flush at the exit fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return None
     path, rest = None, []
     remaining = iter(arguments)
     for argument in remaining:
-        if argument.startswith("--config_path"):
-            path = argument.partition("=")[2] or next(remaining, None)
+        if argument == "--config_path":
+            path = next(remaining, None)
+        elif argument.startswith("--config_path="):
+            path = argument.partition("=")[2]
         else:
             rest.append(argument)
-    if not path:
+    if not path or path.startswith("--"):
         raise ValueError("which config? add --config_path config/train/X.yaml; --help lists every key")
     return load_config(path, rest, world_size)

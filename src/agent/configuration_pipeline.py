@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from agent.data.loader import DataConfig
 from agent.metrics import WandbConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
-from agent.strict_config import ConfigError, load
+from agent.strict_config import ConfigError, cannot_use, load
 
 
 @dataclass
@@ -171,7 +172,9 @@ def reconcile(config: TrainPipelineConfig) -> list[str]:
         elif to_model(chosen) != stated:
             lines.append(f"{key}: {chosen} of the training config wins over {model_key}: {stated} of the model config")
             setattr(model, model_key, to_model(chosen))
-    model.__post_init__()  # its own checks, on the values it has now
+    # Their own checks once more, on the values they have now.
+    model.__post_init__()
+    config.__post_init__()
     if config.load_from_checkpoint is None and model.pretrained_path is not None:
         config.load_from_checkpoint = str(model.pretrained_path)
         if model.pretrained_revision:
@@ -199,16 +202,30 @@ def load_config(path: str | Path, arguments: list[str], world_size: int) -> tupl
         ConfigError: for every mistake that can be found without data, weights or a GPU.
     """
     path = Path(path)
-    config, _ = load(TrainPipelineConfig, path, arguments)
+    config = load(TrainPipelineConfig, path, arguments)
     if config.name is None:
         config.name = path.stem
-    lines = reconcile(config)
-    accumulation_steps(config, world_size)
-    if not config.data.train.datasets:
-        raise ConfigError(f"{path}: data.train.datasets is empty; list at least one {{repo_id: …, root: …}}")
-    if config.use_wandb:
-        config.wandb.check()
+    mistakes: list[str] = []
+    lines: list[str] = []
+    checks: tuple[Callable[[], Any], ...] = (
+        lambda: lines.extend(reconcile(config)),
+        lambda: accumulation_steps(config, world_size),
+        lambda: _check_datasets(config),
+        lambda: config.wandb.check() if config.use_wandb else None,
+    )
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise cannot_use(path, mistakes)
     return config, lines
+
+
+def _check_datasets(config: TrainPipelineConfig) -> None:
+    if not config.data.train.datasets:
+        raise ConfigError("data.train.datasets is empty; list at least one {repo_id: …, root: …}")
 
 
 def dump(config: TrainPipelineConfig) -> dict[str, Any]:
@@ -260,6 +277,8 @@ def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = 
         old, new = saved.get(key), current.get(key)
         if old == new or name in _FREE_ON_RESUME:
             continue
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             lines += changes_since(old, new, f"{name}.")
         else:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any, Literal
+
+log = logging.getLogger(__name__)
 
 State = Literal["running", "preempted", "finished", "failed"]
 
@@ -51,12 +54,15 @@ class RunFolder:
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace") or "an unknown process"
             os.close(handle)
             raise ValueError(
                 f"the run folder {self.path} is in use by {holder}; wait for it, stop it, or give this run another name: --name …"
             ) from None
+        except OSError as error:
+            # Lustre without its flock option, for instance: no reason to refuse every run there.
+            log.warning("%s cannot be locked (%s): make sure that no second job runs in it", self.path, error)
         os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())
@@ -64,9 +70,16 @@ class RunFolder:
 
     def _read_status(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
+        except ValueError as error:
+            status = error
+        if isinstance(status, dict):
+            return status
+        # It only reports; what a run continues from is in its checkpoints.
+        log.warning("%s is damaged, the count of starts begins again: %s", self.path / "status.json", status)
+        return {}
 
     @property
     def status(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reading a config strictly: YAML with ``!include``, ``${VARIABLES}``, command-line overrides, and a check of every
 key and type before draccus builds the dataclasses.
 
-draccus alone stops at the first mistake and names neither the file nor the nearest valid key; the check here
-collects all mistakes in one message.
+draccus alone stops at the first mistake and names neither the file nor the nearest valid key; here all mistakes go
+into one message, each with the line that made it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ import difflib
 import json
 import os
 import re
-import types
-import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +20,8 @@ import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 from draccus.utils import DecodingError, ParsingError
 
+from agent.config_check import Mistake, check_tree, explain
+
 ConfigClass = TypeVar("ConfigClass")
 
 
@@ -29,58 +29,99 @@ class ConfigError(ValueError):
     """A mistake of the user's in a config: what is wrong, where, and what to write instead."""
 
 
-class _Loader(SafeLoaderWithInclusion):
-    """draccus's loader, which notes what it included, reads JSON as JSON and refuses a key given twice."""
+_INT, _TIMESTAMP = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 
-    def __init__(self, stream: Any, files: list[Path], including: tuple[Path, ...]) -> None:
+
+class _Loader(SafeLoaderWithInclusion):
+    """draccus's loader, which notes what it included, reads JSON as JSON and refuses a key given twice.
+
+    YAML 1.1 would read `007` as 7, `12:30` as 750 and `2026-01-31` as a date, which changes a name; here they are texts.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _TIMESTAMP)]
+        for first, resolvers in SafeLoaderWithInclusion.yaml_implicit_resolvers.items()
+    }
+
+    def __init__(self, stream: Any, name: str, including: tuple[Path, ...] = ()) -> None:
         super().__init__(stream)
-        self.files = files
+        self.name = name
         self.including = including
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # Here and not in construct_mapping: a merge (<<) writes the merged keys into the node.
+        node = super().compose_mapping_node(anchor)
         seen: dict[str, int] = {}
         for key_node, _ in node.value:
-            if key_node.start_mark is None:  # merged in from an included file; the keys written here win over it
-                continue
             key, line = key_node.value, key_node.start_mark.line + 1
-            if key_node.tag != "tag:yaml.org,2002:merge" and isinstance(key, str) and key in seen:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{self.name}:{line}: a list or mapping cannot be a key")
+            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
                 raise ConfigError(f"{self.name}:{line}: the key '{key}' was already given in line {seen[key]}")
             seen[key] = line
-        return super().construct_mapping(node, deep=deep)
+        return node
 
 
 def _include(loader: _Loader, node: Any) -> Any:
-    path = Path(os.path.normpath(Path(loader.name).parent / node.value))
-    line = node.start_mark.line + 1
+    where = f"{loader.name}:{node.start_mark.line + 1}: !include"
+    if not isinstance(node, yaml.ScalarNode):
+        raise ConfigError(f"{where}: expected one file name")
+    path = _included_path(Path(loader.name), node.value)
     if not path.is_file():
         raise ConfigError(
-            f"{loader.name}:{line}: !include {node.value}: there is no file {path} "
+            f"{where} {node.value}: there is no file {path}{_similar_file(path)} "
             "(includes are relative to the file that includes them)"
         )
     if path in loader.including:
-        raise ConfigError(f"{loader.name}:{line}: !include {node.value}: {path} includes itself")
-    return read_file(path, loader.files, loader.including)
+        raise ConfigError(f"{where} {node.value}: {path} includes itself")
+    return read_file(path, loader.including)
+
+
+def _included_path(including: Path, name: str) -> Path:
+    mistakes: list[Mistake] = []
+    expanded = expand_variables(name, mistakes)
+    if mistakes:
+        raise ConfigError(f"{including}: !include {mistakes[0].text}")
+    return Path(os.path.normpath(including.parent / expanded))
 
 
 _Loader.add_constructor("!include", _include)
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
-def read_file(path: Path, files: list[Path], including: tuple[Path, ...] = ()) -> Any:
-    """The contents of a YAML or JSON file with its includes; ``files`` collects the paths read."""
-    files.append(path)
+def read_file(path: Path, including: tuple[Path, ...] = ()) -> Any:
+    """The contents of a YAML or JSON file with its includes."""
     try:
-        with open(path, encoding="utf-8") as stream:
-            if path.suffix == ".json":
-                return json.load(stream)
-            loader = _Loader(stream, files, (*including, path))
-            try:
-                return loader.get_single_data()
-            finally:
-                loader.dispose()
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a config file: {error}") from None
+    try:
+        if path.suffix == ".json":
+            return _read_json(text, path)
+        return _read_yaml(text, str(path), (*including, Path(os.path.normpath(path))))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
+
+
+def _read_yaml(text: str, name: str, including: tuple[Path, ...] = ()) -> Any:
+    loader = _Loader(text, name, including)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _read_json(text: str, path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for number, (key, _) in enumerate(pairs):
+            if key in (earlier for earlier, _ in pairs[:number]):
+                _read_yaml(text, str(path))  # JSON is YAML too, and this reader knows the lines
+                raise ConfigError(f"{path}: the key '{key}' is given twice")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _similar_file(path: Path) -> str:
@@ -90,12 +131,15 @@ def _similar_file(path: Path) -> str:
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
-def expand_variables(tree: Any, mistakes: list[str], where: str = "") -> Any:
+_VARIABLE = re.compile(r"\$\{(\w+)(:-([^${}]*))?\}")
+
+
+def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] = ()) -> Any:
     """``${VAR}`` and ``${VAR:-default}`` in every text, from the environment; unset ones are added to ``mistakes``."""
     if isinstance(tree, dict):
-        return {k: expand_variables(v, mistakes, f"{where}.{k}" if where else str(k)) for k, v in tree.items()}
+        return {k: expand_variables(v, mistakes, (*path, str(k))) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [expand_variables(v, mistakes, f"{where}.{i}") for i, v in enumerate(tree)]
+        return [expand_variables(v, mistakes, (*path, str(i))) for i, v in enumerate(tree)]
     if not isinstance(tree, str):
         return tree
 
@@ -103,13 +147,16 @@ def expand_variables(tree: Any, mistakes: list[str], where: str = "") -> Any:
         name, default = match.group(1), match.group(3)
         found = os.environ.get(name) or default
         if found is None:
-            mistakes.append(
-                f"{where}: '{tree}' uses the environment variable {name}, which is not set; "
+            text = (
+                f"'{tree}' uses the environment variable {name}, which is not set; "
                 f"`source set_path.sh`, `export {name}=…`, or write the path itself"
             )
+            mistakes.append(Mistake(path, text))
         return found or ""
 
-    return re.sub(r"\$\{(\w+)(:-([^}]*))?\}", value, tree)
+    if "${" in _VARIABLE.sub("", tree):
+        mistakes.append(Mistake(path, f"cannot read '{tree}'; write ${{VAR}} or ${{VAR:-default}}, one not in another"))
+    return _VARIABLE.sub(value, tree)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -127,28 +174,40 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             text = arguments[position] if has_value else "true"
             position += has_value
         try:
-            overrides[key] = yaml.safe_load(text) if text != "" else ""
+            overrides[key] = _read_yaml(text, f"--{key}") if text != "" else ""
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}: cannot read the value '{text}': {error}") from None
     return overrides
 
 
-def apply_override(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Sets one dotted key in place; a number steps into a list (``data.train.datasets.0.root``)."""
+def apply_override(tree: dict[str, Any], key: str, value: Any) -> tuple[str, ...]:
+    """Sets one dotted key in place; a number steps into a list (``data.train.datasets.0.root``).
+
+    Returns:
+        The way to the key.
+    """
     node: Any = tree
-    *parents, last = key.split(".")
-    for part in parents:
-        if isinstance(node, list):
-            node = node[_list_index(node, part, key)]
-        elif isinstance(node.get(part), (dict, list)):
-            node = node[part]
-        else:
-            node[part] = {}
-            node = node[part]
-    if isinstance(node, list):
-        node[_list_index(node, last, key)] = value
-    else:
-        node[last] = value
+    path: list[str] = []
+    parts = key.split(".")
+    while True:
+        here, parts = _first_key(node, parts)
+        path.append(here)
+        place: Any = _list_index(node, here, key) if isinstance(node, list) else here
+        if not parts:
+            node[place] = value
+            return tuple(path)
+        child = node.get(place) if isinstance(node, dict) else node[place]
+        if not isinstance(child, (dict, list)):
+            child = node[place] = {}
+        node = child
+
+
+def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
+    """The next key of a dotted name, and the rest. A key may hold dots itself, as ``observation.state`` does."""
+    for length in range(len(parts), 1, -1):
+        if isinstance(node, dict) and ".".join(parts[:length]) in node:
+            return ".".join(parts[:length]), parts[length:]
+    return parts[0], parts[1:]
 
 
 def _list_index(node: list, part: str, key: str) -> int:
@@ -157,151 +216,103 @@ def _list_index(node: list, part: str, key: str) -> int:
     return int(part)
 
 
-# ── the check of keys and types ─────────────────────────────────────────────────────────────────────────────────
+# ── saying where ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_tree(value: Any, kind: Any, path: str = "") -> list[str]:
-    """Every mistake in a raw tree against a (data)class, as lines ``key: what is wrong``."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return []
-    if origin in (typing.Union, types.UnionType):
-        return _check_union(value, arguments, path)
-    if isinstance(kind, type) and issubclass(kind, draccus.ChoiceRegistry):
-        return _check_choice(value, kind, path)
-    if dataclasses.is_dataclass(kind):
-        return _check_dataclass(value, kind, path)
-    if origin is typing.Literal:
-        return [] if value in arguments else [f"{path}: '{value}' is not one of {', '.join(map(str, arguments))}"]
-    if origin is list or origin is tuple:
-        return _check_sequence(value, origin, arguments, path)
-    if origin is dict:
-        if not isinstance(value, dict):
-            return [f"{path}: expected a mapping, got {_show(value)}"]
-        return [line for k, v in value.items() for line in check_tree(v, arguments[1], f"{path}.{k}")]
-    return _check_scalar(value, kind, path)
+def _file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
+    """Way to a key → ``file:line: `` where it is set, through all includes and merges."""
+    sources: dict[tuple[str, ...], str] = {}
 
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        if node.tag == "!include":
+            sources.update(_file_sources(_included_path(file, node.value), path))
+        elif isinstance(node, yaml.MappingNode):
+            # What is merged in comes first: the keys written beside it win.
+            for key, value in sorted(node.value, key=lambda pair: pair[0].tag != "tag:yaml.org,2002:merge"):
+                if key.tag == "tag:yaml.org,2002:merge":
+                    for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                        walk(merged, path)
+                else:
+                    sources[*path, key.value] = f"{file}:{key.start_mark.line + 1}: "
+                    walk(value, (*path, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                sources[*path, str(index)] = f"{file}:{item.start_mark.line + 1}: "
+                walk(item, (*path, str(index)))
 
-def _check_union(value: Any, kinds: tuple, path: str) -> list[str]:
-    if value is None and type(None) in kinds:
-        return []
-    candidates = [k for k in kinds if k is not type(None)]
-    # A mapping can only be meant for a dataclass or a dict: report that branch's mistakes, not "no type fits".
-    structured = [k for k in candidates if dataclasses.is_dataclass(k) or typing.get_origin(k) in (dict, list)]
-    if isinstance(value, (dict, list)) and structured:
-        return check_tree(value, structured[0], path)
-    attempts = [check_tree(value, k, path) for k in candidates if k not in structured] or [
-        check_tree(value, k, path) for k in candidates
-    ]
-    return min(attempts, key=len)
-
-
-def _check_choice(value: Any, kind: Any, path: str) -> list[str]:
-    choices = kind.get_known_choices()
-    if not isinstance(value, dict):
-        return [f"{path}: expected a mapping with a key 'type' ({', '.join(choices)}), got {_show(value)}"]
     try:
-        subclass = kind if dataclasses.is_dataclass(kind) and kind in choices.values() else choices[value["type"]]
-    except KeyError:
-        given = f"'{value['type']}' is not known" if "type" in value else "the key 'type' is missing"
-        return [f"{path}.type: {given}; write one of {', '.join(choices)}"]
-    return _check_dataclass({k: v for k, v in value.items() if k != "type"}, subclass, path)
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except yaml.YAMLError:  # JSON that YAML cannot read, indented with tabs: then the including line has to do
+        root = None
+    if root is not None:
+        walk(root, path)
+    return sources
 
 
-def _check_dataclass(value: Any, kind: Any, path: str) -> list[str]:
-    if not isinstance(value, dict):
-        return [f"{path}: expected a mapping with the keys of {kind.__name__}, got {_show(value)}"]
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]
-    prefix = f"{path}." if path else ""
-    lines = []
-    for key, item in value.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid keys: {', '.join(names)}"
-            lines.append(f"{prefix}{key}: unknown key; {hint}")
-        else:
-            lines += check_tree(item, hints[key], f"{prefix}{key}")
-    for field in dataclasses.fields(kind):
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if field.init and required and field.name not in value:
-            lines.append(f"{prefix}{field.name}: missing; it has no default")
-    return lines
+def _add_override(sources: dict[tuple[str, ...], str], path: tuple[str, ...]) -> None:
+    for known in [p for p in sources if p[: len(path)] == path]:
+        del sources[known]
+    for length in range(1, len(path) + 1):
+        part = path[:length]
+        if not any(known[:length] == part and len(known) > length for known in sources):
+            sources[part] = "command line: --"
 
 
-def _check_sequence(value: Any, origin: Any, arguments: tuple, path: str) -> list[str]:
-    if not isinstance(value, (list, tuple)):
-        return [f"{path}: expected a list, got {_show(value)}"]
-    if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
-        return [f"{path}: expected {len(arguments)} values, got {len(value)}"]
-    kinds = arguments if origin is tuple and Ellipsis not in arguments else (arguments[0],) * len(value)
-    return [line for i, (v, k) in enumerate(zip(value, kinds, strict=True)) for line in check_tree(v, k, f"{path}.{i}")]
+def _where(path: tuple[str, ...], sources: dict[tuple[str, ...], str]) -> str:
+    """Where a key is set, or the nearest one above it."""
+    return next((sources[path[:n]] for n in range(len(path), 0, -1) if path[:n] in sources), "")
 
 
-def _check_scalar(value: Any, kind: Any, path: str) -> list[str]:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = {
-        bool: isinstance(value, bool),
-        int: is_number and float(value).is_integer() and not isinstance(value, float),
-        float: is_number or (isinstance(value, str) and _is_float(value)),
-        str: isinstance(value, str) or is_number,
-    }.get(kind, True)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return [] if fits else [f"{path}: expected {names[kind]}, got {_show(value)}"]
-
-
-def _is_float(text: str) -> bool:
-    # YAML 1.1 reads 1e-4 as a text, because it has no dot; users write it, and draccus converts it.
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _show(value: Any) -> str:
-    return "nothing (null)" if value is None else repr(value)
+def _locate(text: str, sources: dict[tuple[str, ...], str]) -> str:
+    """A message of a config class, which begins with a key, with the whole key and where it is set, if that is clear."""
+    name = re.match(r"[\w.]*", text)[0].rstrip(".")  # type: ignore[index]
+    found = [(path, where) for path, where in sources.items() if f".{'.'.join(path)}".endswith(f".{name}")]
+    if not name or len(found) != 1:
+        return text
+    path, where = found[0]
+    return f"{where}{'.'.join(path)}{text[len(name) :]}"
 
 
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> tuple[ConfigClass, dict[str, Any]]:
-    """The config object, and the raw tree it was made of (to tell what was set from what is a default).
+def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> ConfigClass:
+    """The config object.
 
     Raises:
         ConfigError: with every mistake, each with file, key and what to write instead.
     """
-    files: list[Path] = []
-    tree = read_file(path, files) or {}
+    tree = read_file(path)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top")
-    overrides = parse_overrides(arguments)
-    for key, value in overrides.items():
-        apply_override(tree, key, value)
-    mistakes: list[str] = []
+    if tree and not set(tree) & {field.name for field in dataclasses.fields(config_class)}:  # type: ignore[arg-type]
+        what = "; this is a model config, which a training config includes" if "type" in tree else ""
+        raise ConfigError(f"{path} has no key of a training config{what}; --config_path takes config/train/X.yaml")
+    overrides = [apply_override(tree, key, value) for key, value in parse_overrides(arguments).items()]
+    mistakes: list[Mistake] = []
     tree = expand_variables(tree, mistakes)
     mistakes += check_tree(tree, config_class)
-    if mistakes:
-        lines = "\n  ".join(f"{_where(line.split(':')[0], files, overrides)}{line}" for line in mistakes)
-        raise ConfigError(f"{path} cannot be used:\n  {lines}")
-    try:
-        return draccus.decode(config_class, tree), tree
-    except (DecodingError, ParsingError, ValueError) as error:
-        # draccus wraps what a config class raised; the innermost message is the one written for the user.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ConfigError(f"{path} cannot be used: {cause}") from None
+    text = ""
+    if not mistakes:
+        try:
+            return draccus.decode(config_class, tree)
+        except (DecodingError, ParsingError, ValueError) as error:
+            # draccus wraps what a config class raised; the innermost message is the one written for the user.
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            text = str(cause)
+    sources = _file_sources(path)
+    for override in overrides:
+        _add_override(sources, override)
+    lines = [_where(mistake.path, sources) + explain(mistake, config_class, tree) for mistake in mistakes]
+    raise cannot_use(path, lines or [_locate(text, sources)])
 
 
-def _where(key: str, files: list[Path], overrides: dict[str, Any]) -> str:
-    """``file:line: `` of the line that sets a key, as far as a search for its last part can tell."""
-    if any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in overrides):
-        return "command line: --"
-    last = next((part for part in reversed(key.split(".")) if not part.isdigit()), key)
-    for file in reversed(files):
-        for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if re.match(rf"""[\s{{,-]*["']?{re.escape(last)}["']?\s*:""", text):
-                return f"{file}:{number}: "
-    return ""
+def cannot_use(path: Path, mistakes: list[str]) -> ConfigError:
+    """The one message for all mistakes in a config."""
+    if len(mistakes) == 1:
+        return ConfigError(f"{path} cannot be used: {mistakes[0]}")
+    return ConfigError("\n  ".join([f"{path} cannot be used:", *mistakes]))

@@ -16,12 +16,19 @@ class GemmaVariant:
     """Sizes of a Gemma transformer."""
 
     width: int
+    """Size of a token's vector."""
     depth: int
+    """Layers."""
     mlp_dim: int
+    """Hidden size of a layer's MLP."""
     heads: int
+    """Query heads of the attention."""
     kv_heads: int
+    """Key and value heads, each shared by ``heads`` / ``kv_heads`` query heads."""
     head_dim: int
+    """Size of a head."""
     vocab_size: int = 257152
+    """Rows of the token embedding; the expert has none."""
 
 
 @dataclass
@@ -29,10 +36,15 @@ class VisionVariant:
     """Sizes of a SigLIP vision tower."""
 
     width: int = 1152
+    """Size of a patch's vector."""
     depth: int = 27
+    """Layers."""
     mlp_dim: int = 4304
+    """Hidden size of a layer's MLP."""
     heads: int = 16
+    """Heads of the attention."""
     patch_size: int = 14
+    """Side of a patch in pixels."""
 
 
 @dataclass

@@ -1,0 +1,176 @@
+"""The check of a raw config tree against the config classes: every key and every type, all mistakes at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import draccus
+
+UNKNOWN = "unknown key"
+
+
+class Mistake(NamedTuple):
+    """One mistake: the way to the key, and what is wrong with it."""
+
+    path: tuple[str, ...]
+    text: str
+
+    @property
+    def key(self) -> str:
+        """The dotted name."""
+        return ".".join(self.path)
+
+
+def check_tree(value: Any, kind: Any, path: tuple[str, ...] = ()) -> list[Mistake]:
+    """Every mistake in a raw tree against a (data)class."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return []
+    if origin in (typing.Union, types.UnionType):
+        return _check_union(value, arguments, path)
+    if isinstance(kind, type) and issubclass(kind, draccus.ChoiceRegistry):
+        return _check_choice(value, kind, path)
+    if dataclasses.is_dataclass(kind):
+        return _check_dataclass(value, kind, path)
+    if origin is typing.Literal:
+        return (
+            [] if value in arguments else [Mistake(path, f"{value!r} is not one of {', '.join(map(str, arguments))}")]
+        )
+    if origin is list or origin is tuple:
+        return _check_sequence(value, origin, arguments, path)
+    if origin is dict:
+        if not isinstance(value, dict):
+            return [Mistake(path, f"expected a mapping, got {_show(value)}")]
+        return [mistake for k, v in value.items() for mistake in check_tree(v, arguments[1], (*path, str(k)))]
+    return _check_scalar(value, kind, path)
+
+
+def _check_union(value: Any, kinds: tuple, path: tuple[str, ...]) -> list[Mistake]:
+    if value is None and type(None) in kinds:
+        return []
+    candidates = [k for k in kinds if k is not type(None)]
+    # A mapping can only be meant for a dataclass or a dict: report that branch's mistakes, not "no type fits".
+    structured = [k for k in candidates if dataclasses.is_dataclass(k) or typing.get_origin(k) in (dict, list)]
+    if isinstance(value, (dict, list)) and structured:
+        return check_tree(value, structured[0], path)
+    attempts = [check_tree(value, k, path) for k in candidates if k not in structured] or [
+        check_tree(value, k, path) for k in candidates
+    ]
+    return min(attempts, key=len)
+
+
+def _check_choice(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]:
+    choices = kind.get_known_choices()
+    if not isinstance(value, dict):
+        return [Mistake(path, f"expected a mapping with a key 'type' ({', '.join(choices)}), got {_show(value)}")]
+    name = value.get("type")
+    if not isinstance(name, str) or name not in choices:
+        near = difflib.get_close_matches(str(name), choices, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"write one of {', '.join(choices)}"
+        given = f"{name!r} is not known" if "type" in value else "missing"
+        return [Mistake((*path, "type"), f"{given}; {hint}")]
+    return _check_dataclass({k: v for k, v in value.items() if k != "type"}, choices[name], path)
+
+
+def _check_dataclass(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]:
+    fields = [f for f in dataclasses.fields(kind) if f.init]
+    names = [f.name for f in fields]
+    if not isinstance(value, dict):
+        return [Mistake(path, f"expected a mapping with the keys {', '.join(names)}; got {_show(value)}")]
+    hints = typing.get_type_hints(kind)
+    mistakes = []
+    for key, item in value.items():
+        if key not in names:
+            mistakes.append(Mistake((*path, str(key)), UNKNOWN))
+        else:
+            mistakes += check_tree(item, hints[key], (*path, key))
+    for field in fields:
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and field.name not in value:
+            mistakes.append(Mistake((*path, field.name), "missing; it has no default"))
+    return mistakes
+
+
+def _check_sequence(value: Any, origin: Any, arguments: tuple, path: tuple[str, ...]) -> list[Mistake]:
+    if not isinstance(value, (list, tuple)):
+        return [Mistake(path, f"expected a list, got {_show(value)}")]
+    if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
+        return [Mistake(path, f"expected {len(arguments)} values, got {len(value)}")]
+    kinds = arguments if origin is tuple and Ellipsis not in arguments else (arguments[0],) * len(value)
+    pairs = enumerate(zip(value, kinds, strict=True))
+    return [mistake for i, (v, k) in pairs for mistake in check_tree(v, k, (*path, str(i)))]
+
+
+def _check_scalar(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: is_whole,
+        # nan and inf are never meant, and nan passes every comparison with a limit unseen.
+        float: not isinstance(value, bool) and _is_finite(value),
+        str: isinstance(value, str) or is_whole,
+    }.get(kind, True)
+    in_quotes = " (in quotes)" if isinstance(value, (bool, float)) else ""
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: f"a text{in_quotes}"}
+    return [] if fits else [Mistake(path, f"expected {names[kind]}, got {_show(value)}")]
+
+
+def _is_finite(value: Any) -> bool:
+    # YAML 1.1 reads 1e-4 as a text, because it has no dot; users write it, and draccus converts it.
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def _show(value: Any) -> str:
+    return {None: "nothing (null)", True: "true", False: "false"}[value] if _is_word(value) else repr(value)
+
+
+def _is_word(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
+    """``key: what is wrong``, with the nearest valid key for an unknown one."""
+    if mistake.text != UNKNOWN:
+        return f"{mistake.key}: {mistake.text}"
+    *parents, last = mistake.path
+    valid = list(_valid_keys(kind, tree))
+    siblings = [key[-1] for key in valid if key[:-1] == tuple(parents)]
+    # Nearest first: a slip of the pen here, the very key elsewhere (`num_workers` at the top), a resemblance.
+    near = [[*parents, name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
+    near = near or [list(key) for key in valid if key[-1] == last][:2]
+    near = near or [[*parents, name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
+    meant = "' or '".join(".".join(key) for key in near)
+    return f"{mistake.key}: {UNKNOWN}; " + (
+        f"did you mean '{meant}'?" if near else f"valid keys: {', '.join(siblings)}"
+    )
+
+
+def _valid_keys(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every key that a config of this class may have, in the lists and of the model type that ``value`` has."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for candidate in arguments:
+            yield from _valid_keys(candidate, value, path)
+    elif origin is list and isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _valid_keys(arguments[0], item, (*path, str(index)))
+    elif origin is dict and isinstance(value, dict):
+        for key, item in value.items():
+            yield from _valid_keys(arguments[1], item, (*path, str(key)))
+    values = value if isinstance(value, dict) else {}
+    if isinstance(kind, type) and issubclass(kind, draccus.ChoiceRegistry):
+        kind = kind.get_known_choices().get(str(values.get("type")))
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            yield (*path, field.name)
+            yield from _valid_keys(hints[field.name], values.get(field.name), (*path, field.name))
