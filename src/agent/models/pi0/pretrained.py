@@ -50,8 +50,8 @@ def _write_processors(folder: Path, config: PI0Config, statistics: Statistics) -
     inputs, outputs = lerobot["input_features"], lerobot["output_features"]
     mapping = lerobot["normalization_mapping"]
     # A folder given relative to here would not be found from elsewhere.
-    local = Path(config.tokenizer_path).is_dir()
-    tokenizer = str(Path(config.tokenizer_path).resolve()) if local else config.tokenizer_path
+    local = Path(config.tokenizer_path).expanduser()
+    tokenizer = str(local.resolve()) if local.is_dir() else config.tokenizer_path
     normalize = {"eps": 1e-8, "features": {**inputs, **outputs}, "norm_map": mapping}
     before = [
         _step("rename_observations_processor", rename_map={}),
