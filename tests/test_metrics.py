@@ -1,0 +1,305 @@
+"""What a run reports: metrics.jsonl and wandb across restarts, text lines and the progress bar.
+
+Run: pytest tests/test_metrics.py   (about fifteen seconds: wandb's own processes)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from agent.metrics import JsonLines, Metrics, WandbConfig
+
+
+def record(step: int, attempt: int = 1, **more: float) -> dict[str, float]:
+    """One logged update; ``attempt`` tells a repeated update from the first one."""
+    fixed = {"lr": 1e-4, "grad_norm": 0.5, "step_s": 2.0, "samples_per_s": 8.0, "data_wait": 0.125, "memory_gb": 1.0}
+    return {"step": step, "loss": 1 / step, **fixed, "attempt": attempt, "eta_s": 3725.0, **more}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ── metrics.jsonl ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_lines(path: Path, after: int, steps: range, attempt: int = 1) -> list[dict]:
+    sink = JsonLines(path)
+    kept = sink.rewind(after)
+    for step in steps:
+        sink.write(record(step, attempt))
+    sink.close()
+    return kept
+
+
+def test_a_first_start_makes_the_file(tmp_path):
+    path = tmp_path / "run" / "metrics.jsonl"
+    assert write_lines(path, 0, range(1, 4)) == []
+    assert lines(path) == [record(1), record(2), record(3)]
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path):
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    sink.rewind(0)
+    sink.write(record(1))
+    assert lines(sink.path) == [record(1)]
+    sink.close()
+
+
+def test_a_rewind_drops_what_comes_later_and_returns_what_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, 0, range(1, 11))
+    kept = write_lines(path, 6, range(7, 13), attempt=2)
+    assert kept == [record(step) for step in range(1, 7)]
+    assert lines(path) == kept + [record(step, 2) for step in range(7, 13)]
+    assert write_lines(path, 0, range(1, 2), attempt=3) == []
+    assert lines(path) == [record(1, 3)]
+
+
+@pytest.mark.parametrize(
+    "torn", ['{"step": 5, "loss": 0.', '{"step": 5, "loss": 0.2', "{", "\0" * 40, '\n{"step"'], ids=repr
+)
+def test_a_torn_last_line_is_dropped(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, 0, range(1, 5))
+    with open(path, "a") as stream:
+        stream.write(torn)
+    write_lines(path, 5, range(6, 8), attempt=2)
+    assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 6, 7]
+
+
+def test_a_whole_last_line_without_its_newline_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, 0, range(1, 5))
+    path.write_text(path.read_text().rstrip("\n"))
+    write_lines(path, 4, range(5, 7))
+    assert lines(path) == [record(step) for step in range(1, 7)]
+
+
+def test_many_restarts_leave_every_step_once(tmp_path):
+    path, at = tmp_path / "metrics.jsonl", 0
+    for attempt, (start, stop) in enumerate([(0, 4), (2, 9), (6, 7), (6, 11), (11, 13)]):
+        write_lines(path, start, range(start + 1, stop + 1), attempt)
+        with open(path, "a") as stream:
+            stream.write('{"step": 99')  # killed in the middle of a line
+        at = stop
+    write_lines(path, at, range(0))
+    assert [(line["step"], line["attempt"]) for line in lines(path)] == [
+        *((step, 0) for step in (1, 2)),
+        *((step, 1) for step in range(3, 7)),
+        *((step, 3) for step in range(7, 12)),
+        *((step, 4) for step in (12, 13)),
+    ]
+
+
+# ── wandb ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+START = """
+import json, os, signal, sys
+from pathlib import Path
+from agent.metrics import Metrics, WandbConfig
+run_dir, after, first, last, attempt, end = Path(sys.argv[1]), *map(int, sys.argv[2:6]), sys.argv[6]
+metrics = Metrics(run_dir, 12)
+print(metrics.open(after, WandbConfig(mode="offline", project="a project"), run_dir, "a run", {"seed": 3}), flush=True)
+for step in range(first, last + 1):
+    metrics.write({"step": step, "loss": 1 / step, "attempt": attempt, "eta_s": 0.0})
+if end == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+metrics.close(0)
+"""
+
+
+def start(run_dir: Path, after: int, steps: range, attempt: int, end: str) -> str:
+    """One start of a run in a process of its own; returns the wandb id."""
+    arguments = [str(run_dir), str(after), str(steps[0]), str(steps[-1]), str(attempt), end]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", START, *arguments], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr
+    return done.stdout.splitlines()[0]
+
+
+def offline_records(folder: Path) -> tuple[str, list[dict]]:
+    """Run id and history of an offline folder, by wandb's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (file,) = folder.glob("*.wandb")
+    store, ids, history = DataStore(), [], []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        entry = wandb_internal_pb2.Record()
+        entry.ParseFromString(data)
+        if entry.WhichOneof("record_type") == "run":
+            ids.append(entry.run.run_id)
+        elif entry.WhichOneof("record_type") == "history":
+            history.append({item.nested_key or item.key: json.loads(item.value_json) for item in entry.history.item})
+    assert len(set(ids)) == 1
+    return ids[0], history
+
+
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end):
+    first = start(tmp_path, 0, range(1, 11), attempt=1, end=end)
+    (before,) = (tmp_path / "wandb").glob("offline-run-*")
+    time.sleep(max(0.0, 1.1 - time.time() % 1))  # wandb names its folders by the second
+    second = start(tmp_path, 6, range(7, 13), attempt=2, end="closed")
+    assert first == second and len(first) >= 8
+
+    (newest,) = (tmp_path / "wandb").glob("offline-run-*")
+    (superseded,) = (tmp_path / "wandb" / "superseded").iterdir()
+    assert superseded.name == before.name != newest.name
+    run_id, history = offline_records(newest)
+    assert run_id == first and newest.name.endswith(first)
+    assert [entry["_step"] for entry in history] == list(range(1, 13))
+    assert [entry["attempt"] for entry in history] == [1] * 6 + [2] * 6
+    assert [entry["loss"] for entry in history] == [1 / step for step in range(1, 13)]
+    steps = [(line["step"], line["attempt"]) for line in lines(tmp_path / "metrics.jsonl")]
+    assert steps == [(entry["_step"], entry["attempt"]) for entry in history]
+
+
+def test_restarts_within_a_second_set_every_folder_aside(tmp_path):
+    from agent.metrics import Wandb
+
+    name = "offline-run-20260101_120000-abc"
+    for content in ("first", "second", "third"):
+        folder = tmp_path / "wandb" / name
+        folder.mkdir(parents=True)
+        (folder / "run-abc.wandb").write_text(content)
+        Wandb._set_aside_offline(tmp_path)
+    aside = sorted((tmp_path / "wandb" / "superseded").glob("*/*.wandb"))
+    assert sorted(path.read_text() for path in aside) == ["first", "second", "third"]
+    assert not list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+@pytest.fixture
+def no_key(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("WANDB")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def test_online_without_a_key_is_refused_at_once(no_key):
+    with pytest.raises(ValueError) as caught:
+        WandbConfig().check()
+    for hint in ("no wandb key for api.wandb.ai", "wandb login", "WANDB_API_KEY", "offline", "use_wandb: false"):
+        assert hint in str(caught.value)
+
+
+def test_online_with_a_key_offline_and_disabled_are_fine(no_key, tmp_path, monkeypatch):
+    WandbConfig(mode="offline").check()
+    WandbConfig(mode="disabled").check()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
+    WandbConfig().check()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
+    with pytest.raises(ValueError, match="no wandb key for wandb.example.org"):
+        WandbConfig().check()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    WandbConfig().check()
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled", "dryrun"])
+def test_the_environment_can_turn_online_off(no_key, monkeypatch, mode):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    WandbConfig().check()
+
+
+def test_a_key_in_the_netrc_of_the_home_folder_counts(no_key, tmp_path, monkeypatch):
+    monkeypatch.delenv("NETRC")
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password " + "0" * 40 + "\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    WandbConfig().check()
+
+
+def test_a_broken_netrc_is_no_key(no_key, tmp_path):
+    (tmp_path / "netrc").write_text("machine")
+    with pytest.raises(ValueError, match="no wandb key"):
+        WandbConfig().check()
+
+
+def test_without_wandb_there_is_no_id_and_no_folder(tmp_path):
+    for config in (None, WandbConfig(mode="disabled")):
+        metrics = Metrics(tmp_path, 10)
+        assert metrics.open(0, config, tmp_path, "name", {}) is None
+        metrics.close(0)
+    assert not (tmp_path / "wandb").exists()
+
+
+# ── what the user sees ──────────────────────────────────────────────────────────────────────────────────────────
+
+SHOW = """
+import sys
+from pathlib import Path
+from agent.metrics import Metrics, setup_logging
+sys.path.insert(0, sys.argv[2])
+from test_metrics import record
+setup_logging(0, debug=False)
+run_dir = Path(sys.argv[1])
+metrics = Metrics(run_dir, 12)
+metrics.open(6, None, run_dir, "name", {})
+metrics.write(record(8))
+metrics.write(record(12, **{"val/loss": 0.25, "val/acc_0.1": 0.75}))
+metrics.close(0)
+"""
+
+
+def command(run_dir: Path) -> list[str]:
+    return [sys.executable, "-c", SHOW, str(run_dir), str(Path(__file__).parent)]
+
+
+def test_a_file_gets_plain_lines(tmp_path):
+    with open(tmp_path / "job.out", "w") as stdout, open(tmp_path / "job.err", "w") as stderr:
+        subprocess.run(command(tmp_path), stdout=stdout, stderr=stderr, check=True, timeout=120)
+    said = (tmp_path / "job.out").read_text()
+    assert (tmp_path / "job.err").read_text() == "" and "\r" not in said and "\x1b" not in said
+    first, second = said.splitlines()
+    shown = "  lr 0.0001  grad 0.5  samples/s 8  wait 0.125  "
+    assert first.endswith(f" I update 8/12  loss 0.125{shown}eta 1:02:05")
+    assert second.endswith(f" I update 12/12  loss 0.08333{shown}val/loss 0.25  val/acc_0.1 0.75  eta 1:02:05")
+
+
+def on_terminal(arguments: list[str]) -> str:
+    """What a program shows on a terminal of 200 columns."""
+    import fcntl
+    import struct
+    import termios
+
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
+    process = subprocess.Popen(arguments, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
+    os.close(terminal)
+    shown, deadline = b"", time.monotonic() + 120
+    while time.monotonic() < deadline and select.select([controller], [], [], 120)[0]:
+        try:
+            part = os.read(controller, 4096)
+        except OSError:  # Linux says so when the last process has left the terminal
+            break
+        if not part:
+            break
+        shown += part
+    os.close(controller)
+    assert process.wait(timeout=60) == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(tmp_path):
+    shown = on_terminal(command(tmp_path))
+    frames = [frame.strip() for frame in shown.split("\r") if frame.strip()]
+    assert not any("I update" in frame for frame in frames)
+    assert " 6/12 [" in frames[0] and frames[0].startswith("50%")
+    assert any(" 8/12 [" in frame and "loss 0.125  lr 0.0001  grad 0.5" in frame for frame in frames)
+    assert frames[-1].startswith("100%") and " 12/12 [" in frames[-1] and "val/acc_0.1 0.75" in frames[-1]
+    assert shown.count("\n") == 1, "one bar on one line, left standing at the end"
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [8, 12]

@@ -1,0 +1,223 @@
+"""Whole runs in real processes. Run with ``uv run pytest tests/test_training.py``."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+from launching import Workplace, kill_all
+
+TIMES = ("step_s", "samples_per_s", "data_wait", "memory_gb", "eta_s")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def through(place: Workplace) -> str:
+    """A run of 20 updates that nothing interrupts: two processes, accumulation 2."""
+    code, output = place.run("--name", "through", processes=2)
+    assert code == 0, output
+    return "through"
+
+
+def what_was_computed(lines: list[dict]) -> list[dict]:
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+def test_a_run_leaves_what_the_design_says(place: Workplace, through: str) -> None:
+    lines = place.metrics(through)
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["samples_seen"] for line in lines] == list(range(8, 168, 8))
+    names = set(TIMES) | {"step", "loss", "lr", "grad_norm", "epoch", "samples_seen"}
+    assert all(names <= set(line) for line in lines)
+    validated = [line["step"] for line in lines if "val/loss" in line]
+    assert validated == [10, 20]
+    assert {"val/action_l1", "val/baseline_last_l1", "val/baseline_mean_l1", "val/acc_0.05"} <= set(lines[-1])
+    status = place.status(through)
+    assert (status["state"], status["step"], status["restarts"]) == ("finished", 20, 0)
+    folder = place.checkpoint(through)
+    assert folder.name == "step_00000020"
+    assert {p.name for p in folder.parent.iterdir()} == {"step_00000016", "step_00000020", "last"}
+    assert os.readlink(folder.parent / "last") == "step_00000020"
+    assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"} <= {
+        p.name for p in (folder / "pretrained_model").iterdir()
+    }
+    assert (folder.parents[1] / "config.yaml").exists()
+
+
+def test_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, through: str) -> None:
+    process = place.start("--name", "killed", processes=2)
+    place.wait_for_step("killed", 8, process)
+    kill_all(process)
+    assert place.status("killed")["state"] == "running"
+    code, output = place.run("--name", "killed", processes=2)
+    assert code == 0, output
+    assert "own checkpoint" in output
+    assert what_was_computed(place.metrics("killed")) == what_was_computed(place.metrics(through))
+    for file in ("pretrained_model/model.safetensors", "training_state/optimizer.safetensors"):
+        ours, theirs = (place.checkpoint(name) / file for name in ("killed", through))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    assert place.status("killed")["restarts"] == 1
+
+
+def test_the_split_over_processes_does_not_matter(place: Workplace, through: str) -> None:
+    # One process, no worker, accumulation 4, against two processes, one worker each, accumulation 2.
+    code, output = place.run("--name", "alone", "--data.train.num_workers", "0")
+    assert code == 0, output
+    for ours, theirs in zip(place.metrics("alone"), place.metrics(through), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        if "val/loss" in theirs:
+            assert ours["val/loss"] == pytest.approx(theirs["val/loss"], rel=1e-4)
+
+
+def test_a_finished_run_says_so(place: Workplace, through: str) -> None:
+    before = place.metrics(through)
+    code, output = place.run("--name", "through", processes=2)
+    assert code == 0 and "this run is finished" in output
+    assert place.metrics(through) == before
+    assert place.status(through)["state"] == "finished"
+
+
+def test_another_config_is_refused_on_resume(place: Workplace, through: str) -> None:
+    code, output = place.run("--name", "through", "--model_cfg.optimizer_lr", "0.002", "--seed", "7")
+    assert code == 2
+    assert "seed: 42 → 7" in output and "model_cfg.optimizer_lr: 0.001 → 0.002" in output
+    assert "resume_changes" in output
+    # What changes neither mathematics nor data is free, and a change is taken when it is asked for.
+    allowed = ("--per_device_batch_size", "4", "--log_freq", "5", "--n_updates", "22", "--resume_changes", "true")
+    shutil.copytree(place.folder / "runs" / "through", place.folder / "runs" / "longer", symlinks=True)
+    code, output = place.run("--name", "longer", *allowed)
+    assert code == 0, output
+    assert "n_updates: 20 → 22" in output and "per_device_batch_size" not in output
+    assert place.status("longer")["step"] == 22
+
+
+def test_a_second_job_is_refused_while_the_first_lives(place: Workplace) -> None:
+    first = place.start("--name", "locked", "--n_updates", "2000", "--save_model_freq", "1000")
+    place.wait_for_step("locked", 1, first)
+    code, output = place.run("--name", "locked")
+    assert code == 2 and f"process {first.pid}" in output and "in use" in output
+    assert place.status("locked")["state"] == "running"
+    kill_all(first)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: str, number: signal.Signals) -> None:
+    name = f"stopped_{number.name}"
+    process = place.start("--name", name, "--save_model_freq", "1000")
+    place.wait_for_step(name, 3, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    status = place.status(name)
+    assert status["state"] == "preempted" and number.name in status["reason"]
+    assert place.checkpoint(name).name == f"step_{status['step']:08d}"
+    code, output = place.run("--name", name)
+    assert code == 0, output
+    losses = [line["loss"] for line in place.metrics(name)]
+    assert losses == pytest.approx([line["loss"] for line in place.metrics(through)], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace) -> None:
+    code, output = place.run("--name", "exploding", "--model_cfg.optimizer_lr", "1e30", "--max_grad_norm", "0")
+    assert code == 1
+    status = place.status("exploding")
+    assert status["state"] == "failed" and status["error_kind"] == "runtime"
+    assert "is not finite" in status["reason"] or "although every loss is finite" in status["reason"]
+    assert "update" in status["reason"] and "sample" in status["reason"] and "weights are unchanged" in status["reason"]
+    assert "FloatingPointError" in output
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace) -> None:
+    small = place.folder / "small_disk"
+    small.mkdir()
+    size = sum(p.stat().st_size for p in place.checkpoint("through").rglob("*") if p.is_file())
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size) + 200_000}", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        # Room for one checkpoint, not for two: updates 4 and on. The last one is needed, so the run fails there.
+        code, output = place.run("--name", "full", "--n_updates", "12", VLA_LOG_DIR=str(small))
+        assert code == 1, output
+        assert "the checkpoint at update 8 could not be written" in output and "training goes on" in output
+        assert "No space left on device" in output
+        assert {p.name for p in (small / "full" / "checkpoints").iterdir()} == {"step_00000004", "last"}
+        status = json.loads((small / "full" / "status.json").read_text())
+        assert status["state"] == "failed" and "update 12 could not be written" in status["reason"]
+        # With room again it continues from what survived.
+        subprocess.run(["mount", "-o", f"remount,size={6 * size}", str(small)], check=True)
+        code, output = place.run("--name", "full", "--n_updates", "12", VLA_LOG_DIR=str(small))
+        assert code == 0 and "step_00000004" in output, output
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_damaged_checkpoint_is_passed_over(place: Workplace, through: str) -> None:
+    run = place.folder / "runs" / "damaged"
+    shutil.copytree(place.folder / "runs" / "through", run, symlinks=True)
+    weights = run / "checkpoints" / "step_00000020" / "pretrained_model" / "model.safetensors"
+    contents = bytearray(weights.read_bytes())
+    contents[-1] ^= 1
+    weights.write_bytes(contents)
+    code, output = place.run("--name", "damaged", processes=2)
+    assert code == 0, output
+    assert "passed over a damaged checkpoint" in output and "checksum" in output and "step_00000016" in output
+    assert what_was_computed(place.metrics("damaged")) == what_was_computed(place.metrics(through))
+    assert weights.read_bytes() == (place.checkpoint(through) / "pretrained_model/model.safetensors").read_bytes()
+
+
+def test_weights_of_another_run_can_be_the_start(place: Workplace, through: str) -> None:
+    source = place.folder / "runs" / "through"
+    code, output = place.run("--name", "tuned", "--load_from_checkpoint", str(source), "--n_updates", "1")
+    assert code == 0, output
+    assert "weights from" in output and "taking weights of" in output
+    assert place.metrics("tuned")[0]["loss"] < place.metrics(through)[0]["loss"]
+
+
+BAD = {
+    "data": (["--data.train.datasets.0.root", "/nowhere/data"], "/nowhere/data does not exist"),
+    "weights": (["--load_from_checkpoint", "/nowhere/weights"], "load_from_checkpoint: there is no file or folder"),
+    "camera": (
+        ["--data.train.datasets.0.cameras", "{observation.images.wrist: observation.images.front}"],
+        "observation.images.wrist",
+    ),
+    "tokenizer": (["--model_cfg.tokenizer_path", "/nowhere/tokenizer"], "model_cfg.tokenizer_path"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_be_used_is_refused_with_exit_code_2(place: Workplace, case: str, tmp_path: Path) -> None:
+    overrides, message = BAD[case]
+    if case == "camera":
+        overrides = [*overrides, "--model_cfg.input_features", json.dumps(INPUT_FEATURES)]
+    status = tmp_path / "status.json"
+    code, output = place.run("--name", f"bad_{case}", *overrides, VLA_STATUS_FILE=str(status), VLA_ATTEMPT="17-0")
+    assert code == 2, output
+    assert message in output and "Traceback" not in output
+    record = json.loads(status.read_text())
+    assert (record["state"], record["error_kind"], record["attempt"]) == ("failed", "config", "17-0")
+    assert message in record["reason"]
+
+
+INPUT_FEATURES = {
+    "observation.images.front": {"type": "VISUAL", "shape": [3, 32, 32]},
+    "observation.state": {"type": "STATE", "shape": [7]},
+}
+
+
+def test_weights_of_another_shape_are_refused(place: Workplace, through: str) -> None:
+    source = str(place.checkpoint(through))
+    code, output = place.run("--name", "wide", "--load_from_checkpoint", source, "--model_cfg.max_action_dim", "9")
+    assert code == 2
+    assert "other shape: model.action_in_proj.weight: [32, 8] in the file, [32, 9] in the model" in output
