@@ -90,7 +90,7 @@ class TrainPipelineConfig:
             raise ValueError(f"n_updates must be at least 1, got {self.n_updates}")
         if self.n_updates is None and self.n_epochs <= 0:
             raise ValueError(f"n_epochs must be above 0, got {self.n_epochs}")
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name must be usable as a folder's name, got '{self.name}'")
         if self.eval_freq and self.eval_size < 1:
             raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")

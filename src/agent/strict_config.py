@@ -287,9 +287,10 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> C
         tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values at the top")
-    if tree and not set(tree) & {field.name for field in dataclasses.fields(config_class)}:  # type: ignore[arg-type]
-        what = "; this is a model config, which a training config includes" if "type" in tree else ""
-        raise ConfigError(f"{path} has no key of a training config{what}; --config_path takes config/train/X.yaml")
+    if "type" in tree:
+        raise ConfigError(
+            f"{path} is a model config; --config_path takes a training config, which includes a model config"
+        )
     overrides = [apply_override(tree, key, value) for key, value in parse_overrides(arguments).items()]
     mistakes: list[Mistake] = []
     tree = expand_variables(tree, mistakes)

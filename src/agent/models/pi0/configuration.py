@@ -28,7 +28,7 @@ class GemmaVariant:
     head_dim: int
     """Size of a head."""
     vocab_size: int = 257152
-    """Rows of the token embedding; the expert has none."""
+    """Rows of the token embedding."""
 
 
 @dataclass
