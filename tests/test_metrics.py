@@ -144,7 +144,8 @@ def offline_records(folder: Path) -> tuple[str, list[dict]]:
         if entry.WhichOneof("record_type") == "run":
             ids.append(entry.run.run_id)
         elif entry.WhichOneof("record_type") == "history":
-            history.append({item.nested_key or item.key: json.loads(item.value_json) for item in entry.history.item})
+            items = entry.history.item
+            history.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
     assert len(set(ids)) == 1
     return ids[0], history
 
@@ -159,7 +160,7 @@ def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end):
 
     (newest,) = (tmp_path / "wandb").glob("offline-run-*")
     (superseded,) = (tmp_path / "wandb" / "superseded").iterdir()
-    assert superseded.name == before.name != newest.name
+    assert superseded.name.endswith(before.name) and before.name != newest.name
     run_id, history = offline_records(newest)
     assert run_id == first and newest.name.endswith(first)
     assert [entry["_step"] for entry in history] == list(range(1, 13))

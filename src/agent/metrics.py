@@ -6,7 +6,6 @@ import json
 import logging
 import netrc
 import os
-import shutil
 import sys
 import uuid
 from dataclasses import dataclass
@@ -135,7 +134,8 @@ class Wandb:
         superseded = run_dir / "wandb" / "superseded"
         for folder in sorted((run_dir / "wandb").glob("offline-run-*")):
             superseded.mkdir(exist_ok=True)
-            shutil.move(folder, superseded / folder.name)
+            # Numbered: wandb names a folder by the second, which a quick restart can share.
+            folder.rename(superseded / f"{len(list(superseded.iterdir())):03d}_{folder.name}")
 
     def write(self, record: dict[str, Any]) -> None:
         """Logs one line at its own step. wandb ignores a step it has already; a resume repeats them exactly."""
