@@ -8,10 +8,11 @@ The extra `sim` brings metaworld and mujoco. Rendering without a display needs, 
 
 and MUJOCO_GL=egl (taken when the variable is unset) or MUJOCO_GL=osmesa.
 
-The episodes take turns over the tasks: episode e belongs to task e mod n, so that held-out episodes spaced
-evenly cover all of them (as long as the spacing and n have no common divisor). Every step is recorded until the expert has succeeded, and a few more. An episode in
-which the expert fails is dropped and recorded again with the next environment seed. The same arguments give the
-same episodes, and with the same versions of the libraries the same files.
+The episodes take turns over the tasks: episode e belongs to task e mod n, so that held-out episodes spaced evenly
+cover all of them (as long as the spacing and n have no common divisor). Every step is recorded until the expert has
+succeeded, and a few more. An episode in which the expert fails is dropped and recorded again with the next
+environment seed. The same arguments give the same episodes, and with the same versions of the libraries the same
+files.
 
 The camera, its place and its orientation are those of LeRobot's own Meta-World environment. Shadows are off: they
 take nine tenths of the time. An environment that evaluates a policy trained on these images must switch them off

@@ -36,7 +36,8 @@ def read_launch() -> Launch:
     Raises:
         ValueError: if only some of torchrun's variables are set.
     """
-    present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    # MASTER_ADDR and MASTER_PORT alone mean nothing: many cluster profiles export them.
+    present = [name for name in _TORCHRUN_VARIABLES[:4] if name in os.environ]
     if not present:
         return Launch()
     missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]

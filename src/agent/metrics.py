@@ -112,8 +112,9 @@ class Wandb:
             mode=mode,  # type: ignore[arg-type]
             dir=str(run_dir),
             config=settings,
-            settings=wandb.Settings(console="off"),
+            settings=wandb.Settings(console="off", quiet=True),
         )
+        log.info("wandb: %s", self._run.url or f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`")
         # An offline folder knows nothing of the one before it, and syncing it replaces what was synced under the
         # same id: each start therefore begins with every line so far, and the newest folder alone is complete.
         if mode == "offline":

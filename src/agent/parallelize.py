@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+log = logging.getLogger(__name__)
+
+# CUDA graphs reuse the memory of a block's outputs at its next call. The prefix's keys and values, outputs of one
+# block that another reads in the backward pass, would be overwritten, so the modes that use them lose them.
+_WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}
 
 if TYPE_CHECKING:
     from agent.distributed import Processes
@@ -22,8 +29,10 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
     """
     policy.checkpoint_blocks = activation_checkpointing
     if compile_mode is not None:
+        mode = _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode)
+        log.info("compiling %d blocks, mode %s", len(policy.wrap_units()), mode)
         for unit in policy.wrap_units():
-            unit.compile(mode=compile_mode)
+            unit.compile(mode=mode)
     if processes.world_size == 1:
         return policy
     from torch.nn.parallel import DistributedDataParallel
