@@ -202,6 +202,25 @@ def test_a_save_cut_short_is_ignored_and_cleared_by_the_next(tmp_path):
     assert not (path / "leftover").exists() and verify(path) is None
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
+    store = store_with(tmp_path, 5, 10, keep=2)
+    with monkeypatch.context() as patch:
+        busy = OSError(errno.ENOTEMPTY, "Directory not empty")  # as NFS has it while somebody reads in there
+        remove = shutil.rmtree
+
+        def removing(path, *args, **kwargs):
+            if Path(path).name == "step_00000005":
+                raise busy
+            remove(path, *args, **kwargs)
+
+        patch.setattr(shutil, "rmtree", removing)
+        assert store.save(15, writer("s15")).name == "step_00000015"
+    assert "step_00000005 could not be removed yet" in caplog.text and "Directory not empty" in caplog.text
+    assert store.newest().step == 15
+    store.save(20, writer("s20"))
+    assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000015", "step_00000020"]
+
+
 def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_path):
     store = store_with(tmp_path, 10, 20, keep=2)
     flip_a_bit(store.folder / "step_00000020")

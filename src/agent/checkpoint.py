@@ -103,9 +103,13 @@ class CheckpointStore:
         for path in complete:
             if path in kept:
                 continue
-            # The manifest goes first: a folder half removed by a crash is then not mistaken for a whole one.
-            (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            try:
+                # The manifest goes first: a folder half removed by a crash is then not mistaken for a whole one.
+                (path / MANIFEST).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            except OSError as error:
+                # Somebody may be reading it over NFS. The new checkpoint is safe, and the next save tries again.
+                log.warning("the old checkpoint %s could not be removed yet: %s", path, error)
         for leftover in self.folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
