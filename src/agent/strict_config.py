@@ -7,7 +7,6 @@ into one message, each with the line that made it.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os

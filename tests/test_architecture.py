@@ -1,0 +1,96 @@
+"""Who may import whom: run → trainer → components → batch, as the design's table says.
+
+Run: uv run pytest tests/test_architecture.py      (seconds)
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+MODULES = {
+    ".".join(path.relative_to(SOURCE / "agent").with_suffix("").parts): path
+    for path in sorted((SOURCE / "agent").rglob("*.py"))
+    if path.name != "__init__.py"
+}
+COMMANDS = ["run", "command_line", "describe_config", "requeue", "prepare", "export", "report", "serve"]
+LEAVES = ["batch", "reproducibility", "run_folder"]  # import nothing of agent; anyone may import the last two
+
+# Module → what else of agent it may import. The first matching row counts.
+MAY_IMPORT = {
+    "run": ["command_line", "configuration_pipeline", "trainer", "distributed", "metrics"],
+    **{name: ["*"] for name in COMMANDS[1:]},
+    "trainer": [
+        name for name in MODULES if name not in COMMANDS and not name.startswith("models.pi0")
+    ],  # names no model
+    "configuration_pipeline": ["strict_config", "data.*", "metrics", "models.base", "models.registry", "optim"],
+    "strict_config": ["config_check"],  # the two were one file
+    "parallelize": ["distributed"],
+    "checkpoint": ["distributed"],
+    "metrics": ["distributed"],
+    "evaluate": ["batch", "distributed"],
+    "data.mixture": [],
+    "data.normalization": [],
+    "data.transforms": ["batch", "data.normalization"],
+    "data.*": ["batch", "data.*"],
+    "models.base": ["batch"],
+    "models.flow_matching": [],
+    "models.registry": ["models.*"],
+    "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*"],
+    **{name: [] for name in ("config_check", "distributed", "optim", "weights", *LEAVES)},
+}
+
+
+def imported(node: ast.AST) -> Iterator[str]:
+    """Full names of what is imported, in functions too; what only the type checker reads is left out."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, ast.Import):
+            yield from (alias.name for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute"
+            yield from (f"{child.module}.{alias.name}" for alias in child.names)
+        else:
+            yield from imported(child)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module: str) -> None:
+    row = next((row for row in MAY_IMPORT if fnmatch(module, row)), None)
+    assert row is not None, f"{module} is in no row of the table: add it"
+    allowed = [*MAY_IMPORT[row], *([] if module in LEAVES else LEAVES[1:])]
+    for name in imported(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if name.split(".")[0] == "agent":
+            inside = name.removeprefix("agent.")
+            target = inside if inside in MODULES else inside.rpartition(".")[0]
+            assert target in MODULES, f"{module} imports {name}, which is no module"
+            assert any(fnmatch(target, pattern) for pattern in allowed), f"{module} must not import {target}"
+
+
+def test_the_table_names_modules_that_exist() -> None:
+    planned = {"prepare", "export", "report", "serve"}
+    rows = [row for row in MAY_IMPORT if row not in planned]
+    assert [row for row in rows if not any(fnmatch(module, row) for module in MODULES)] == []
+
+
+def test_no_module_shadows_another() -> None:
+    # `python src/agent/run.py` puts src/agent first on sys.path.
+    names = {name.split(".")[0] for name in MODULES}
+    assert names & (set(sys.stdlib_module_names) | set(packages_distributions()) - {"agent"}) == set()
+
+
+def test_the_way_to_a_config_imports_nothing_heavy() -> None:
+    heavy = ["torch", "lerobot", "transformers", "wandb", "datasets", "pandas"]
+    modules = "agent.configuration_pipeline, agent.run, agent.command_line, agent.describe_config, agent.requeue"
+    program = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert process.stdout == "[]\n"

@@ -1,0 +1,85 @@
+"""The folder of a run where the file system is not what it should be.
+
+Run: uv run pytest tests/test_run_folder.py      (seconds)
+
+That a second job is refused while the first lives is tested with whole runs, in tests/test_training.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.run_folder import RunFolder, report_attempt
+
+
+def test_the_holder_of_the_lock_is_named_and_its_death_frees_it(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys\nfrom agent.run_folder import RunFolder\n"
+        "folder = RunFolder(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ninput()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by host .*, process {process.pid}, since .*--name"):
+            RunFolder(tmp_path)
+    finally:
+        process.kill()
+        process.communicate()
+    RunFolder(tmp_path).close()
+
+
+def test_a_file_system_without_locks_is_no_reason_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    folder = RunFolder(tmp_path)
+    assert "cannot be locked" in caplog.text and "Function not implemented" in caplog.text
+    folder.update("running", 0)
+    folder.close()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"starts": 3'])
+def test_a_damaged_status_is_said_and_replaced(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "status.json").write_text(content)
+    folder = RunFolder(tmp_path)
+    assert "status.json is damaged" in caplog.text
+    folder.count_start()
+    folder.update("finished", 7)
+    folder.close()
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 7
+
+
+def test_starts_are_counted_over_restarts(tmp_path: Path) -> None:
+    for restarts in range(3):
+        folder = RunFolder(tmp_path)
+        assert folder.count_start() == restarts
+        folder.update("preempted", restarts * 10, reason="received SIGTERM")
+        folder.close()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["restarts"], status["step"], status["state"]) == (2, 20, "preempted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "status.json"]
+
+
+def test_the_outcome_carries_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_attempt("failed", reason="nobody asked")  # no variable, no file
+    target = tmp_path / "new" / "status.json"
+    monkeypatch.setenv("VLA_STATUS_FILE", str(target))
+    monkeypatch.setenv("VLA_ATTEMPT", "42.1")
+    folder = RunFolder(tmp_path / "run")
+    folder.update("failed", 3, "out of memory", "runtime")
+    folder.close()
+    written = json.loads(target.read_text())
+    assert (written["attempt"], written["state"], written["error_kind"]) == ("42.1", "failed", "runtime")
+    assert (written["reason"], written["step"], written["run_dir"]) == ("out of memory", 3, str(tmp_path / "run"))
