@@ -164,7 +164,7 @@ def test_merged_include_with_changes(files: Files, written: str) -> None:
 
 
 def test_merged_anchors_are_no_repeated_keys(files: Files) -> None:
-    # `common` stands deeper than the mapping that merges it, so YAML merges into it before it is read itself.
+    # A merge writes into the merged mapping, so that a check after it sees `weight` twice.
     anchored = "{train: {datasets: [&common {<<: {repo_id: lab/a, weight: 1}, weight: 2}]}, "
     files.yaml.write_text(
         "model_cfg: !include ../model/small.json\n"
