@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from launching import Workplace, kill_all
+from make_dataset import write_dataset
 
 TIMES = ("step_s", "samples_per_s", "data_wait", "memory_gb", "eta_s")
 
@@ -99,6 +100,37 @@ def test_another_config_is_refused_on_resume(place: Workplace, through: str) -> 
     assert code == 0, output
     assert "n_updates: 20 → 22" in output and "per_device_batch_size" not in output
     assert place.status("longer")["step"] == 22
+
+
+def test_moved_data_continues_and_other_data_does_not(place: Workplace, through: str) -> None:
+    shutil.copytree(place.folder / "runs" / "through", place.folder / "runs" / "moved", symlinks=True)
+    shutil.copytree(place.folder / "data", place.folder / "copy")
+    code, output = place.run("--name", "moved", "--data.train.datasets.0.root", str(place.folder / "copy"))
+    assert code == 0 and "this run is finished" in output, output
+    write_dataset(place.folder / "other", episodes=6, length=12, seed=1)
+    code, output = place.run("--name", "moved", "--data.train.datasets.0.root", str(place.folder / "other"))
+    assert code == 2 and "the training data itself" in output and "fingerprint" in output, output
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(place: Workplace) -> None:
+    code, output = place.run("--name", "small", "--model_cfg.paligemma_variant.vocab_size", "40")
+    assert code == 2 and "the model's vocabulary has 40" in output, output
+
+
+def test_a_config_error_is_reported_by_whichever_process_leaves_first(place: Workplace, tmp_path: Path) -> None:
+    # Rank 0 starts late, so that torchrun ends it before it has said a word.
+    late = tmp_path / "late"
+    late.mkdir()
+    (late / "sitecustomize.py").write_text(
+        "import os, sys, time\nif os.environ.get('RANK') == '0' and 'run.py' in ' '.join(sys.orig_argv): time.sleep(3)\n"
+    )
+    status = tmp_path / "status.json"
+    code, _ = place.run(
+        "--modle_cfg", "1", processes=2, VLA_STATUS_FILE=str(status), VLA_ATTEMPT="9", PYTHONPATH=str(late)
+    )
+    assert code == 1  # torchrun's
+    record = json.loads(status.read_text())
+    assert (record["attempt"], record["error_kind"]) == ("9", "config")
 
 
 def test_a_second_job_is_refused_while_the_first_lives(place: Workplace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -239,6 +240,7 @@ def dump_yaml(config: TrainPipelineConfig) -> str:
 
 
 # Keys that may differ between a checkpoint and the run that continues it: they change neither mathematics nor data.
+# Where data, tokenizer and paraphrases lie is free too, because what they contain is compared by its fingerprint.
 _FREE_ON_RESUME = (
     "name",
     "debug",
@@ -259,11 +261,15 @@ _FREE_ON_RESUME = (
     "data.train.num_workers",
     "data.train.prefetch_factor",
     "data.train.video_backend",
+    "task_paraphrase",
+    "data.train.tolerance_s",
+    "data.train.datasets.N.root",
+    "data.val.datasets",
     *(
         f"model_cfg.{key}"
         for key in (
             "device compile_model compile_mode gradient_checkpointing pretrained_path pretrained_revision push_to_hub "
-            "repo_id private tags license n_action_steps num_inference_steps paligemma_pretrained_path"
+            "repo_id private tags license n_action_steps num_inference_steps paligemma_pretrained_path tokenizer_path"
         ).split()
     ),
 )
@@ -275,7 +281,7 @@ def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = 
     for key in [*saved, *(k for k in current if k not in saved)]:
         name = f"{prefix}{key}"
         old, new = saved.get(key), current.get(key)
-        if old == new or name in _FREE_ON_RESUME:
+        if old == new or re.sub(r"\.\d+\.", ".N.", name) in _FREE_ON_RESUME:
             continue
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))

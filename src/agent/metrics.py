@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import netrc
@@ -114,7 +115,10 @@ class Wandb:
             config=settings,
             settings=wandb.Settings(console="off", quiet=True),
         )
-        log.info("wandb: %s", self._run.url or f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`")
+        log.info(
+            "wandb: %s",
+            self._run.url if mode == "online" else f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`",
+        )
         # An offline folder knows nothing of the one before it, and syncing it replaces what was synced under the
         # same id: each start therefore begins with every line so far, and the newest folder alone is complete.
         if mode == "offline":
@@ -154,6 +158,7 @@ class Metrics:
         self._lines = JsonLines(run_dir / "metrics.jsonl")
         self._wandb: Wandb | None = None
         self._bar: Any = None
+        self._above_bar = contextlib.ExitStack()
         self._n_updates = n_updates
 
     def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str, settings: dict) -> str | None:
@@ -163,7 +168,10 @@ class Metrics:
             self._wandb = Wandb(wandb, run_dir, name, settings, earlier)
         if sys.stderr.isatty():
             from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
 
+            # Log lines then appear above the bar instead of tearing it.
+            self._above_bar.enter_context(logging_redirect_tqdm())
             self._bar = tqdm(total=self._n_updates, initial=step, unit="update", dynamic_ncols=True)
         return self._wandb.run_id if self._wandb else None
 
@@ -188,6 +196,7 @@ class Metrics:
         """Closes every sink."""
         if self._bar is not None:
             self._bar.close()
+            self._above_bar.close()
         self._lines.close()
         if self._wandb is not None:
             self._wandb.close(exit_code)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line
@@ -29,9 +30,13 @@ def main(arguments: list[str]) -> int:
         launch = read_launch()
         parsed = command_line.parse(arguments, launch.world_size)
     except ValueError as error:
+        # torchrun ends all processes when the first one leaves. So every process reports, which rank 0 might not live
+        # to do, and the others leave last, so that it can speak.
+        report_attempt("failed", reason=str(error), error_kind="config")
         if launch.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-            report_attempt("failed", reason=str(error), error_kind="config")
+        else:
+            time.sleep(10)
         return EXIT_CONFIG
     if parsed is None:  # --help
         return EXIT_FINISHED

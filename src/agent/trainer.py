@@ -90,7 +90,7 @@ def build(config: TrainPipelineConfig, launch: Launch, processes: Processes, fol
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
     if resume_from is not None:
-        processes.main_decides(partial(_refuse_changes, config, resume_from))
+        processes.main_decides(partial(_refuse_changes, config, data, resume_from))
     policy = _build_policy(config, processes, resume_from)
     log.info(optim.freeze(policy, policy.frozen_parameters()))
     model_config: Any = config.model_cfg
@@ -147,9 +147,15 @@ def _find_resume(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> P
     return None
 
 
-def _refuse_changes(config: TrainPipelineConfig, checkpoint: Path) -> None:
+def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:
     saved = yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
     changes = changes_since(saved, dump(config))
+    fingerprint = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+    if fingerprint != data.fingerprint:
+        changes.append(
+            "the training data itself (states, actions, episodes or instructions as tokens): "
+            f"fingerprint {fingerprint} → {data.fingerprint}"
+        )
     if changes and not config.resume_changes:
         raise ValueError(
             f"this run was started with another config than the one it would continue with ({checkpoint}):\n  "
@@ -197,6 +203,12 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
     )
     for line in data.report:
         log.info(line)
+    largest, vocabulary = data.reader.tokens.largest(), model.language.vocab_size
+    if largest >= vocabulary:
+        raise ValueError(
+            f"the tokenizer {model.tokenizer_path} gives token {largest}, the model's vocabulary has {vocabulary}; raise "
+            "vocab_size in model_cfg.paligemma_variant, or use the tokenizer that the model was made for"
+        )
     model.adopt_features(data.spec.camera_slots, data.spec.state_dim, data.spec.action_dim)
     return data
 
@@ -482,7 +494,11 @@ def _write_checkpoint(run: Run, folder: Path) -> None:
     training = folder / TRAINING
     tensors = {name: t.contiguous() for name, t in optim.optimizer_tensors(run.optimizer, run.policy).items()}
     save_file(tensors, training / "optimizer.safetensors")
-    details = {"world_size": run.processes.world_size, "torch": torch.__version__}
+    details = {
+        "data_fingerprint": run.data.fingerprint,
+        "world_size": run.processes.world_size,
+        "torch": torch.__version__,
+    }
     (training / "state.json").write_text(
         json.dumps({**asdict(run.state), **details}, indent=1) + "\n", encoding="utf-8"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
@@ -36,6 +37,8 @@ class Data:
     """Of the training frames; its mean is the mean-action baseline."""
     action_normalizer: Normalizer
     """To bring predicted actions back to physical units."""
+    fingerprint: str
+    """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
     report: list[str]
     """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
 
@@ -78,8 +81,12 @@ def build_data(
     mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
     statistics = {}
+    digest = xxhash.xxh3_128()
     for name in ("state", "action"):
-        statistics[name] = merge_statistics([_finite_columns(source, name) for source in training], mixture.shares)
+        columns = [_finite_columns(source, name) for source in training]
+        for part in columns:
+            digest.update(np.ascontiguousarray(part))
+        statistics[name] = merge_statistics(columns, mixture.shares)
         if statistics[name].clamped:
             report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
     for source in validation:
@@ -97,6 +104,10 @@ def build_data(
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
     tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
     report += tokens.warnings()
+    for source in training:
+        digest.update(np.ascontiguousarray(source.episodes))
+    for text in sorted(set(texts)):
+        digest.update(tokens(text))
     state_normalizer, action_normalizer = (
         Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name])
         for name in ("state", "action")
@@ -110,6 +121,7 @@ def build_data(
         else None,
         state_statistics=statistics["state"],
         action_statistics=statistics["action"],
+        fingerprint=digest.hexdigest(),
         action_normalizer=action_normalizer,
         report=report,
     )

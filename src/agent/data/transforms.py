@@ -113,6 +113,10 @@ class TaskTokens:
         """The tokens of an instruction, (at most L,) int64, without padding."""
         return self._tokens[task]
 
+    def largest(self) -> int:
+        """The largest token id that occurs, padding included."""
+        return max(self.pad_token_id, *(int(tokens.max()) for tokens in self._tokens.values()))
+
     def warnings(self) -> list[str]:
         """A line for every instruction that is cut."""
         return [

@@ -240,6 +240,7 @@ class PI0Config(ModelConfig):
             and min(self.time_sampling_beta_alpha, self.time_sampling_beta_beta) > 0
         ):
             raise ValueError("time_sampling_*: time leaves (0, 1]; write scale 0.999, offset 0.001, alpha, beta > 0")
+        self._check_optimizer()
         if not 0 < self.min_period < self.max_period:
             raise ValueError(f"min_period: {self.min_period} is not within 0..max_period ({self.max_period})")
         for key in ("heads", "kv_heads", "head_dim", "depth"):
@@ -260,6 +261,22 @@ class PI0Config(ModelConfig):
                 f"image_resolution: {height}×{width} is not square and divisible by the patch size "
                 f"{self.vision.patch_size}; write for example [224, 224]"
             )
+
+    def _check_optimizer(self) -> None:
+        for key in (
+            "optimizer_weight_decay",
+            "optimizer_grad_clip_norm",
+            "scheduler_warmup_steps",
+            "scheduler_decay_lr",
+        ):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: {getattr(self, key)} is negative; write 0 or more")
+        if self.optimizer_lr <= 0 or self.optimizer_eps <= 0:
+            raise ValueError(f"optimizer_lr: {self.optimizer_lr}, optimizer_eps: {self.optimizer_eps}; write above 0")
+        if not all(0 <= beta < 1 for beta in self.optimizer_betas):
+            raise ValueError(f"optimizer_betas: {self.optimizer_betas} are not within 0 and below 1; write [0.9, 0.95]")
+        if self.scheduler_decay_steps is not None and self.scheduler_decay_steps < 1:
+            raise ValueError(f"scheduler_decay_steps: {self.scheduler_decay_steps}; write at least 1, or null")
 
     def _check_features(self) -> None:
         for section, allowed in (("input_features", ("VISUAL", "STATE")), ("output_features", ("ACTION",))):
