@@ -22,19 +22,30 @@ MODULES = {
     if path.name != "__init__.py"
 }
 COMMANDS = ["run", "command_line", "describe_config", "requeue", "prepare", "export", "report", "serve"]
-LEAVES = ["batch", "reproducibility", "run_folder"]  # import nothing of agent; anyone may import the last two
+LEAVES = [
+    "batch",
+    "reproducibility",
+    "run_folder",
+]  # import nothing of agent but history; anyone may import the last two
+TRAINER_PARTS = ["trainer", "building", "saving", "train_state"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
 MAY_IMPORT = {
-    "run": ["command_line", "configuration_pipeline", "trainer", "distributed", "metrics"],
+    "run": ["command_line", "configuration_pipeline", "trainer", "building", "distributed", "metrics", "watchdog"],
     **{name: ["*"] for name in COMMANDS[1:]},
-    "trainer": [
-        name for name in MODULES if name not in COMMANDS and not name.startswith("models.pi0")
-    ],  # names no model
+    # They name no model.
+    **{
+        part: [name for name in MODULES if name not in COMMANDS and not name.startswith("models.pi0")]
+        for part in TRAINER_PARTS
+    },
+    "replicas": ["distributed", "optim"],
     "configuration_pipeline": ["strict_config", "data.*", "metrics", "models.base", "models.registry", "optim"],
     "strict_config": ["config_check"],  # the two were one file
     "parallelize": ["distributed"],
-    "checkpoint": ["distributed"],
+    **{
+        part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "tensor_file"]
+        for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file")
+    },
     "metrics": ["distributed"],
     "evaluate": ["batch", "distributed"],
     "data.mixture": [],
@@ -44,8 +55,9 @@ MAY_IMPORT = {
     "models.base": ["batch"],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
-    "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*"],
-    **{name: [] for name in ("config_check", "distributed", "optim", "weights", *LEAVES)},
+    "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file"],
+    **{name: [] for name in ("config_check", "distributed", "history", "optim", "watchdog", "weights", *LEAVES)},
+    "run_folder": ["history"],
 }
 
 

@@ -304,3 +304,18 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path):
     assert frames[-1].startswith("100%") and " 12/12 [" in frames[-1] and "val/acc_0.1 0.75" in frames[-1]
     assert shown.count("\n") == 1, "one bar on one line, left standing at the end"
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [8, 12]
+
+
+def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.rewind(0)
+    lines.write({"step": 1})
+    disk, lines._handle = lines._handle, os.open("/dev/full", os.O_WRONLY)
+    lines.write({"step": 2})
+    lines.write({"step": 3})
+    assert caplog.text.count("No space left on device") == 1
+    lines._handle = disk
+    lines.write({"step": 4})
+    lines.close()
+    written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [1, 2, 3, 4]

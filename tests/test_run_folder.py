@@ -46,7 +46,7 @@ def test_a_file_system_without_locks_is_no_reason_to_refuse(
     monkeypatch.setattr(fcntl, "flock", unsupported)
     folder = RunFolder(tmp_path)
     assert "cannot be locked" in caplog.text and "Function not implemented" in caplog.text
-    folder.update("running", 0)
+    folder.begin_attempt()
     folder.close()
 
 
@@ -55,7 +55,7 @@ def test_a_damaged_status_is_said_and_replaced(tmp_path: Path, content: str, cap
     (tmp_path / "status.json").write_text(content)
     folder = RunFolder(tmp_path)
     assert "status.json is damaged" in caplog.text
-    folder.count_start()
+    folder.begin_attempt()
     folder.update("finished", 7)
     folder.close()
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 7
@@ -64,7 +64,8 @@ def test_a_damaged_status_is_said_and_replaced(tmp_path: Path, content: str, cap
 def test_starts_are_counted_over_restarts(tmp_path: Path) -> None:
     for restarts in range(3):
         folder = RunFolder(tmp_path)
-        assert folder.count_start() == restarts
+        folder.begin_attempt()
+        folder.note(first_step=max(restarts - 1, 0) * 10, busy_s=1.0)
         folder.update("preempted", restarts * 10, reason="received SIGTERM")
         folder.close()
     status = json.loads((tmp_path / "status.json").read_text())
@@ -78,6 +79,7 @@ def test_the_outcome_carries_the_attempt(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("VLA_STATUS_FILE", str(target))
     monkeypatch.setenv("VLA_ATTEMPT", "42.1")
     folder = RunFolder(tmp_path / "run")
+    folder.begin_attempt()
     folder.update("failed", 3, "out of memory", "runtime")
     folder.close()
     written = json.loads(target.read_text())

@@ -65,8 +65,16 @@ class TrainPipelineConfig:
     """JSON of instruction → list of paraphrases; each sample takes one of them with probability 0.5."""
     save_model_freq: int = 1000
     """Updates between checkpoints; the last update is always saved."""
+    checkpoint_interval_minutes: float | None = None
+    """Save also when this much time has passed since the last checkpoint."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    check_replicas_every: int = 1
+    """Before every N-th checkpoint, compare weights and optimizer of all processes; 0 never."""
+    skip_nonfinite: int = 0
+    """How many updates in a row may be skipped because their gradient is not finite; the next one ends the run."""
+    hang_timeout_minutes: float = 30.0
+    """End the run, with every process's stack in the log, when no update ends for so long; 0 waits for ever."""
     log_freq: int = 10
     """Updates between lines in `metrics.jsonl`, the log and wandb."""
     eval_freq: int = 1000
@@ -84,7 +92,15 @@ class TrainPipelineConfig:
         for key in ("global_batch_size", "per_device_batch_size", "save_model_freq", "keep_checkpoints", "log_freq"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        for key in ("eval_freq", "eval_size", "max_grad_norm", "seed"):
+        for key in (
+            "eval_freq",
+            "eval_size",
+            "max_grad_norm",
+            "seed",
+            "skip_nonfinite",
+            "check_replicas_every",
+            "hang_timeout_minutes",
+        ):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
         if self.n_updates is not None and self.n_updates < 1:
@@ -251,7 +267,10 @@ _FREE_ON_RESUME = (
     "use_torch_compile",
     "deterministic",
     "save_model_freq",
+    "checkpoint_interval_minutes",
     "keep_checkpoints",
+    "check_replicas_every",
+    "hang_timeout_minutes",
     "log_freq",
     "eval_freq",
     "eval_size",

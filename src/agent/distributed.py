@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -183,15 +184,35 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
 
 
 class StopRequest:
-    """Remembers that somebody asked this process to stop; the training loop looks at the next update boundary."""
+    """Remembers that somebody asked this process to stop; the training loop looks at every update boundary.
+
+    Somebody is a signal to this process, or a file: ``$VLA_STOP_FILE``, which the launching script writes, or ``stop``
+    in the run folder, which anybody may. A file reaches a run through torchrun, containers and nodes, where a signal
+    to torchrun would end it or never arrive.
+    """
 
     def __init__(self) -> None:
         self.reason = ""
+        self._files: list[Path] = []
+
+    def watch_files(self, run_dir: Path) -> None:
+        """Looks for stop files from now on; rank 0 does. One left in the run folder by an earlier attempt is removed."""
+        own = run_dir / "stop"
+        own.unlink(missing_ok=True)
+        self._files = [own, *(Path(name) for name in [os.environ.get("VLA_STOP_FILE")] if name)]
+
+    def pending(self) -> bool:
+        """True once this process has been asked to stop."""
+        for path in self._files:
+            if not self.reason and path.exists():
+                text = path.read_text(encoding="utf-8", errors="replace").strip()
+                self.reason = text or f"asked to by the file {path}"
+        return bool(self.reason)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.reason:
             raise KeyboardInterrupt  # the second Ctrl-C means now
-        self.reason = f"received {signal.Signals(number).name}"
+        self.reason = self.reason or f"received {signal.Signals(number).name}"
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -203,9 +224,6 @@ class StopRequest:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def agreed(self, processes: Processes) -> str:
-        """The reason to stop if any process was asked to, the same on all; empty otherwise."""
-        if not processes.any(bool(self.reason)):
-            return ""
-        reasons = sorted({reason for reason in processes.gather(self.reason) if reason})
-        return ", ".join(reasons)
+    def reasons(self, processes: Processes) -> str:
+        """Why, as all processes know it together; a collective, for when one of them is known to be asked."""
+        return ", ".join(sorted({reason for reason in processes.gather(self.reason) if reason}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import netrc
@@ -60,7 +61,9 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream: Any = None
+        self._handle: int | None = None
+        self._size = 0
+        self._pending = b""  # lines that a full disk did not take; they go first once there is room
 
     def rewind(self, step: int) -> list[dict[str, Any]]:
         """Opens the file for the updates after ``step``; lines beyond it, and a torn last line, are dropped.
@@ -79,18 +82,39 @@ class JsonLines:
                     kept.append(record)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._stream = open(self.path, "a", encoding="utf-8")
+        self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._size = os.fstat(self._handle).st_size
         return kept
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one line, whole."""
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        """Appends one line, whole. What a full disk does not take is kept and written later."""
+        assert self._handle is not None
+        waiting = bool(self._pending)
+        self._pending += (json.dumps(record) + "\n").encode()
+        try:
+            written = os.write(self._handle, self._pending)
+            if written < len(self._pending):
+                os.ftruncate(self._handle, self._size)  # no half lines
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if not waiting:
+                log.warning("%s cannot be written (%s); its lines wait until there is room", self.path, error.strerror)
+            return
+        self._size += len(self._pending)
+        self._pending = b""
+
+    def sync(self) -> None:
+        """Brings the lines to the disk: a checkpoint must not outlive the lines of its updates."""
+        if self._handle is not None:
+            os.fsync(self._handle)
 
     def close(self) -> None:
         """Closes the file."""
-        if self._stream is not None:
-            self._stream.close()
+        if self._handle is not None:
+            if self._pending:
+                log.error("%d lines of %s are lost, the disk was full", self._pending.count(b"\n"), self.path)
+            os.close(self._handle)
+            self._handle = None
 
 
 class Wandb:
@@ -144,7 +168,12 @@ class Wandb:
 
     def write(self, record: dict[str, Any]) -> None:
         """Logs one line at its own step. wandb ignores a step it has already; a resume repeats them exactly."""
-        self._run.log({k: v for k, v in record.items() if k != "step"}, step=record["step"])
+        # null, for a skipped update, is no number to wandb
+        self._run.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+
+    def summarize(self, facts: dict[str, Any]) -> None:
+        """Sets figures of the whole run."""
+        self._run.summary.update(facts)
 
     def close(self, exit_code: int) -> None:
         """Ends the wandb run."""
@@ -192,6 +221,15 @@ class Metrics:
                 f"update {record['step']}/{self._n_updates}  {text}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
             )
 
+    def sync(self) -> None:
+        """Before a checkpoint: what was logged until now is on the disk."""
+        self._lines.sync()
+
+    def summarize(self, facts: dict[str, Any]) -> None:
+        """Figures of the whole run for wandb's summary."""
+        if self._wandb is not None:
+            self._wandb.summarize(facts)
+
     def close(self, exit_code: int) -> None:
         """Closes every sink."""
         if self._bar is not None:
@@ -209,8 +247,8 @@ def _short(key: str) -> str:
     return {"samples_per_s": "samples/s", "grad_norm": "grad", "data_wait": "wait"}.get(key, key)
 
 
-def _format(value: float) -> str:
-    return f"{value:.4g}"
+def _format(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4g}"
 
 
 def setup_logging(rank: int, debug: bool) -> None:

@@ -7,18 +7,23 @@ with a checkpoint saved, 1 anything else.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line
 from agent.distributed import Launch, Processes, StopRequest, choose_device, read_launch
 from agent.run_folder import RunFolder, report_attempt
+from agent.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
+
+_STORY = ("restarts", "updates_redone", "waited_s", "ettr")
 
 log = logging.getLogger("agent")
 
@@ -53,22 +58,25 @@ def main(arguments: list[str]) -> int:
 def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> int:
     """Builds and trains; whatever happens is in ``status.json`` and in the exit code."""
     folder: RunFolder | None = None
-    step = 0
     try:
+        if launch.rank == 0:
+            # Known from here on: a crash while torch is imported or a GPU started is counted to this run.
+            report_attempt("running", reason="starting", run_dir=str(config.run_dir))
         model_config: Any = config.model_cfg
         processes = Processes(launch, choose_device(launch, model_config.device))
-        folder = processes.on_main(lambda: RunFolder(config.run_dir))
-        if folder is not None:
-            folder.count_start()
-            folder.update("running", int(folder.status.get("step", 0)), reason="starting")
-        from agent.trainer import build, start_reporting, train
+        folder = processes.on_main(lambda: _open_folder(config, stop))
+        watchdog = Watchdog(
+            config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder)
+        )
+        from agent.building import build
+        from agent.trainer import start_reporting, train
 
         run = build(config, launch, processes, folder)
     except ValueError as error:
-        return _fail(folder, launch, step, str(error), "config")
+        return _fail(folder, launch, str(error), "config")
     except Exception as error:
         log.exception("the run could not be started")
-        return _fail(folder, launch, step, _describe(error), "runtime")
+        return _fail(folder, launch, _describe(error), "runtime")
     exit_code = EXIT_FAILED
     try:
         if run.state.step >= run.plan.n_updates:
@@ -76,14 +84,16 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             exit_code = _end(folder, "finished", run.state.step, "")
             return exit_code
         start_reporting(run)
-        reason = train(run, stop)
+        reason = train(run, stop, watchdog)
         exit_code = _end(folder, "preempted" if reason else "finished", run.state.step, reason)
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
-        return _fail(folder, launch, run.state.step, _describe(error), "runtime")
+        return _fail(folder, launch, _describe(error), "runtime", run.state.step)
     finally:
-        if run.metrics is not None:
+        watchdog.close()
+        if run.metrics is not None and folder is not None:
+            run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY})
             run.metrics.close(exit_code)
         if exit_code != EXIT_FAILED:
             processes.close()
@@ -91,18 +101,34 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             folder.close()
 
 
+def _open_folder(config: TrainPipelineConfig, stop: StopRequest) -> RunFolder:
+    folder = RunFolder(config.run_dir)
+    stop.watch_files(config.run_dir)
+    folder.begin_attempt()
+    return folder
+
+
+def _report_hang(folder: RunFolder | None, reason: str) -> None:
+    if folder is not None:
+        folder.update("failed", folder.status["step"], f"hang: {reason}", "runtime")
+    else:
+        report_attempt("failed", reason=f"hang: {reason}", error_kind="runtime")
+
+
 def _end(folder: RunFolder | None, state: str, step: int, reason: str) -> int:
     if folder is not None:
         folder.update(state, step, reason)  # type: ignore[arg-type]
+        figures = ", ".join(f"{key} {folder.status[key]}" for key in _STORY)
+        log.info("over all attempts: %s", figures)
     log.info("%s at update %d%s", state, step, f": {reason}" if reason else "")
     return EXIT_FINISHED if state == "finished" else EXIT_PREEMPTED
 
 
-def _fail(folder: RunFolder | None, launch: Launch, step: int, reason: str, kind: str) -> int:
+def _fail(folder: RunFolder | None, launch: Launch, reason: str, kind: str, step: int | None = None) -> int:
     if launch.rank == 0:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         if folder is not None:
-            folder.update("failed", step, reason, kind)
+            folder.update("failed", folder.status["step"] if step is None else step, reason, kind)
         else:
             report_attempt("failed", reason=reason, error_kind=kind)
     return EXIT_CONFIG if kind == "config" else EXIT_FAILED

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from agent import history
+
 log = logging.getLogger(__name__)
 
 State = Literal["running", "preempted", "finished", "failed"]
@@ -19,11 +21,15 @@ State = Literal["running", "preempted", "finished", "failed"]
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small file so that a reader sees the old or the new contents, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def report_attempt(state: State, *, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
@@ -86,19 +92,50 @@ class RunFolder:
         """What ``status.json`` holds."""
         return dict(self._status)
 
-    def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
-        """Writes ``status.json`` and the launcher's status file."""
-        self._status |= {"state": state, "step": step, "reason": reason, "error_kind": error_kind, **details}
-        self._status["updated"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_atomically(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
-        report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))
+    @property
+    def attempt(self) -> dict[str, Any]:
+        """The present attempt's record."""
+        return self._status["attempts"][-1]
 
-    def count_start(self) -> int:
-        """Number of earlier starts of this run; counts this one."""
-        starts = int(self._status.get("starts", 0))
-        self._status["starts"] = starts + 1
-        self._status["restarts"] = starts
-        return starts
+    def begin_attempt(self) -> None:
+        """Adds this start to the history; earlier attempts stay as they ended."""
+        attempts = self._status.setdefault("attempts", [])
+        restart_count = os.environ.get("SLURM_RESTART_COUNT")
+        attempts.append(
+            {
+                "attempt": os.environ.get("VLA_ATTEMPT", ""),
+                "job": os.environ.get("SLURM_JOB_ID"),
+                "restart_count": int(restart_count) if restart_count else None,
+                "host": socket.gethostname(),
+                "started": time.time(),
+                "ended": None,
+                "checkpoint_step": self._status.get("checkpoint_step", 0),
+                "checkpoint_step_at_start": self._status.get("checkpoint_step", 0),
+            }
+        )
+        self._status["restarts"] = len(attempts) - 1
+        self.update("running", int(self._status.get("step", 0)), reason="starting")
+
+    def note(self, **details: Any) -> None:
+        """Adds facts to the present attempt; the next :meth:`update` writes them."""
+        self.attempt.update(details)
+        if "checkpoint_step" in details:
+            self._status["checkpoint_step"] = details["checkpoint_step"]
+
+    def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None) -> None:
+        """Writes ``status.json`` and the launcher's status file. A disk that is full is a warning, not the end."""
+        if self.attempt["ended"] is not None:
+            return  # the watchdog has ended this attempt, and the training loop drew one more breath
+        now = {"state": state, "step": step, "reason": reason, "error_kind": error_kind}
+        ended = None if state == "running" else time.time()
+        self._status |= {**now, "updated": time.time()}
+        self.attempt.update({**now, "updated": time.time(), "ended": ended})
+        self._status |= history.summary(self._status["attempts"])
+        try:
+            write_atomically(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+            report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))
+        except OSError as error:
+            log.warning("status.json could not be written, it stays at its last state: %s", error)
 
     def close(self) -> None:
         """Gives the lock back."""

@@ -1,0 +1,51 @@
+"""What the attempts of one run add up to: how much of the time it was given became progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Figures over all attempts so far.
+
+    Args:
+        attempts: oldest first; each with ``started``, ``updated`` (unix seconds), ``first_step``, ``step`` and
+            ``busy_s``, the seconds that its updates took. An attempt that died before it trained lacks the last three.
+
+    Returns:
+        ``updates_redone``: updates that were lost with a crash and done again. ``waited_s``: time between attempts,
+        in a queue for the most part. ``ettr``: the effective-training-time ratio, seconds spent on updates that
+        count over seconds since the first start (Kokolis et al., "Revisiting Reliability in Large-Scale Machine
+        Learning Research Clusters", HPCA 2025).
+    """
+    redone, effective, waited = 0, 0.0, 0.0
+    for number, attempt in enumerate(attempts):
+        later = [other["first_step"] for other in attempts[number + 1 :] if "first_step" in other]
+        if "first_step" in attempt:
+            done = attempt["step"] - attempt["first_step"]
+            # What a later attempt began from is what was left of this one.
+            kept = min([attempt["step"], *later]) - attempt["first_step"]
+            redone += done - max(kept, 0)
+            effective += attempt.get("busy_s", 0.0) * max(kept, 0) / done if done > 0 else 0.0
+        if number:
+            before = attempts[number - 1]
+            waited += max(0.0, attempt["started"] - before.get("updated", before["started"]))
+    last = attempts[-1]
+    total = last.get("updated", last["started"]) - attempts[0]["started"]
+    return {
+        "updates_redone": redone,
+        "waited_s": round(waited, 1),
+        "ettr": round(effective / total, 4) if total > 0 else 0.0,
+    }
+
+
+def story(attempts: list[dict[str, Any]]) -> list[str]:
+    """A line for each earlier attempt: what it did and why it ended."""
+    lines = []
+    for number, attempt in enumerate(attempts[:-1], start=1):
+        state = attempt.get("state", "running")
+        ended = "ended without a word (killed, or its node failed)" if state == "running" else state
+        reason = f": {attempt['reason']}" if attempt.get("reason") and state != "running" else ""
+        did = f"updates {attempt['first_step']} to {attempt['step']}" if "first_step" in attempt else "no update"
+        lines.append(f"attempt {number} on {attempt.get('host', '?')}, {did}, {ended}{reason}")
+    return lines

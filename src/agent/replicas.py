@@ -1,0 +1,63 @@
+"""Are the processes' weights still the same? Data parallelism assumes it and never looks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from agent import optim
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from agent.distributed import Processes
+
+
+def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """A number for every tensor of weights and optimizer that changes with any single bit of it.
+
+    The sum of a tensor's words as integers, computed where the tensor is: a pass over the memory, no copy.
+    """
+    import torch
+
+    tensors = {**dict(policy.named_parameters()), **optim.optimizer_tensors(optimizer, policy)}
+    # Sums wrap around alike everywhere; what matters is that one flipped bit changes one summand.
+    sums = [_words(tensor.detach().contiguous()).sum(dtype=torch.int64) for tensor in tensors.values()]
+    by_device: dict[torch.device, list[int]] = {}
+    for place, value in enumerate(sums):
+        by_device.setdefault(value.device, []).append(place)
+    numbers: dict[int, int] = {}
+    for places in by_device.values():  # one transfer per device, not one per tensor
+        numbers |= dict(zip(places, torch.stack([sums[place] for place in places]).tolist(), strict=True))
+    return {name: numbers[place] for place, name in enumerate(tensors)}
+
+
+def _words(tensor: Tensor) -> Tensor:
+    import torch
+
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def check_replicas(policy: Any, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Compares weights and optimizer state of all processes; a collective.
+
+    Raises:
+        RuntimeError: on every process if one differs; names the processes and tensors. Nothing may be saved then.
+    """
+    if processes.world_size == 1:
+        return
+    everyone = processes.gather(fingerprints(policy, optimizer))
+    reference = everyone[0]
+    different = {
+        rank: [name for name in reference if theirs.get(name) != reference[name]]
+        for rank, theirs in enumerate(everyone)
+        if theirs != reference
+    }
+    if different:
+        named = "; ".join(
+            f"rank {rank}: {', '.join(names[:3])} ({len(names)} tensors)" for rank, names in different.items()
+        )
+        raise RuntimeError(
+            f"the processes' weights have drifted apart from rank 0's ({named}): a memory error, or an operation that is "
+            "not deterministic across the GPUs. Nothing was saved; the run continues from its last checkpoint"
+        )

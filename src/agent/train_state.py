@@ -1,0 +1,50 @@
+"""The counters of a run, and all that the training loop works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agent.checkpoint import CheckpointStore
+from agent.configuration_pipeline import Plan, TrainPipelineConfig
+from agent.data.build import Data
+from agent.distributed import Processes
+from agent.metrics import Metrics
+from agent.optim import LearningRate
+from agent.run_folder import RunFolder
+
+
+@dataclass
+class TrainState:
+    """All counters that a resume continues. Everything random is a function of these and the seed."""
+
+    step: int = 0
+    """Optimizer updates done, skipped ones included."""
+    samples_seen: int = 0
+    """Samples of the stream consumed; the next one is the sample with this number."""
+    skipped_updates: int = 0
+    """Updates whose gradient was not finite, and which changed nothing."""
+    skipped_in_a_row: int = 0
+    """How many of them were the last ones."""
+    wandb_run_id: str | None = None
+    """The wandb run, the same across restarts."""
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: TrainPipelineConfig
+    plan: Plan
+    processes: Processes
+    folder: RunFolder | None  # on rank 0
+    checkpoints: CheckpointStore
+    data: Data
+    policy: Any
+    model: Any  # the policy, or DDP around it
+    optimizer: torch.optim.Optimizer
+    learning_rate: LearningRate
+    state: TrainState
+    metrics: Metrics | None  # on rank 0

@@ -1,0 +1,78 @@
+"""Ends a run that hangs, with every process's stack in the log.
+
+A collective whose partner is stuck, or a file system that does not answer, blocks for ever and burns GPU hours. Each
+process has a thread that expects a sign of life; when none comes for too long, it prints the stacks of its process and
+ends it. A process that is stopped (SIGSTOP, a debugger) cannot do that for itself, so its neighbours on the node wake
+it, and its C-level handler prints where it stood.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_DUMP_SIGNAL = signal.SIGUSR2
+_GRACE_S = 3.0  # for the neighbours to print their stacks before the first of us is gone and torchrun ends the rest
+EXIT_HUNG = 70
+
+
+class Watchdog:
+    """Watches this process from a thread.
+
+    Args:
+        timeout_s: seconds without a sign of life that end the run; 0 turns the watchdog off.
+        neighbours: process ids of all processes of the run on this node.
+        report: called with the reason before the process ends.
+    """
+
+    def __init__(self, timeout_s: float, neighbours: list[int], report: Callable[[str], None]) -> None:
+        self._timeout_s, self._neighbours, self._report = timeout_s, neighbours, report
+        self._phase, self._last = "start", time.monotonic()
+        self._closed = threading.Event()
+        faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+        if timeout_s:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def alive(self, phase: str) -> None:
+        """A sign of life; ``phase`` says what comes next."""
+        self._phase, self._last = phase, time.monotonic()
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            silent = time.monotonic() - self._last
+            if silent > self._timeout_s:
+                self._end(f"no progress for {silent:.0f} s in: {self._phase}")
+
+    def _end(self, reason: str) -> None:
+        log.critical("%s; ending the run, the stacks of all its processes follow", reason)
+        print(f"--- process {os.getpid()}: stacks ---", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        self._report(reason)
+        for pid in self._neighbours:
+            if pid != os.getpid() and _is_stopped(pid):
+                print(f"--- process {pid} is stopped; its stacks ---", file=sys.stderr, flush=True)
+                os.kill(pid, _DUMP_SIGNAL)
+                os.kill(pid, signal.SIGCONT)
+        time.sleep(_GRACE_S)
+        os._exit(EXIT_HUNG)  # the main thread may be stuck in a place that no exception reaches
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        # The state follows the command's name, which stands in brackets and may hold anything.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    except (OSError, IndexError):
+        return False

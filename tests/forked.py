@@ -1,0 +1,176 @@
+"""Many real runs in little time: a server that has imported everything forks a process for each rank.
+
+The processes are real, with real signals and a real process group; only the imports, some ten seconds a process, are
+done once. What torchrun adds (its own signals and exit codes) is tested elsewhere, with torchrun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launching import REPOSITORY, Workplace
+
+_SERVER = r"""
+import json, os, sys
+import torch, transformers, lerobot.datasets.lerobot_dataset, agent.run, agent.building, agent.trainer
+import agent.models.pi0.model, agent.models.pi0.adapter, agent.models.pi0.pretrained
+import torch.nn.parallel, torch.distributed
+sys.path.insert(0, sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1); os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.environ.update(job["environment"])
+        torch.set_num_threads(1)
+        try:
+            if job["hook"]:
+                __import__(job["hook"][0]); getattr(sys.modules[job["hook"][0]], job["hook"][1])()
+            code = agent.run.main(job["arguments"])
+        except BaseException:
+            import traceback; traceback.print_exc(); code = 1
+        sys.stdout.flush(); sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+"""
+
+
+@dataclass
+class ForkedRun:
+    """The ranks of one run."""
+
+    place: Workplace
+    name: str
+    pids: list[int]
+    log: Path
+    codes: dict[int, int] = field(default_factory=dict)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        """Sends one rank a signal."""
+        os.kill(self.pids[rank], number)
+
+    def kill_all(self) -> None:
+        """SIGKILL for all ranks, as a node failure does."""
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.wait()
+
+    def alive(self) -> list[int]:
+        """The ranks that still run."""
+        return [rank for rank, pid in enumerate(self.pids) if _runs(pid)]
+
+    def wait(self, timeout: float = 120) -> str:
+        """Until all ranks are gone; the output."""
+        end = time.monotonic() + timeout
+        while self.alive():
+            assert time.monotonic() < end, f"ranks {self.alive()} still run\n{self.output()}"
+            time.sleep(0.02)
+        return self.output()
+
+    def wait_for_step(self, step: int, timeout: float = 120) -> None:
+        """Until an update with at least this number is logged."""
+        end = time.monotonic() + timeout
+        while not (lines := self.place.metrics(self.name)) or lines[-1]["step"] < step:
+            assert self.alive() and time.monotonic() < end, self.output()
+            time.sleep(0.01)
+
+    def wait_for_output(self, text: str, timeout: float = 120) -> None:
+        """Until a text has been printed."""
+        end = time.monotonic() + timeout
+        while text not in self.output():
+            assert self.alive() and time.monotonic() < end, self.output()
+            time.sleep(0.01)
+
+    def output(self) -> str:
+        """What all ranks have printed."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        # The server does not collect its children, so one that has ended stays as a zombie.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+class ForkServer:
+    """Starts runs; one per test session."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, str(REPOSITORY / "tests")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
+
+    def start(
+        self,
+        place: Workplace,
+        name: str,
+        *overrides: str,
+        ranks: int = 1,
+        hook: tuple[str, str] | None = None,
+        **environment: str,
+    ) -> ForkedRun:
+        """A run named ``name``; ``hook`` is a module and function of tests/ that each rank calls first."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        arguments = ["--config_path", str(place.folder / "tiny.yaml"), "--name", name, "--data.train.num_workers", "0"]
+        log = place.folder / f"{name}-{time.monotonic_ns()}.log"
+        pids = []
+        for rank in range(ranks):
+            launch: dict[str, Any] = {"VLA_LOG_DIR": str(place.folder / "runs"), **environment}
+            if ranks > 1:
+                launch |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                }
+            job = {"arguments": [*arguments, *overrides], "environment": launch, "log": str(log), "hook": hook}
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            pids.append(int(self._process.stdout.readline()))
+        return ForkedRun(place, name, pids, log)
+
+    def close(self) -> None:
+        """Ends the server."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[ForkServer]:
+    """A server while the context lasts."""
+    server = ForkServer()
+    try:
+        yield server
+    finally:
+        server.close()

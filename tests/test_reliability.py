@@ -1,0 +1,225 @@
+"""What a run promises when things go wrong, with real processes and real signals.
+
+Run with ``uv run pytest tests/test_reliability.py``. docs/reliability.md lists the guarantees by these numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from forked import ForkServer, fork_server
+from launching import Workplace
+from test_training import what_was_computed
+
+FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
+FILES = ("pretrained_model/model.safetensors", "training_state/optimizer.safetensors")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with fork_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def through(place: Workplace, server: ForkServer) -> str:
+    """20 updates on four ranks with accumulation 2, recorded; nothing interrupts them."""
+    output = server.start(
+        place, "through", *FOUR, ranks=4, hook=("hooks", "record"), **recorded(place, "through")
+    ).wait()
+    assert place.status("through")["state"] == "finished", output
+    return "through"
+
+
+def recorded(place: Workplace, name: str) -> dict[str, str]:
+    return {"RECORD": str(place.folder / f"record-{name}")}
+
+
+def records(place: Workplace, name: str, rank: int) -> list[dict]:
+    path = place.folder / f"record-{name}.{rank}"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def samples_of_updates(place: Workplace, name: str, ranks: int) -> dict[int, list]:
+    """Update → its samples in the order of their numbers, over all ranks; later attempts overwrite earlier ones."""
+    updates: dict[int, dict[int, list]] = {}
+    for rank in range(ranks):
+        for record in records(place, name, rank):
+            updates.setdefault(record["step"], {}).update({sample[0]: sample for sample in record["samples"]})
+    return {step: [found[k] for k in sorted(found)] for step, found in updates.items()}
+
+
+def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str, server: ForkServer) -> None:
+    expected = {r["step"]: r["digest"] for r in records(place, through, 0)}
+    for attempt, kill_at in enumerate([3, 6, 11, 17, None]):
+        run = server.start(place, "g5", *FOUR, ranks=4, hook=("hooks", "record"), **recorded(place, "g5"))
+        if kill_at is None:
+            output = run.wait()
+        else:
+            run.wait_for_step(kill_at)
+            run.kill_all()
+            assert len(place.status("g5")["attempts"]) == attempt + 1
+    assert place.status("g5")["state"] == "finished", output
+    for rank in range(4):
+        found = records(place, "g5", rank)
+        assert len(found) > 20  # some updates were done twice
+        # The state before every update, the first ones after each start included.
+        assert [r["digest"] for r in found] == [expected[r["step"]] for r in found]
+    assert what_was_computed(place.metrics("g5")) == what_was_computed(place.metrics(through))
+    for file in FILES:
+        ours, theirs = (place.checkpoint(name) / file for name in ("g5", through))
+        assert ours.read_bytes() == theirs.read_bytes(), file
+    status = place.status("g5")
+    assert status["restarts"] == 4 and status["updates_redone"] > 0 and 0 < status["ettr"] < 1
+
+
+def test_g6_resume_on_other_world_sizes(place: Workplace, through: str, server: ForkServer) -> None:
+    for ranks, until in ((4, 6), (2, 13), (1, None)):
+        run = server.start(place, "g6", *FOUR, ranks=ranks, hook=("hooks", "record"), **recorded(place, "g6"))
+        if until is not None:
+            run.wait_for_step(until)
+            (place.folder / "runs" / "g6" / "stop").write_text("another world size")
+            run.wait()
+            assert place.status("g6")["state"] == "preempted" and place.status("g6")["reason"] == "another world size"
+    output = run.wait()
+    assert place.status("g6")["state"] == "finished", output
+    # Noise and time come from the same draws; the time is recorded beside each sample.
+    assert samples_of_updates(place, "g6", 4) == samples_of_updates(place, through, 4)
+    for ours, theirs in zip(place.metrics("g6"), place.metrics(through), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("how", ["one rank", "different ranks", "twice", "file", "environment"])
+def test_g8_a_stop_request_ends_all_ranks_at_one_update(place: Workplace, server: ForkServer, how: str) -> None:
+    name = f"g8-{how.replace(' ', '-')}"
+    stop_file = place.folder / f"{name}.stop"
+    endless = ("--n_updates", "5000", "--save_model_freq", "5000", "--eval_freq", "0")
+    run = server.start(place, name, *FOUR, *endless, ranks=4, VLA_STOP_FILE=str(stop_file))
+    run.wait_for_step(3)
+    if how == "file":
+        (place.folder / "runs" / name / "stop").touch()
+    elif how == "environment":
+        stop_file.write_text("the time limit is near")
+    else:
+        run.kill(2, signal.SIGUSR1)
+        if how == "different ranks":
+            run.kill(0, signal.SIGTERM)
+        if how == "twice":
+            run.kill(2, signal.SIGUSR1)
+    output = run.wait(timeout=30)
+    status = place.status(name)
+    assert status["state"] == "preempted", output
+    assert output.count("preempted at update") == 1
+    assert place.checkpoint(name).name == f"step_{status['step']:08d}"
+    assert len(list(place.checkpoint(name).parent.glob("step_*"))) == 1
+    assert status["attempts"][-1]["checkpoint_step"] == status["step"] == place.metrics(name)[-1]["step"]
+    assert how != "environment" or status["reason"] == "the time limit is near"
+
+
+@pytest.mark.parametrize("when", ["validation", "save", "build"])
+def test_g8_a_stop_request_at_an_awkward_moment(place: Workplace, server: ForkServer, when: str) -> None:
+    name = f"g8-during-{when}"
+    hook = {"validation": "slow_validation", "save": "slow_save", "build": "slow_start"}[when]
+    run = server.start(place, name, "--n_updates", "500", ranks=2, hook=("hooks", hook))
+    run.wait_for_output(f"{when} begins")
+    run.kill(1, signal.SIGTERM)
+    output = run.wait(timeout=60)
+    status = place.status(name)
+    assert status["state"] == "preempted", output
+    expected = {"validation": 10, "save": None, "build": 0}[when]
+    assert expected is None or status["step"] == expected
+    if status["step"]:
+        assert place.checkpoint(name).name == f"step_{status['step']:08d}"
+    # And it continues.
+    run = server.start(place, name, "--n_updates", "500", ranks=2)
+    run.wait_for_step(status["step"] + 2)
+    run.kill_all()
+
+
+def test_g9_when_a_rank_dies_the_others_leave_without_saving(place: Workplace, server: ForkServer) -> None:
+    endless = ("--n_updates", "5000", "--save_model_freq", "5000", "--eval_freq", "0")
+    run = server.start(place, "g9-kill", *FOUR, *endless, ranks=4)
+    run.wait_for_step(3)
+    run.kill(1)
+    output = run.wait(timeout=30)
+    status = place.status("g9-kill")
+    assert (status["state"], status["error_kind"]) == ("failed", "runtime"), output
+    assert not list((place.folder / "runs" / "g9-kill").glob("checkpoints/*"))
+
+
+def test_g9_a_hang_ends_with_the_stacks_of_every_rank(place: Workplace, server: ForkServer) -> None:
+    endless = ("--n_updates", "5000", "--eval_freq", "0", "--hang_timeout_minutes", "0.05")
+    run = server.start(place, "g9-stop", *endless, ranks=2)
+    run.wait_for_step(3)
+    run.kill(1, signal.SIGSTOP)
+    run.wait_for_output("ending the run", timeout=30)
+    output = run.wait(timeout=30)
+    assert "no progress for" in output and "in: update" in output
+    for pid in run.pids:
+        assert f"process {pid}" in output
+    # Both printed where they were: two dumps, each of which goes down to the training loop.
+    assert output.count("in train_step") >= 2, output
+    status = place.status("g9-stop")
+    assert status["state"] == "failed" and status["reason"].startswith("hang: no progress")
+
+
+@pytest.mark.slow
+def test_g12_every_step_is_logged_once_after_any_history(place: Workplace, server: ForkServer, through: str) -> None:
+    draw = random.Random(12)
+    for _ in range(20):
+        run = server.start(place, "g12", *FOUR, "--save_model_freq", "1", ranks=2)
+        time.sleep(draw.uniform(0.5, 2.5))
+        run.kill_all()
+    output = server.start(place, "g12", *FOUR, "--save_model_freq", "1", ranks=2).wait()
+    assert place.status("g12")["state"] == "finished", output
+    lines = place.metrics("g12")
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert [line["loss"] for line in lines] == pytest.approx([x["loss"] for x in place.metrics(through)], rel=1e-5)
+
+
+def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, server: ForkServer) -> None:
+    two = ("--per_device_batch_size", "4", "--skip_nonfinite", "2", "--n_updates", "12", "--eval_freq", "0")
+    broken = {"hook": ("hooks", "infinite_gradient"), "BREAK_AT": "[5, 6, 9]"}
+    run = server.start(place, "g13", *two, ranks=2, **broken)  # type: ignore[arg-type]
+    output = run.wait()
+    assert place.status("g13")["state"] == "finished", output
+    lines = place.metrics("g13")
+    assert [line["step"] for line in lines if line["grad_norm"] is None] == [5, 6, 9]
+    assert lines[-1]["skipped_updates"] == 3
+    assert "although every loss is finite" in output and "skipped (2 in a row, 2 in all)" in output
+    # The counts are resumed, and one more in a row than allowed ends the run before the update.
+    state = json.loads((place.checkpoint("g13") / "training_state" / "state.json").read_text())
+    assert (state["skipped_updates"], state["skipped_in_a_row"]) == (3, 0)
+    broken = {"hook": ("hooks", "infinite_gradient"), "BREAK_AT": "[2, 3, 4]"}
+    output = server.start(place, "g13-stop", *two, ranks=2, **broken).wait()  # type: ignore[arg-type]
+    status = place.status("g13-stop")
+    assert status["state"] == "failed" and "FloatingPointError: update 4" in status["reason"], output
+
+
+def test_g13_a_skipped_update_changes_nothing(place: Workplace, server: ForkServer) -> None:
+    two = ("--per_device_batch_size", "4", "--skip_nonfinite", "9", "--n_updates", "6", "--eval_freq", "0")
+    environment = {"BREAK_AT": "[1, 2, 3, 4, 5, 6]", **recorded(place, "g13-same")}
+    output = server.start(place, "g13-same", *two, ranks=2, hook=("hooks", "record_and_break"), **environment).wait()
+    assert place.status("g13-same")["state"] == "finished", output
+    digests = {r["digest"] for rank in range(2) for r in records(place, "g13-same", rank)}
+    assert len(digests) == 1  # weights and optimizer on both ranks, before each of the six updates
+
+
+def test_g14_weights_that_drifted_apart_are_found_before_a_save(place: Workplace, server: ForkServer) -> None:
+    run = server.start(place, "g14", ranks=2, hook=("hooks", "flip_a_bit"))
+    output = run.wait()
+    status = place.status("g14")
+    assert status["state"] == "failed" and "drifted apart" in status["reason"], output
+    assert "rank 1: state_proj.weight" in status["reason"]
+    assert {p.name for p in place.checkpoint("g14").parent.iterdir()} == {"step_00000004", "last"}
+    assert [line["step"] for line in place.metrics("g14")][-1] == 8
