@@ -1,9 +1,10 @@
 #!/bin/bash
 # What all scripts in slurms/train_scripts/ share. They source this file and call `train CONFIG "$@"`.
 #
-# It works the same under sbatch and under plain bash. `train` looks at what the job was given, starts torchrun once,
-# and then decides from the outcome that the run wrote down whether the job is done, has failed for good, or goes
-# back into the queue. What it needs from the site (paths, container) comes from set_path.sh.
+# It works the same under sbatch and under plain bash. `train` looks at what the job was given, starts torchrun once
+# in the background, hands every wish to stop to the run as a file, and waits until all is gone. Then it decides from
+# the outcome that the run wrote down whether the job is done, has failed for good, goes back into the queue, or is
+# held. What it needs from the site (paths, container) comes from set_path.sh. docs/reliability.md explains it all.
 
 set -u
 
@@ -14,11 +15,13 @@ source ./set_path.sh || exit 2
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
-# Whether this SLURM job asked for GPUs.
-asked_for_gpus() {
-    [[ -n "${SLURM_JOB_ID:-}" ]] &&
-        scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -qE 'Tres[A-Za-z]+=[^ ]*gpu'
+# What SLURM knows of this job, one KEY=VALUE a line; nothing without SLURM.
+job_record() {
+    [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n'
 }
+
+# Whether this SLURM job asked for GPUs.
+asked_for_gpus() { job_record | grep -qE '^Tres[A-Za-z]+=.*gpu'; }
 
 # How many GPUs this job may use. CUDA_VISIBLE_DEVICES says it best, empty meaning none; like CUDA we count up to the
 # first entry that names no device. nvidia-smi shows the whole machine, under SLURM often the GPUs of other people's
@@ -72,6 +75,63 @@ with socket.socket() as probe:
     print(probe.getsockname()[1])'
 }
 
+# The run writes its outcome to a file with this attempt's name, and stops when it sees another: one attempt is one
+# start of one job. An attempt that SLURM killed with its script has left its files behind.
+name_attempt() {
+    local job="${SLURM_JOB_ID:-$HOSTNAME-$$}" folder="$VLA_LOG_DIR/.attempts"
+    mkdir -p "$folder" || exit 2
+    rm -f "$folder/$job"-*.json "$folder/$job"-*.stop
+    ((${SLURM_RESTART_COUNT:-0})) || rm -f "$folder/$job.crashes" # of a job that had this number long ago
+    VLA_ATTEMPT="$job-${SLURM_RESTART_COUNT:-0}-$(date +%s)"
+    export VLA_ATTEMPT VLA_STATUS_FILE="$folder/$VLA_ATTEMPT.json" VLA_STOP_FILE="$folder/$VLA_ATTEMPT.stop"
+}
+
+# Asks the run to save at its next update and to end. A file, because no signal gets through uv and torchrun to the
+# training processes alive: SIGUSR1 kills torchrun and orphans them, and after any other it kills them in 30 seconds.
+ask_to_stop() {
+    interrupted=1
+    [[ ! -e "$VLA_STOP_FILE" ]] || return 0 # asking twice changes nothing
+    say "$1: the run saves at its next update and ends; waiting for it"
+    echo "$1" >"$VLA_STOP_FILE.part"
+    mv -f "$VLA_STOP_FILE.part" "$VLA_STOP_FILE"
+}
+
+# Only a person presses Ctrl-C, and a person who does so again does not want to wait for the update.
+on_interrupt() {
+    if [[ -e "$VLA_STOP_FILE" && -n "$child" ]]; then
+        interrupted=1
+        say "Ctrl-C again: what has not saved within 30 seconds is killed"
+        kill -TERM "$child" 2>/dev/null # uv hands it to torchrun, and torchrun to the training processes
+        return 0
+    fi
+    ask_to_stop "Ctrl-C"
+}
+
+# From here to the run's end no signal ends this script.
+catch_signals() {
+    child="" listener=""
+    trap 'ask_to_stop "SIGUSR1 (the time limit is near, or scancel --signal=USR1)"' USR1
+    trap 'ask_to_stop "SIGTERM (scancel, scontrol requeue or preemption; kill, without SLURM)"' TERM
+    trap 'ask_to_stop "SIGHUP (the terminal was closed)"' HUP
+    trap on_interrupt INT
+    trap '[[ -z "$listener" ]] || kill "$listener" 2>/dev/null' EXIT
+}
+
+# `scancel --signal=USR1 JOB` and the SIGTERM at the start of a preemption's grace time go to job steps only, not to
+# a batch script. So there is a step that takes nothing of the job and hands what it gets to this script.
+listen_as_step() {
+    [[ -n "${SLURM_JOB_ID:-}" ]] || return 0
+    # shellcheck disable=SC2016  # expanded by the step
+    setsid --wait srun --overlap --nodes=1 --nodelist="${SLURMD_NODENAME:-$HOSTNAME}" --ntasks=1 --cpus-per-task=1 \
+        --mem=0 --gres=none --mpi=none --input=none --quiet --job-name=listener \
+        bash -c '
+            trap "kill -USR1 $0" USR1
+            trap "kill -TERM $0; exit" TERM
+            while :; do sleep 1000 & wait $!; done' $$ </dev/null >/dev/null 2>&1 &
+    listener=$!
+    disown "$listener"
+}
+
 # Looks at what the job was given and exports what the run needs to know.
 prepare() {
     local cores
@@ -93,6 +153,9 @@ prepare() {
 
     choose_launcher
     if ! MASTER_PORT=$(find_free_port); then
+        if [[ -e "$VLA_STOP_FILE" ]]; then # the signal came for uv, too
+            conclude 143
+        fi
         say "the environment does not work: try '${launcher[*]} uv run python -c \"import agent\"' (pip install uv)" >&2
         say "not requeued" >&2
         exit 1
@@ -103,19 +166,16 @@ prepare() {
     fi
     export MASTER_ADDR MASTER_PORT
     say "processes $processes, OMP_NUM_THREADS=$OMP_NUM_THREADS, MASTER_ADDR=$MASTER_ADDR, MASTER_PORT=$MASTER_PORT"
-
-    # The run writes its outcome to this file, with this attempt's name: one attempt is one start of one job. An
-    # attempt that SLURM killed with its script has left its file behind.
-    local job="${SLURM_JOB_ID:-$HOSTNAME-$$}" folder="$VLA_LOG_DIR/.attempts"
-    mkdir -p "$folder" || exit 2
-    rm -f "$folder/$job"-*.json
-    VLA_ATTEMPT="$job-${SLURM_RESTART_COUNT:-0}-$(date +%s)"
-    export VLA_ATTEMPT VLA_STATUS_FILE="$folder/$VLA_ATTEMPT.json"
 }
 
 # One node: --standalone makes torchrun choose its own meeting point. The endpoint counts once you take that out.
+#
+# In the background, because bash runs a trap only between commands, and `wait` is one that a signal ends. In a
+# session of its own, so that a signal to this script's process group (Ctrl-C, scancel --full) stays with the script.
 run_training() {
-    "${launcher[@]}" uv run torchrun \
+    local exit_code=0 again
+    [[ ! -e "$VLA_STOP_FILE" ]] || return 143
+    setsid --wait "${launcher[@]}" uv run torchrun \
         --standalone \
         --nnodes=1 \
         --nproc_per_node="$processes" \
@@ -123,23 +183,34 @@ run_training() {
         --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" \
         --max-restarts=0 \
         src/agent/run.py \
-        --config_path "$@"
+        --config_path "$@" </dev/null &
+    child=$!
+    while :; do
+        interrupted=""
+        wait "$child"
+        again=$?
+        ((again == 127)) || exit_code=$again # 127: an earlier wait has already collected it
+        [[ -n "$interrupted" ]] || break
+    done
+    child=""
+    return "$exit_code"
 }
 
 # Reads the outcome and leaves the script. torchrun's exit code is 1 for whatever went wrong, so it does not decide.
 conclude() {
     local run_exit_code=$1 decision exit_code
+    trap '' USR1 TERM HUP INT # there is nothing left to stop
     decision=$("${launcher[@]}" uv run --no-sync python -m agent.requeue \
-        "$VLA_STATUS_FILE" "$VLA_ATTEMPT" "$run_exit_code")
+        "$VLA_STATUS_FILE" "$VLA_ATTEMPT" "$run_exit_code" "${SLURM_JOB_ID:-}")
     exit_code=$?
-    rm -f "$VLA_STATUS_FILE"
+    rm -f "$VLA_STATUS_FILE" "$VLA_STOP_FILE"
     say "torchrun left with exit code $run_exit_code; ${decision:-fail: the outcome could not be read}"
     case "${decision%%:*}" in
         done | fail)
             exit "$exit_code"
             ;;
-        requeue)
-            requeue
+        requeue | hold)
+            put_back "${decision%%:*}"
             ;;
         *)
             say "not requeued" >&2
@@ -148,22 +219,48 @@ conclude() {
     esac
 }
 
-# Puts the job back into the queue; it starts again with the same arguments and continues its run. The last thing
-# the script does, since SLURM ends the job as soon as it has accepted. Leaves with 1 where there is no such queue.
-requeue() {
+# Whether SLURM is ending this job already, because somebody cancelled it or requeued it. SLURM would take even a
+# cancelled job back. A job past its time limit or being preempted is as good as ours to requeue.
+is_being_ended() {
+    local record
+    record=$(job_record)
+    grep -qE '^JobState=(COMPLETING|CANCELLED|PENDING)$' <<<"$record" &&
+        ! grep -qE '^(Reason=TimeLimit|PreemptTime=[0-9].*)$' <<<"$record"
+}
+
+# Puts the job back into the queue, where it starts again with the same arguments and continues its run, or stays
+# until somebody releases it. The last thing the script does, since SLURM ends the job as soon as it has accepted.
+# Leaves with 1 where there is no such queue.
+put_back() {
+    local order=requeue tries
     if [[ -z "${SLURM_JOB_ID:-}" ]]; then
         say "to continue, run the same command again: ${same_command}" >&2
-    elif scontrol requeue "$SLURM_JOB_ID"; then
-        say "job $SLURM_JOB_ID is back in the queue"
+        exit 1
+    elif is_being_ended; then
+        say "job $SLURM_JOB_ID was cancelled or requeued from outside, and is left to SLURM;" \
+            "to continue a cancelled one, submit the same command again" >&2
+        exit 1
+    elif [[ "$1" == hold ]]; then
+        order=requeuehold
+        say "job $SLURM_JOB_ID goes on hold: correct the cause, then 'scontrol release $SLURM_JOB_ID' continues it;" \
+            "'scancel $SLURM_JOB_ID' gives it up" >&2
     else
-        say "SLURM did not take job $SLURM_JOB_ID back; to continue, submit the same command again" >&2
+        say "job $SLURM_JOB_ID goes back into the queue"
     fi
+    for ((tries = 0; tries < 3; tries++)); do
+        ((tries == 0)) || sleep "${VLA_REQUEUE_PAUSE:-10}" # a controller that is just restarting
+        ! scontrol "$order" "$SLURM_JOB_ID" || exit 1
+    done
+    say "SLURM did not take job $SLURM_JOB_ID back; to continue, submit the same command again" >&2
     exit 1
 }
 
 # train CONFIG [ARGUMENTS…]: the arguments are handed to run.py, whose values they override.
 train() {
     same_command="bash $(printf '%q ' "$0" "${@:2}")"
+    name_attempt
+    catch_signals
+    listen_as_step
     prepare
     run_training "$@"
     conclude $?

@@ -1,6 +1,6 @@
 """The shell around a run: set_path.sh, slurms/common.sh, slurms/train_scripts/ and the requeue decision.
 
-Run: uv run pytest tests/test_slurm_scripts.py              (seconds; needs bash, no SLURM and no GPU)
+Run: uv run pytest tests/test_slurm_scripts.py              (a minute; needs bash, no SLURM and no GPU)
      uv run pytest tests/test_slurm_scripts.py -m slow      (shellcheck, where it is installed)
 
 The shipped scripts themselves are run, in plain bash, with stand-ins for uv, scontrol, nvidia-smi and singularity
@@ -13,15 +13,18 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.requeue import decide, read_status
+from agent.requeue import decide, main, read_status
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "slurms" / "train_scripts").glob("*.sh"))
@@ -46,7 +49,8 @@ STAND_INS = {
 [[ -z "${FAKE_UV_FAILS:-}" ]] || { echo "error: no environment" >&2; exit 2; }
 shift # run
 while [[ "$1" == --* ]]; do shift; done
-if [[ "$1" == python ]]; then shift; exec "$REAL_PYTHON" "$@"; fi
+if [[ "$1" == python ]]; then shift; sleep "${FAKE_SLOW_UV:-0}"; exec "$REAL_PYTHON" "$@"; fi
+[[ -z "${FAKE_RUN:-}" ]] || exec "$REAL_PYTHON" "$FAKE_RUN"
 env -0 >"$CALLS.env"
 if [[ -n "${FAKE_STATUS:-}" ]]; then printf '%s' "${FAKE_STATUS//ATTEMPT/$VLA_ATTEMPT}" >"$VLA_STATUS_FILE"; fi
 exit "${FAKE_EXIT:-0}"
@@ -55,7 +59,7 @@ exit "${FAKE_EXIT:-0}"
     + r"""
 case "$1 $2" in
     "show hostnames") printf 'node7\nnode8\n' ;;
-    "show job") echo "JobId=$4 JobName=gpu TRES=cpu=4 ${FAKE_TRES:-}" ;;
+    "show job") echo "JobId=$4 JobName=gpu TRES=cpu=4 ${FAKE_TRES:-} ${FAKE_JOB:-JobState=RUNNING Reason=None}" ;;
     requeue*) exit "${FAKE_REQUEUE_EXIT:-0}" ;;
 esac
 """,
@@ -67,6 +71,13 @@ for ((i = 0; i < FAKE_GPUS; i++)); do echo "GPU $i: NVIDIA H100 (UUID: GPU-$i)";
     "singularity": RECORD
     + r"""
 while [[ "$1" != /bin/bash ]]; do shift; done
+exec "$@"
+""",
+    # The step runs as it would under SLURM.
+    "srun": RECORD
+    + r"""
+while [[ "$1" != bash ]]; do shift; done
+echo $$ >"$CALLS.step"
 exec "$@"
 """,
     "nproc": "#!/bin/bash\necho ${OMP_NUM_THREADS:-16}\n",
@@ -100,6 +111,57 @@ class Outcome:
     def requeued(self) -> list[str]:
         return [call[2] for call in self.calls if call[:2] == ["scontrol", "requeue"]]
 
+    @property
+    def held(self) -> list[str]:
+        return [call[2] for call in self.calls if call[:2] == ["scontrol", "requeuehold"]]
+
+
+# Stands for uv, torchrun and the training processes in one: it leaves when it sees the stop file, and notes every
+# signal that it gets.
+RUN = """
+import json, os, pathlib, signal, sys, time
+notes = open(os.environ["CALLS"] + ".run", "a", buffering=1)
+for number in {signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}:
+    signal.signal(number, lambda number, frame: print(signal.Signals(number).name, file=notes))
+status, stop = (pathlib.Path(os.environ[name]) for name in ("VLA_STATUS_FILE", "VLA_STOP_FILE"))
+assert not stop.exists()
+print("started", file=notes)
+end = time.monotonic() + 20
+while not stop.exists() and time.monotonic() < end:
+    time.sleep(0.02)
+time.sleep(float(os.environ["FAKE_SAVE_S"]))  # the update, and the checkpoint
+state = {"attempt": os.environ["VLA_ATTEMPT"], "state": "preempted", "error_kind": None, "step": 7}
+status.write_text(json.dumps(state | {"reason": stop.read_text().strip()}))
+print("saved", file=notes)
+sys.exit(1)
+"""
+
+
+class Started:
+    """A script on its way."""
+
+    def __init__(self, shell: Shell, process: subprocess.Popen[str]) -> None:
+        self.shell, self.process = shell, process
+
+    @property
+    def notes(self) -> list[str]:
+        """What the run stand-in wrote: started, signals, saved."""
+        path = Path(f"{self.shell.calls}.run")
+        return path.read_text().split() if path.exists() else []
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < end and self.process.poll() is None
+            time.sleep(0.02)
+
+    def stop_file(self) -> Path | None:
+        return next((self.shell.folder / "runs" / ".attempts").glob("*.stop"), None)
+
+    def outcome(self) -> Outcome:
+        text, _ = self.process.communicate(timeout=30)
+        return self.shell.outcome(self.process.returncode, text)
+
 
 class Shell:
     """Runs scripts of the repository in an environment of which the test knows everything."""
@@ -117,6 +179,18 @@ class Shell:
         return self.run_in(ROOT, script, *arguments, **variables)
 
     def run_in(self, cwd: Path, script: Path | str, *arguments: str, **variables: str) -> Outcome:
+        process = self._start(cwd, script, *arguments, **variables)
+        text, _ = process.communicate(timeout=60)
+        return self.outcome(process.returncode, text)
+
+    def start(self, *arguments: str, save_s: float = 0.3, **variables: str) -> Started:
+        """The demo's script, with a run that goes on until it is asked to stop."""
+        run = self.folder / "run.py"
+        run.write_text(RUN)
+        process = self._start(ROOT, DEMO, *arguments, FAKE_RUN=str(run), FAKE_SAVE_S=str(save_s), **variables)
+        return Started(self, process)
+
+    def _start(self, cwd: Path, script: Path | str, *arguments: str, **variables: str) -> subprocess.Popen[str]:
         self.calls.write_text("")
         environment = {
             "PATH": f"{self.binaries}:/usr/local/bin:/usr/bin:/bin",
@@ -124,24 +198,26 @@ class Shell:
             "VLA_LOG_DIR": str(self.folder / "runs"),
             "REAL_PYTHON": sys.executable,
             "CALLS": str(self.calls),
+            "VLA_REQUEUE_PAUSE": "0",
             **variables,
         }
-        process = subprocess.run(
+        return subprocess.Popen(
             ["bash", str(script), *arguments],
             cwd=cwd,
             env=environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=60,
-            check=False,
+            start_new_session=True,
         )
+
+    def outcome(self, exit_code: int, text: str) -> Outcome:
         records = self.calls.read_text().split("\x1e")[:-1]
         seen = Path(f"{self.calls}.env")
         pairs = seen.read_text().split("\0")[:-1] if seen.exists() else []
         return Outcome(
-            exit_code=process.returncode,
-            text=process.stdout,
+            exit_code=exit_code,
+            text=text,
             calls=[record.split("\x1f")[:-1] for record in records],
             environment=dict(pair.split("=", 1) for pair in pairs),
         )
@@ -166,38 +242,162 @@ SLURM_JOB = {
 @pytest.mark.parametrize(
     ("written", "exit_code", "action", "leaves_with"),
     [
-        ({"attempt": "a", "state": "finished", "step": 9}, 0, "done", 0),
-        ({"attempt": "a", "state": "finished", "step": 9}, 1, "done", 0),  # torn down badly, but the work is done
-        ({"attempt": "a", "state": "failed", "error_kind": "config", "reason": "chunk_sise"}, 1, "fail", 2),
-        ({"attempt": "a", "state": "failed", "error_kind": "runtime", "reason": "CUDA"}, 1, "requeue", 1),
-        ({"attempt": "a", "state": "failed"}, 1, "requeue", 1),
-        ({"attempt": "a", "state": "preempted", "reason": "SIGUSR1"}, 0, "requeue", 1),
-        ({"attempt": "a", "state": "running"}, 1, "requeue", 1),
-        ({"attempt": "a", "state": "running"}, 0, "requeue", 1),
-        ({"attempt": "b", "state": "finished"}, 1, "requeue", 1),
-        ({"attempt": "b", "state": "failed", "error_kind": "config"}, 137, "requeue", 1),
-        ({"state": "finished"}, 1, "requeue", 1),
+        ({"state": "finished", "step": 9}, 0, "done", 0),
+        ({"state": "finished", "step": 9}, 1, "done", 0),  # torn down badly, but the work is done
+        ({"state": "failed", "error_kind": "config", "reason": "chunk_sise"}, 1, "fail", 2),
+        ({"state": "failed", "error_kind": "runtime", "reason": "CUDA"}, 1, "requeue", 1),
+        ({"state": "failed"}, 1, "requeue", 1),
+        ({"state": "preempted", "reason": "SIGUSR1"}, 0, "requeue", 1),
+        ({"state": "running"}, 1, "requeue", 1),
+        ({"state": "running"}, 0, "requeue", 1),
         (None, 137, "requeue", 1),
         (None, 0, "done", 0),  # --help
-        ({"attempt": "a", "state": "dancing"}, 1, "fail", 1),
+        ({"state": "dancing"}, 1, "fail", 1),
     ],
 )
 def test_decision(written: dict[str, Any] | None, exit_code: int, action: str, leaves_with: int) -> None:
-    decision = decide(written, "a", exit_code, problem="it wrote no status")
+    decision = decide(written, [], exit_code, problem="it wrote no status")
     assert (decision.action, decision.exit_code) == (action, leaves_with)
     assert decision.reason
-    if written and written.get("reason"):
-        assert written["attempt"] != "a" or written["reason"] in decision.reason
+    assert ((written or {}).get("reason") or "") in decision.reason
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", '"finished"', "\udcff"])
+def attempt(state: str, at_start: int, saved: int | None = None, reason: str = "") -> dict[str, Any]:
+    """An entry of ``attempts`` in ``status.json``; without ``saved``, no new checkpoint."""
+    saved = at_start if saved is None else saved
+    return {
+        "attempt": f"4711-{at_start}-1",
+        "state": state,
+        "reason": reason,
+        "first_step": at_start,
+        "step": saved + 2,
+        "checkpoint_step": saved,
+        "checkpoint_step_at_start": at_start,
+    }
+
+
+CRASH, FAILURE, STOP = attempt("running", 5), attempt("failed", 5, reason="CUDA"), attempt("preempted", 5, reason="T")
+PROGRESS = attempt("running", 5, 9)
+
+
+@pytest.mark.parametrize(
+    ("attempts", "action"),
+    [
+        ([CRASH], "requeue"),
+        ([CRASH, CRASH], "requeue"),
+        ([CRASH, CRASH, CRASH], "hold"),
+        ([CRASH, FAILURE, STOP], "hold"),  # whatever their state
+        ([STOP, STOP, STOP], "hold"),  # preempted before the first update each time
+        ([PROGRESS, CRASH, CRASH], "requeue"),
+        ([CRASH, PROGRESS, CRASH], "requeue"),
+        ([CRASH, CRASH, PROGRESS], "requeue"),
+        ([PROGRESS, CRASH, CRASH, CRASH], "hold"),
+        ([CRASH, attempt("finished", 5), CRASH, CRASH], "requeue"),
+        ([attempt("preempted", step, step + 1) for step in range(10)], "requeue"),
+        ([attempt("running", step, step + 1) for step in range(10)], "requeue"),
+        ([*(attempt("preempted", step, step + 1) for step in range(10)), CRASH, CRASH, CRASH], "hold"),
+        ([{}, {}, {}], "hold"),  # not one entry that says anything
+        ([{"checkpoint_step": None, "checkpoint_step_at_start": 0}] * 3, "hold"),
+        ([{"checkpoint_step": 1, "checkpoint_step_at_start": None}] * 3, "requeue"),
+    ],
+)
+@pytest.mark.parametrize("state", [None, "running", "failed", "preempted"])
+def test_three_attempts_in_a_row_without_a_checkpoint_are_held(
+    attempts: list[dict[str, Any]], action: str, state: str | None
+) -> None:
+    decision = decide(state and {"state": state}, attempts, 1, problem="it wrote no status")
+    assert (decision.action, decision.exit_code) == (action, 1)
+
+
+def test_a_hold_tells_why_each_of_the_three_ended() -> None:
+    reason = decide({"state": "failed", "step": 7, "reason": "CUDA"}, [CRASH, STOP, FAILURE], 1).reason
+    assert "3 attempts in a row brought no new checkpoint" in reason
+    for part in ("crashed at step 7 (without a word)", "preempted at step 7 (T)", "failed at step 7 (CUDA)"):
+        assert part in reason
+
+
+def test_a_finished_run_and_a_config_error_are_never_held() -> None:
+    assert decide({"state": "finished"}, [CRASH, CRASH, CRASH], 0).action == "done"
+    assert decide({"state": "failed", "error_kind": "config"}, [CRASH, CRASH, CRASH], 1).action == "fail"
+    assert decide(None, [CRASH, CRASH, CRASH], 0).action == "done"
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[1, 2]", '"finished"', "\udcff", '{"attempt": "b"}', "{}"])
 def test_unreadable_status_is_no_status(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "status.json"
     if content is not None:
         path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    found, problem = read_status(path)
+    found, problem = read_status(path, "a")
     assert found is None
     assert problem
+
+
+class Job:
+    """The decisions about one job, attempt after attempt, as common.sh asks for them."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys, self.number = folder, capsys, 0
+        self.run_dir = folder / "run"
+        self.run_dir.mkdir()
+        self.listed: list[dict[str, Any]] = []
+
+    def ends(self, state: str | None, listed: dict[str, Any] | None = None, job: str = "4711", **more: Any) -> str:
+        """One more attempt. ``state``: what it wrote to its status file. ``listed``: its entry in the run folder."""
+        name = f"4711-{self.number}-{1000 + self.number}"
+        self.number += 1
+        path = self.folder / f"{name}.json"
+        if state is not None:
+            path.write_text(json.dumps({"attempt": name, "state": state, "run_dir": str(self.run_dir), **more}))
+        if listed is not None:
+            self.listed.append(listed | {"attempt": name, "started": 1000 + self.number})
+            (self.run_dir / "status.json").write_text(json.dumps({"state": state, "attempts": self.listed}))
+        main([str(path), name, "1", job])
+        return self.capsys.readouterr().out.partition(":")[0]
+
+
+@pytest.fixture
+def job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Job:
+    return Job(tmp_path, capsys)
+
+
+def test_the_list_in_the_run_folder_is_the_counter(job: Job) -> None:
+    assert [job.ends("preempted", attempt("preempted", n, n + 1)) for n in range(10)] == ["requeue"] * 10
+    assert [job.ends("failed", FAILURE), job.ends("running", CRASH)] == ["requeue"] * 2
+    assert job.ends("preempted", STOP) == "hold"
+    assert job.ends("running", CRASH) == "hold"  # released, and no better
+    assert job.ends("running", PROGRESS) == "requeue"
+    assert not list(job.folder.glob("*.crashes"))
+
+
+@pytest.mark.parametrize("state", [None, "running"])  # before or after the config was read
+def test_crashes_before_the_run_folder_is_known_are_counted_by_job(job: Job, state: str | None) -> None:
+    assert [job.ends(state), job.ends(state)] == ["requeue"] * 2
+    assert job.ends(state) == "hold"
+    assert job.ends("running", PROGRESS) == "requeue"
+    assert [job.ends(state), job.ends(state), job.ends(state)] == ["requeue", "requeue", "hold"]
+    assert job.ends("finished", attempt("finished", 9)) == "done"
+    assert not list(job.folder.glob("*.crashes"))
+
+
+def test_both_counters_together(job: Job) -> None:
+    assert [job.ends("failed", FAILURE), job.ends(None)] == ["requeue"] * 2
+    assert job.ends("failed", FAILURE) == "hold"
+
+
+def test_without_slurm_nothing_is_counted_by_job(job: Job) -> None:
+    assert [job.ends(None, job="") for _ in range(4)] == ["requeue"] * 4
+    assert not list(job.folder.glob("*.crashes"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"attempts": 3}', '{"attempts": [3, null]}', "\0\0"])
+def test_a_damaged_list_counts_nothing_and_stops_nobody(job: Job, content: str) -> None:
+    (job.run_dir / "status.json").write_text(content)
+    assert [job.ends("running"), job.ends("running"), job.ends("running")] == ["requeue", "requeue", "hold"]
+
+
+def test_what_cannot_be_counted_is_held(job: Job) -> None:
+    (job.folder / "4711.crashes").mkdir()
+    assert job.ends(None) == "hold"
 
 
 def test_decision_needs_only_the_standard_library() -> None:
@@ -243,10 +443,172 @@ def test_status_of_another_attempt_is_a_crash(shell: Shell) -> None:
     assert "another attempt" in outcome.text
 
 
-def test_refused_requeue_says_how_to_continue(shell: Shell) -> None:
+def test_refused_requeue_is_tried_again_and_says_how_to_continue(shell: Shell) -> None:
     outcome = shell.run(DEMO, FAKE_EXIT="1", FAKE_REQUEUE_EXIT="1", **SLURM_JOB)
     assert outcome.exit_code == 1
+    assert outcome.requeued == ["4711"] * 3
     assert "submit the same command again" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("job", "requeued"),
+    [
+        ("JobState=COMPLETING Reason=None EndTime=2026-11-22T09:49:20 PreemptTime=None", False),  # scancel
+        ("JobState=COMPLETING Reason=None EndTime=Unknown", False),  # scontrol requeue, by somebody else
+        ("JobState=COMPLETING Reason=TimeLimit PreemptTime=None", True),
+        ("JobState=COMPLETING Reason=None PreemptTime=2026-11-22T09:49:20", True),
+        ("JobState=RUNNING Reason=None PreemptTime=2026-11-22T09:49:20", True),
+    ],
+)
+@pytest.mark.parametrize("state", ["preempted", "running"])
+def test_a_cancelled_job_is_not_revived(shell: Shell, job: str, requeued: bool, state: str) -> None:
+    outcome = shell.run(DEMO, FAKE_STATUS=status(state), FAKE_EXIT="1", FAKE_JOB=job, **SLURM_JOB)
+    assert outcome.requeued == (["4711"] if requeued else [])
+    assert ("submit the same command again" in outcome.text) is not requeued
+    assert outcome.exit_code == 1
+
+
+def test_three_crashes_in_a_row_hold_the_job(shell: Shell) -> None:
+    for count in ("0", "1"):
+        outcome = shell.run(DEMO, FAKE_EXIT="1", SLURM_RESTART_COUNT=count, **SLURM_JOB)
+        assert (outcome.requeued, outcome.held) == (["4711"], [])
+    outcome = shell.run(DEMO, FAKE_EXIT="1", SLURM_RESTART_COUNT="2", **SLURM_JOB)
+    assert (outcome.requeued, outcome.held) == ([], ["4711"])
+    assert outcome.calls[-1][:2] == ["scontrol", "requeuehold"]
+    assert outcome.exit_code == 1
+    assert "hold: the run crashed with exit code 1" in outcome.text
+    assert outcome.text.count("crashed (the run crashed with exit code 1: it wrote no status)") == 3
+    assert "'scontrol release 4711' continues it" in outcome.text
+
+    # Another job that is given this number, years later, begins with a clean sheet.
+    assert shell.run(DEMO, FAKE_EXIT="1", **SLURM_JOB).requeued == ["4711"]
+
+
+def test_the_attempts_in_the_run_folder_hold_the_job(shell: Shell) -> None:
+    run_dir = shell.folder / "runs" / "pi0_demo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text(json.dumps({"attempts": [CRASH, STOP]}))
+    written = status("failed", "runtime", reason="CUDA", run_dir=str(run_dir))
+    outcome = shell.run(DEMO, FAKE_STATUS=written, FAKE_EXIT="1", **SLURM_JOB)
+    assert (outcome.requeued, outcome.held) == ([], ["4711"])
+    assert "3 attempts in a row brought no new checkpoint" in outcome.text
+
+
+def test_without_slurm_nothing_is_held(shell: Shell) -> None:
+    run_dir = shell.folder / "runs" / "pi0_demo"
+    run_dir.mkdir(parents=True)
+    (run_dir / "status.json").write_text(json.dumps({"attempts": [CRASH, STOP, FAILURE | {"attempt": "x"}]}))
+    written = status("failed", "runtime", reason="CUDA", run_dir=str(run_dir))
+    outcome = shell.run(DEMO, FAKE_STATUS=written, FAKE_EXIT="1")
+    assert outcome.held == outcome.requeued == []
+    assert "to continue, run the same command again" in outcome.text
+
+
+# ---- signals ---------------------------------------------------------------------------------------------------
+
+USR1, TERM, INT, HUP = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+
+@pytest.mark.parametrize("variables", [SLURM_JOB, {}], ids=["slurm", "bash"])
+@pytest.mark.parametrize("to_all", [False, True], ids=["script", "process-group"])
+@pytest.mark.parametrize(
+    "signals",
+    [[USR1], [USR1, USR1], [TERM], [TERM, USR1, TERM], [HUP], [INT]],
+    ids=lambda s: "-".join(n.name for n in s),
+)
+def test_a_signal_becomes_a_stop_file_and_kills_nothing(
+    shell: Shell, signals: list[signal.Signals], to_all: bool, variables: dict[str, str]
+) -> None:
+    script = shell.start("--name", "a b", **variables)
+    script.wait_for(lambda: "started" in script.notes)
+    assert script.stop_file() is None
+    for number in signals:
+        if to_all:
+            os.killpg(script.process.pid, number)
+        else:
+            script.process.send_signal(number)
+        script.wait_for(lambda: script.stop_file() is not None)
+        time.sleep(0.05)
+    assert script.process.poll() is None  # waiting for the run to save
+    outcome = script.outcome()
+    assert script.notes == ["started", "saved"], outcome.text
+    reason = {USR1: "SIGUSR1 (", TERM: "SIGTERM (", HUP: "SIGHUP (", INT: "Ctrl-C"}[signals[0]]
+    assert outcome.text.count("the run saves at its next update and ends") == 1
+    assert f"requeue: preempted at step 7: {reason}" in outcome.text
+    assert outcome.requeued == (["4711"] if variables else [])
+    assert outcome.exit_code == 1
+    if variables:
+        assert outcome.calls[-1][:2] == ["scontrol", "requeue"]
+    else:
+        assert r"run the same command again: bash " in outcome.text and r"--name a\ b" in outcome.text
+    left = [path.suffix for path in (shell.folder / "runs" / ".attempts").iterdir()]
+    assert left == ([".crashes"] if variables else [])  # the stand-in lists itself in no run folder
+
+
+def test_ctrl_c_twice_ends_the_run_through_torchrun(shell: Shell) -> None:
+    script = shell.start(save_s=1.0)
+    script.wait_for(lambda: "started" in script.notes)
+    for _ in range(2):
+        os.killpg(script.process.pid, INT)
+        script.wait_for(lambda: script.stop_file() is not None)
+        time.sleep(0.1)
+    outcome = script.outcome()
+    assert script.notes == ["started", "SIGTERM", "saved"]
+    assert "not saved within 30 seconds is killed" in outcome.text
+    assert "run the same command again" in outcome.text
+
+
+@pytest.mark.parametrize("number", [USR1, TERM])
+def test_what_slurm_sends_to_job_steps_only_reaches_the_script(shell: Shell, number: signal.Signals) -> None:
+    script = shell.start(**SLURM_JOB, SLURMD_NODENAME="node7")
+    step = Path(f"{shell.calls}.step")
+    script.wait_for(lambda: "started" in script.notes and step.exists() and bool(step.read_text()))
+    time.sleep(0.1)
+    os.kill(int(step.read_text()), number)
+    outcome = script.outcome()
+    assert f"preempted at step 7: {number.name}" in outcome.text
+    assert script.notes == ["started", "saved"]
+    (call,) = [call for call in outcome.calls if call[0] == "srun"]
+    assert {"--overlap", "--nodelist=node7", "--gres=none", "--mem=0", "--ntasks=1"} <= set(call)
+    end = time.monotonic() + 10
+    while Path(f"/proc/{step.read_text().strip()}/cmdline").exists():  # nothing of it stays behind
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_step_that_slurm_refuses_costs_only_itself(shell: Shell) -> None:
+    (shell.binaries / "srun").write_text("#!/bin/bash\necho 'srun: error: no such thing' >&2\nexit 1\n")
+    outcome = shell.run(DEMO, FAKE_STATUS=FINISHED, **SLURM_JOB)
+    assert outcome.exit_code == 0
+    assert "no such thing" not in outcome.text
+
+
+def test_a_step_is_started_under_slurm_only(shell: Shell) -> None:
+    assert not [call for call in shell.run(DEMO, FAKE_STATUS=FINISHED).calls if call[0] == "srun"]
+
+
+@pytest.mark.parametrize("to_all", [False, True], ids=["script", "process-group"])
+def test_a_stop_before_the_run_starts_it_not(shell: Shell, to_all: bool) -> None:
+    script = shell.start(FAKE_SLOW_UV="1", **SLURM_JOB)
+    script.wait_for(lambda: "\x1f-c\x1f" in shell.calls.read_text())  # uv sets the environment up
+    time.sleep(0.1)
+    (os.killpg if to_all else os.kill)(script.process.pid, USR1)
+    outcome = script.outcome()
+    assert script.notes == []
+    assert outcome.requeued == ["4711"]
+    assert (
+        "requeue: the run crashed with exit code 143: it wrote no status; it was asked to stop: SIGUSR1" in outcome.text
+    )
+    assert (shell.folder / "runs" / ".attempts" / "4711.crashes").exists()  # a limit too short to start must not loop
+
+
+def test_each_start_has_a_stop_file_of_its_own(shell: Shell) -> None:
+    folder = shell.folder / "runs" / ".attempts"
+    folder.mkdir(parents=True)
+    (folder / "4711-0-1.stop").write_text("old")
+    outcome = shell.run(DEMO, FAKE_STATUS=FINISHED, **SLURM_JOB)
+    assert outcome.environment["VLA_STOP_FILE"] == f"{folder}/{outcome.environment['VLA_ATTEMPT']}.stop"
+    assert list(folder.iterdir()) == []
 
 
 def test_without_slurm_nothing_is_restarted_and_the_next_step_is_said(shell: Shell) -> None:
@@ -508,6 +870,7 @@ def test_header(script: Path) -> None:
         "nodes": "1",
         "ntasks-per-node": "1",
         "requeue": None,
+        "signal": "B:USR1@60" if script.stem == "pi0_demo" else "B:USR1@300",
     }
     big: dict[str, str | None] = {
         "time": "44:00:00",

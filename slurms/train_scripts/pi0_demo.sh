@@ -10,6 +10,7 @@
 #SBATCH --cpus-per-task=2
 #SBATCH --mem=8G
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@60
 ##SBATCH --account=your_account
 
 # Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.

@@ -12,6 +12,7 @@
 #SBATCH --cpus-per-task=54
 #SBATCH --mem=440G
 #SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 ##SBATCH --account=your_account
 
 # Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.

@@ -1,13 +1,13 @@
-"""What becomes of a job whose training process has ended: done, fail or requeue.
+"""What becomes of a job whose training process has ended: done, fail, requeue or hold.
 
 ``slurms/common.sh`` asks this after every attempt::
 
-    python -m agent.requeue STATUS_FILE ATTEMPT EXIT_CODE
+    python -m agent.requeue STATUS_FILE ATTEMPT EXIT_CODE [JOB]
 
 and gets one line, ``word: reason``, on standard output, and the exit code that the job should leave with. The
 exit code of torchrun is 1 for every failure of a worker, so the answer comes from the status file that the run
-writes at its start and at every outcome. Only the standard library: this must work, and quickly, on a node where
-importing torch does not.
+writes at its start and at every outcome, and from the list of attempts in the run folder. Only the standard library:
+this must work, and quickly, on a node where importing torch does not.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-Action = Literal["done", "fail", "requeue"]
+from agent.run_folder import write_atomically
+
+Action = Literal["done", "fail", "requeue", "hold"]
 
 EXIT_CODE_CONFIG = 2
+PATIENCE = 3
+"""So many attempts in a row may bring no new checkpoint before the job is held."""
 
 
 @dataclass(frozen=True)
@@ -35,56 +39,121 @@ class Decision:
         return f"{self.action}: {self.reason}"
 
 
-def read_status(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The status a run wrote to ``path``, or None and what is wrong with the file."""
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None, "it wrote no status"
-    except (OSError, ValueError) as error:
-        return None, f"its status {path} cannot be read ({error})"
-    if not isinstance(status, dict):
-        return None, f"its status {path} is not a JSON object"
-    return status, ""
-
-
-def decide(status: dict[str, Any] | None, attempt: str, exit_code: int, problem: str = "") -> Decision:
-    """The decision for one attempt.
+def decide(
+    status: dict[str, Any] | None, attempts: list[dict[str, Any]], exit_code: int, problem: str = ""
+) -> Decision:
+    """The decision for the attempt that just ended.
 
     Args:
-        status: what the run wrote, ``{"attempt", "state", "error_kind", "reason", "step", …}``; None if unreadable.
-        attempt: the name that this attempt was given; a status with another name is left over from an earlier one.
+        status: what it wrote, ``{"state", "error_kind", "reason", "step", …}``; None if it wrote nothing.
+        attempts: all of this run, the last one being that which just ended.
         exit_code: of torchrun.
         problem: why ``status`` is None.
     """
-    if status is not None and status.get("attempt") != attempt:
-        problem = f"the status is of another attempt, {status.get('attempt')!r}"
-        status = None
     if status is None and exit_code == 0:
         # torchrun leaves with 0 only when every worker did. To start again would do the same again, for ever.
         return Decision("done", 0, f"the run ended without an error, but {problem}: not a training, or --help?")
     if status is None:
-        return Decision("requeue", 1, f"the run crashed with exit code {exit_code}: {problem}")
+        why = f"the run crashed with exit code {exit_code}: {problem}"
+    else:
+        state, reason, step = status.get("state"), status.get("reason") or "no reason given", status.get("step")
+        if state == "finished":
+            return Decision("done", 0, f"finished at step {step}")
+        if state == "failed" and status.get("error_kind") == "config":
+            return Decision("fail", EXIT_CODE_CONFIG, f"the configuration has to be corrected first: {reason}")
+        if state == "running":
+            why = f"the run crashed with exit code {exit_code} after its start, without a word"
+        elif state in ("preempted", "failed"):
+            why = f"{state} at step {step}: {reason}"
+        else:
+            return Decision("fail", 1, f"the status has an unknown state, {state!r}")
 
-    state, reason, step = status.get("state"), status.get("reason") or "no reason given", status.get("step")
-    if state == "finished":
-        return Decision("done", 0, f"finished at step {step}")
-    if state == "preempted":
-        return Decision("requeue", 1, f"preempted at step {step}: {reason}")
-    if state == "running":
-        return Decision("requeue", 1, f"the run crashed with exit code {exit_code} after its start, without a word")
-    if state == "failed" and status.get("error_kind") == "config":
-        return Decision("fail", EXIT_CODE_CONFIG, f"the configuration has to be corrected first: {reason}")
-    if state == "failed":
-        return Decision("requeue", 1, f"failed at step {step}: {reason}")
-    return Decision("fail", 1, f"the status has an unknown state, {state!r}")
+    latest = attempts[-PATIENCE:]
+    if len(latest) == PATIENCE and not any(_brought_something(attempt) for attempt in latest):
+        story = "; ".join(f"attempt {attempt.get('attempt') or '?'} {_describe(attempt)}" for attempt in latest)
+        return Decision("hold", 1, f"{why}. {PATIENCE} attempts in a row brought no new checkpoint: {story}")
+    return Decision("requeue", 1, why)
+
+
+def _brought_something(attempt: dict[str, Any]) -> bool:
+    saved, at_start = attempt.get("checkpoint_step"), attempt.get("checkpoint_step_at_start")
+    return attempt.get("state") == "finished" or (saved or 0) > (at_start or 0)
+
+
+def _describe(attempt: dict[str, Any]) -> str:
+    state = "crashed" if attempt.get("state") == "running" else attempt.get("state")
+    step = attempt.get("step")
+    where = f" at step {step}" if step is not None else ""
+    return f"{state}{where} ({attempt.get('reason') or 'without a word'})"
+
+
+def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """The JSON object in ``path``, or None and what is wrong with the file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, "it wrote no status"
+    except (OSError, ValueError) as error:
+        return None, f"its status {path} cannot be read ({error})"
+    if not isinstance(content, dict):
+        return None, f"its status {path} is not a JSON object"
+    return content, ""
+
+
+def read_status(path: Path, attempt: str) -> tuple[dict[str, Any] | None, str]:
+    """What ``attempt`` wrote to ``path``, or None and why there is nothing: another attempt's is left over."""
+    status, problem = read_object(path)
+    if status is not None and status.get("attempt") != attempt:
+        return None, f"the status is of another attempt, {status.get('attempt')!r}"
+    stop_file = path.with_suffix(".stop")
+    if status is None and stop_file.exists():
+        problem += f"; it was asked to stop: {stop_file.read_text(encoding='utf-8', errors='replace').strip()}"
+    return status, problem
+
+
+def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The attempts in the ``status.json`` of the run folder that the status names; none where it is not known."""
+    if not (status and status.get("run_dir")):
+        return []
+    content, _ = read_object(Path(status["run_dir"]) / "status.json")
+    attempts = (content or {}).get("attempts")
+    return [entry for entry in attempts if isinstance(entry, dict)] if isinstance(attempts, list) else []
+
+
+def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashes: Path) -> list[dict[str, Any]]:
+    """The listed attempts together with those that ended before they could enter themselves in the run folder.
+
+    Those are kept in ``crashes``, a file of the job. The attempt that just ended joins them if it is not listed.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    content, _ = read_object(crashes)
+    unlisted = [entry for entry in (content or {}).get("attempts", []) if isinstance(entry, dict)]
+    if not any(entry.get("attempt") == attempt for entry in listed[-1:]):
+        started = attempt.rpartition("-")[2]
+        entry = {"attempt": attempt, "state": "running", "reason": reason, "step": None}
+        unlisted.append({**entry, "started": int(started) if started.isdigit() else 0})
+        write_atomically(crashes, json.dumps({"attempts": unlisted[-PATIENCE:]}, indent=1) + "\n")
+    return sorted(listed + unlisted, key=lambda entry: entry.get("started") or 0)
 
 
 def main(arguments: list[str]) -> int:
     """Prints the decision; returns the exit code for the job."""
-    path, attempt, exit_code = arguments
-    status, problem = read_status(Path(path))
-    decision = decide(status, attempt, int(exit_code), problem)
+    path, attempt, exit_code = Path(arguments[0]), arguments[1], int(arguments[2])
+    job = arguments[3] if len(arguments) > 3 else ""
+    status, problem = read_status(path, attempt)
+    attempts = listed_attempts(status)
+    decision = decide(status, attempts, exit_code, problem)
+    if job and decision.action in ("requeue", "hold"):
+        try:
+            attempts = with_crashes(attempts, attempt, decision.reason, path.parent / f"{job}.crashes")
+            decision = decide(status, attempts, exit_code, problem)
+        except OSError as error:
+            # Uncounted it might start for ever; a disk that takes no line takes no checkpoint either.
+            decision = Decision("hold", 1, f"{decision.reason}. This could not be counted: {error}")
+    if job and (decision.action in ("done", "fail") or (attempts and _brought_something(attempts[-1]))):
+        (path.parent / f"{job}.crashes").unlink(missing_ok=True)
     print(str(decision).replace("\n", " "))
     return decision.exit_code
 
