@@ -13,6 +13,7 @@ import draccus
 import pytest
 import torch
 
+from agent import tensor_file
 from agent.models.base import ModelConfig
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
@@ -97,13 +98,13 @@ def test_paligemmas_longer_vocabulary_is_cut():
 
 
 def test_weights_survive_the_way_out_and_in(tmp_path):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     config = tiny_config()
     model, other = PI0(config), PI0(config)
     model.init_weights(torch.Generator().manual_seed(0))
     other.init_weights(torch.Generator().manual_seed(1))
-    save_file(adapter.to_lerobot(model.state_dict(), config), tmp_path / "model.safetensors")
+    tensor_file.write(tmp_path / "model.safetensors", adapter.to_lerobot(model.state_dict(), config))
     loaded = load_file(tmp_path / "model.safetensors")
     match = adapter.from_lerobot(loaded, config)
     other.load_state_dict({ours: loaded[theirs] for ours, theirs in match.sources.items()}, strict=True)

@@ -43,7 +43,8 @@ def model(seed: int) -> PI0:
 @pytest.fixture(scope="module")
 def published() -> dict[str, torch.Tensor]:
     """A policy under LeRobot's names, its two heads among them."""
-    return adapter.to_lerobot(model(1).state_dict(), CONFIG)
+    shared = adapter.to_lerobot(model(1).state_dict(), CONFIG)
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in shared.items()}
 
 
 def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

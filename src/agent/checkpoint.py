@@ -3,28 +3,30 @@
 A checkpoint is written to a hidden sibling folder, every file is flushed to the disk, the manifest with each file's
 size and checksum is written last, and only then is the folder renamed into place. A folder under its final name is
 therefore complete; the manifest is checked all the same before it is loaded, because a disk can damage what was once
-good. This module knows no model: what goes into a checkpoint is the caller's business.
+good. This module knows no model: what goes into a checkpoint is the caller's business. Only one process writes to a
+store, the one that holds the lock of the run folder.
 """
 
 from __future__ import annotations
 
-import json
+import errno
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import xxhash
+from agent.manifest import MANIFEST, Damaged, Known, check_sizes, files_of, forget, seal, sync, verify
+
+__all__ = ["MANIFEST", "PRETRAINED", "TRAINING", "CheckpointStore", "Found", "verify"]
 
 log = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained_model"
 TRAINING = "training_state"
-MANIFEST = "manifest.json"
-_HASH_BLOCK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,26 @@ class Found:
     path: Path | None
     step: int
     passed_over: list[str]
+    weights_only: list[Path] = field(default_factory=list)
+    """Good ones without a training state, which nothing can be resumed from."""
 
 
 class CheckpointStore:
-    """``<run>/checkpoints``: saving, finding, pruning."""
+    """``<run>/checkpoints``: saving, finding, pruning.
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
+    Args:
+        run_dir: the run's folder.
+        keep: how many complete checkpoints.
+        keep_training_states: how many of these, the newest, keep their training state; None for all.
+    """
+
+    def __init__(self, run_dir: Path, keep: int, keep_training_states: int | None = None) -> None:
         self.folder = run_dir / "checkpoints"
         self.keep = keep
+        assert keep >= 1 and (keep_training_states is None or keep_training_states >= 1)
+        self.keep_training_states = keep_training_states
+
+    # ── saving ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, step: int, write: Callable[[Path], None]) -> Path:
         """Makes one checkpoint; returns only after it is safely on the disk.
@@ -54,122 +68,193 @@ class CheckpointStore:
             OSError: if it could not be written (a full disk, say); nothing of it is left and the earlier
                 checkpoints are untouched.
         """
+        temporary = self.begin(step)
+        try:
+            write(temporary)
+        except BaseException:
+            self.abandon(step)
+            raise
+        return self.finish(step)[0]
+
+    def begin(self, step: int, needed: int = 0) -> Path:
+        """An empty folder to write a checkpoint to, after which :meth:`finish` or :meth:`abandon` follows.
+
+        Raises:
+            OSError: if fewer than ``needed`` bytes are free, or the folder cannot be made.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        final = self.folder / f"step_{step:08d}"
-        temporary = self.folder / f".{final.name}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
+        self.recover()
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            text = f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            raise OSError(errno.ENOSPC, text, str(self.folder))
+        temporary = self._temporary(step)
         try:
             (temporary / PRETRAINED).mkdir(parents=True)
             (temporary / TRAINING).mkdir()
-            write(temporary)
-            seal(temporary, step)
-            if final.exists():  # left by a run that was rewound past it; the newer copy is the true one
-                shutil.rmtree(final)
-            os.rename(temporary, final)
-            _sync(self.folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+        except OSError:
+            self.abandon(step)
             raise
-        self._link_last(final)
+        return temporary
+
+    def finish(self, step: int, known: Mapping[str, Known] | None = None) -> tuple[Path, int]:
+        """Makes what was written a checkpoint: manifest, rename, ``last``, then pruning.
+
+        Args:
+            step: as begun.
+            known: the files that are synced and hashed already.
+
+        Returns:
+            The checkpoint and its bytes.
+
+        Raises:
+            OSError: if that failed; nothing of it is left then.
+        """
+        temporary, final = self._temporary(step), self.folder / f"step_{step:08d}"
+        try:
+            size = seal(temporary, step, known)
+            self._publish(temporary, final)
+        except BaseException:
+            self.abandon(step)
+            raise
+        # From here on it is a checkpoint, whatever happens to the rest.
+        try:
+            self._link_last(final)
+        except OSError as error:
+            log.warning("%s is complete, but the link `last` could not be set to it: %s", final, error)
         self._prune(step)
-        return final
+        return final, size
 
-    def newest(self) -> Found:
-        """The newest checkpoint whose manifest holds; damaged ones are passed over with the reason."""
-        passed_over: list[str] = []
-        for path in reversed(self._complete()):
-            damage = verify(path)
-            if damage is None:
-                return Found(path, _step_of(path), passed_over)
-            passed_over.append(f"{path}: {damage}")
-        return Found(None, 0, passed_over)
+    def abandon(self, step: int) -> None:
+        """Removes what was written of a checkpoint that will not be one."""
+        shutil.rmtree(self._temporary(step), ignore_errors=True)
 
-    def _complete(self) -> list[Path]:
-        # Exactly our names: a copy that somebody made beside them is neither loaded nor pruned.
-        named = self.folder.glob("step_*") if self.folder.is_dir() else ()
-        return sorted((p for p in named if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()), key=_step_of)
+    def recover(self) -> None:
+        """Clears what a killed process left in the middle of a save; to be called before a run looks for its own."""
+        for replaced in self.folder.glob(".step_*.replaced"):
+            final = self.folder / replaced.name[1:].removesuffix(".replaced")
+            if not final.exists():  # killed between the two renames: the old one is still the one
+                os.rename(replaced, final)
+        for leftover in self.folder.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _temporary(self, step: int) -> Path:
+        return self.folder / f".step_{step:08d}.tmp"
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        replaced = self.folder / f".{final.name}.replaced"
+        if final.exists():  # left by a run that went back behind it; the newer copy is the true one
+            os.rename(final, replaced)
+        renamed = False
+        try:
+            os.rename(temporary, final)
+            renamed = True
+            sync(self.folder)
+        except BaseException:
+            # Whether it would survive a crash is not known, so it must not be taken for a checkpoint.
+            if renamed:
+                os.rename(final, temporary)
+            if replaced.exists():
+                os.rename(replaced, final)
+            raise
 
     def _link_last(self, final: Path) -> None:
         temporary = self.folder / ".last.tmp"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(final.name)
         os.replace(temporary, self.folder / "last")
-        _sync(self.folder)
+        sync(self.folder)
 
     def _prune(self, step: int) -> None:
-        # Later steps than the one just saved are damaged and were passed over: the run went back behind them.
-        complete = self._complete()
-        kept = [path for path in complete if _step_of(path) <= step][-self.keep :]
-        for path in complete:
-            if path in kept:
-                continue
-            try:
-                # The manifest goes first: a folder half removed by a crash is then not mistaken for a whole one.
-                (path / MANIFEST).unlink(missing_ok=True)
-                shutil.rmtree(path)
-            except OSError as error:
-                # Somebody may be reading it over NFS. The new checkpoint is safe, and the next save tries again.
-                log.warning("the old checkpoint %s could not be removed yet: %s", path, error)
-        for leftover in self.folder.glob(".step_*.tmp"):
+        complete = []
+        for path in self._named():
+            damage = check_sizes(path)
+            if _step_of(path) > step:
+                # These are damaged and were passed over: the run went back behind them.
+                self._tolerant("removed", path, self._remove)
+            elif damage is not None:
+                self._tolerant("set aside", path, partial(self.set_aside, reason=damage))
+            else:
+                complete.append(path)
+        for path in complete[: -self.keep]:
+            self._tolerant("removed", path, self._remove)
+        if self.keep_training_states is not None:
+            for path in complete[-self.keep :][: -self.keep_training_states]:
+                self._tolerant("freed of its training state", path, self._drop_training_state)
+        for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-
-def seal(folder: Path, step: int) -> None:
-    """Flushes every file of a folder to the disk, then writes the manifest that lists them."""
-    files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _sync(path)
-        files[str(path.relative_to(folder))] = {"size": path.stat().st_size, "xxh3_128": checksum(path)}
-    for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
-        _sync(path)
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(manifest)
-    _sync(folder)
-
-
-def verify(folder: Path) -> str | None:
-    """None if every file of the manifest is there, unchanged; otherwise what is wrong."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = [(name, entry["size"], entry["xxh3_128"]) for name, entry in manifest["files"].items()]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"its {MANIFEST} cannot be read"
-    if not files:
-        return f"its {MANIFEST} lists no file"
-    for name, size, _ in files:
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, {size} were written"
-    for name, _, expected in files:
+    def _tolerant(self, what: str, path: Path, action: Callable[[Path], object]) -> None:
         try:
-            if checksum(folder / name) != expected:
-                return f"{name} is damaged: its checksum does not match"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
-    return None
+            action(path)
+        except (OSError, Damaged) as error:
+            # Somebody may be reading it over NFS. The new checkpoint is safe, and the next save tries again.
+            log.warning("the old checkpoint %s could not be %s yet: %s", path, what, error)
+
+    def _remove(self, path: Path) -> None:
+        # Renamed first, so that a crash in the middle leaves nothing that looks like a checkpoint.
+        aside = self.folder / f".{path.name}.pruned"
+        os.rename(path, aside)
+        shutil.rmtree(aside)
+
+    def _drop_training_state(self, path: Path) -> None:
+        if any(name.startswith(f"{TRAINING}/") for name in files_of(path)):
+            forget(path, f"{TRAINING}/")  # the manifest first: it must never list what is not there
+        if (path / TRAINING).exists():
+            shutil.rmtree(path / TRAINING)
+
+    # ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def candidates(self) -> list[Path]:
+        """What might be resumed from, the newest first, unverified.
+
+        Left out are those that are known to hold weights only; a damaged one is among them.
+        """
+        return [path for path in reversed(self._named()) if not _holds_weights_only(path)]
+
+    def newest(self) -> Found:
+        """The newest checkpoint whose manifest holds; damaged ones are passed over with the reason."""
+        passed_over: list[str] = []
+        weights_only: list[Path] = []
+        for path in reversed(self._named()):
+            damage = verify(path)
+            if damage is not None:
+                passed_over.append(f"{path}: {damage}")
+            elif _holds_weights_only(path):
+                weights_only.append(path)
+            else:
+                return Found(path, _step_of(path), passed_over, weights_only)
+        return Found(None, 0, passed_over, weights_only)
+
+    def set_aside(self, path: Path, reason: str) -> Path:
+        """Renames a damaged checkpoint to ``damaged_…``: never chosen, counted or pruned again, kept for a look."""
+        aside = self.folder / f"damaged_{path.name}"
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.folder / f"damaged_{path.name}_{number}"
+        os.rename(path, aside)
+        sync(self.folder)
+        log.warning("the checkpoint %s is damaged and was renamed to %s: %s", path, aside.name, reason)
+        good = [other for other in self._named() if check_sizes(other) is None]
+        if good:
+            self._link_last(good[-1])
+        else:
+            (self.folder / "last").unlink(missing_ok=True)
+        return aside
+
+    def _named(self) -> list[Path]:
+        # Exactly our names: a copy that somebody made beside them is neither loaded nor pruned.
+        named = self.folder.glob("step_*") if self.folder.is_dir() else ()
+        return sorted((p for p in named if re.fullmatch(r"step_\d{8,}", p.name) and p.is_dir()), key=_step_of)
 
 
-def checksum(path: Path) -> str:
-    """xxh3-128 of a file's contents."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+def _holds_weights_only(path: Path) -> bool:
+    try:
+        return not any(name.startswith(f"{TRAINING}/") for name in files_of(path))
+    except Damaged:
+        return False
 
 
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

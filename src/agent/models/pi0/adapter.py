@@ -169,14 +169,13 @@ def _lerobot_name(name: str) -> str:
 def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Tensor]:
     """Our tensors under LeRobot 0.6's names, with the two language heads that its strict loading demands.
 
-    No two tensors of the result share memory, which safetensors would refuse.
+    The tensors are the model's own. The language head shares the embedding's memory and the expert's head is one zero
+    expanded, so neither costs any; ``agent.tensor_file`` writes both, the safetensors library wants copies.
     """
     out = {_lerobot_name(name): tensor for name, tensor in state_dict.items()}
     prefix = "model.paligemma_with_expert."
-    out[f"{prefix}paligemma.lm_head.weight"] = state_dict[EMBEDDING].clone()
+    out[f"{prefix}paligemma.lm_head.weight"] = state_dict[EMBEDDING]
     # Nothing reads the expert's head: a small type saves half a gigabyte.
-    size = (config.expert.vocab_size, config.expert.width)
-    out[f"{prefix}gemma_expert.lm_head.weight"] = torch.zeros(
-        size, dtype=torch.bfloat16, device=state_dict[EMBEDDING].device
-    )
+    zero = torch.zeros((), dtype=torch.bfloat16, device="cpu")
+    out[f"{prefix}gemma_expert.lm_head.weight"] = zero.expand(config.expert.vocab_size, config.expert.width)
     return out

@@ -7,11 +7,13 @@ tokenizer from the hub once more in the middle of a checkpoint; a test holds bot
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent import tensor_file
 from agent.models.pi0.adapter import to_lerobot
 
 if TYPE_CHECKING:
@@ -34,17 +36,51 @@ def write_pretrained(
         statistics: feature → statistic → values, as LeRobot's normaliser wants them.
         last_update: of the run, at which the learning rate's decay ends when the config does not say.
     """
-    from safetensors.torch import save_file
-
-    weights = {name: t.detach().cpu().contiguous() for name, t in to_lerobot(tensors, config).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_json(folder / "config.json", config.to_lerobot(last_update))
-    _write_processors(folder, config, statistics)
+    files, write_small = pretrained_contents(config, tensors, statistics, last_update)
+    for file, weights in files.items():
+        tensor_file.write(folder / file, {name: _on_host(tensor) for name, tensor in weights.items()})
+    write_small(folder)
 
 
-def _write_processors(folder: Path, config: PI0Config, statistics: Statistics) -> None:
-    from safetensors.numpy import save_file
+def pretrained_contents(
+    config: PI0Config, tensors: dict[str, Tensor], statistics: Statistics, last_update: int
+) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
+    """What ``pretrained_model/`` consists of, for a writer that works in the background.
 
+    Args: as of :func:`write_pretrained`.
+
+    Returns:
+        The tensor files, whose tensors are the model's own and not copies, and a function that writes all other files
+        into a folder. That function holds values of now: it may be called later, from any thread.
+    """
+    documents = {"config.json": config.to_lerobot(last_update)}
+    normalizers = []
+    for pipeline, steps in _processors(config).items():
+        for index, step in enumerate(steps):
+            if step["registry_name"].endswith("normalizer_processor"):
+                step["state_file"] = f"{pipeline}_step_{index}_{step['registry_name']}.safetensors"
+                normalizers.append(step["state_file"])
+        documents[f"{pipeline}.json"] = {"name": pipeline, "steps": steps}
+    texts = {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
+    flat = {f"{key}.{name}": np.array(values) for key, entry in statistics.items() for name, values in entry.items()}
+
+    def write_small(folder: Path) -> None:
+        from safetensors.numpy import save_file
+
+        for name in normalizers:
+            save_file(flat, folder / name)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    return {"model.safetensors": to_lerobot(tensors, config)}, write_small
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor if tensor_file.is_one_number(tensor) else tensor.contiguous()
+
+
+def _processors(config: PI0Config) -> dict[str, list[dict[str, Any]]]:
     lerobot = config.to_lerobot()
     device = lerobot["device"] or "cpu"
     inputs, outputs = lerobot["input_features"], lerobot["output_features"]
@@ -80,18 +116,8 @@ def _write_processors(folder: Path, config: PI0Config, statistics: Statistics) -
         _step("absolute_actions_processor", enabled=False),
         _step("device_processor", device="cpu", float_dtype=None),
     ]
-    flat = {f"{key}.{name}": values for key, entry in statistics.items() for name, values in entry.items()}
-    for pipeline, steps in (("policy_preprocessor", before), ("policy_postprocessor", after)):
-        for index, step in enumerate(steps):
-            if step["registry_name"].endswith("normalizer_processor"):
-                step["state_file"] = f"{pipeline}_step_{index}_{step['registry_name']}.safetensors"
-                save_file(flat, folder / step["state_file"])
-        _write_json(folder / f"{pipeline}.json", {"name": pipeline, "steps": steps})
+    return {"policy_preprocessor": before, "policy_postprocessor": after}
 
 
 def _step(name: str, **config: Any) -> dict[str, Any]:
     return {"registry_name": name, "config": config}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,232 @@
+"""Files of tensors in the safetensors format, written with their checksum in one pass.
+
+The library's writer needs the whole file in memory or maps it, returns before the bytes are on the disk, reports a
+full disk in an exception of its own, and the file would have to be read again for its checksum. The format is simple
+enough (https://github.com/huggingface/safetensors#format): eight bytes of header length, the header in JSON, the raw
+bytes. What is written here is byte for byte what the library writes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import struct
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+CHUNK = 1 << 24  # large enough for the disk, small enough to be interrupted; system calls and hash release the GIL
+
+# In the library's order: the tensors of a file are sorted by type, the last of these first, then by name. The sizes
+# ascend here, so every tensor of a file is aligned to its type.
+_TYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+_BY_NAME = {name: dtype for dtype, name in _TYPES.items()}
+_RANK = {dtype: -rank for rank, dtype in enumerate(_TYPES)}
+_METADATA = {"format": "pt"}  # transformers insists on it
+
+
+class Cancelled(Exception):
+    """The file was given up because the checkpoint it belongs to is."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is on the disk."""
+
+    size: int
+    xxh3_128: str
+
+
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names as they follow each other in a file."""
+    return sorted(tensors, key=lambda name: (_RANK[tensors[name].dtype], name.encode()))
+
+
+def header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Length and JSON at the beginning of the file of these tensors."""
+    entries: dict[str, object] = {"__metadata__": _METADATA}
+    end = 0
+    for name in in_file_order(tensors):
+        tensor = tensors[name]
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {
+            "dtype": _TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file of these tensors."""
+    return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], cancel: threading.Event | None = None) -> Written:
+    """Writes tensors and returns when they are on the disk.
+
+    Args:
+        path: the file, replaced if it exists.
+        tensors: on the CPU, each contiguous or one number expanded; they may share memory.
+        cancel: gives the file up once it is set.
+
+    Raises:
+        OSError: from writing, syncing or closing; NFS reports a full disk in any of them.
+        Cancelled: if ``cancel`` was set in the middle.
+    """
+    digest, size = xxhash.xxh3_128(), 0
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        for block in _blocks(tensors):
+            if cancel is not None and cancel.is_set():
+                raise Cancelled
+            digest.update(block)
+            size += len(block)
+            while block:
+                block = block[os.write(handle, block) :]
+        os.fsync(handle)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(handle)
+    return Written(size, digest.hexdigest())
+
+
+def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+    """The bytes of the file in blocks of at most a chunk."""
+    yield memoryview(header(tensors))
+    for memory in _runs([tensors[name] for name in in_file_order(tensors)]):
+        for begin in range(0, len(memory), CHUNK):
+            yield memory[begin : begin + CHUNK]
+
+
+def _runs(tensors: list[Tensor]) -> Iterator[memoryview]:
+    """The tensors' memory; neighbours in one storage are joined, as those of a snapshot are."""
+    storage: torch.UntypedStorage | None = None
+    begin = end = 0
+    for tensor in tensors:
+        size = tensor.nbytes
+        if size == 0:
+            continue
+        if is_one_number(tensor):
+            if storage is not None:
+                yield _bytes(storage, begin, end)
+                storage = None
+            yield from _repeated(tensor, size)
+            continue
+        assert tensor.device.type == "cpu" and tensor.is_contiguous()
+        here, offset = tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.element_size()
+        if storage is not None and here.data_ptr() == storage.data_ptr() and offset == end:
+            end += size
+            continue
+        if storage is not None:
+            yield _bytes(storage, begin, end)
+        storage, begin, end = here, offset, offset + size
+    if storage is not None:
+        yield _bytes(storage, begin, end)
+
+
+def is_one_number(tensor: Tensor) -> bool:
+    """True for one number expanded to many: it takes no memory but its bytes are in the file all the same."""
+    return tensor.numel() > 1 and not any(
+        stride for stride, length in zip(tensor.stride(), tensor.shape, strict=True) if length > 1
+    )
+
+
+def _repeated(tensor: Tensor, size: int) -> Iterator[memoryview]:
+    one = tensor.as_strided((1,), (1,)).contiguous()
+    block = memoryview(one.expand(min(size, CHUNK) // one.element_size()).contiguous().view(torch.uint8).numpy())
+    for begin in range(0, size, len(block)):
+        yield block[: size - begin]
+
+
+def _bytes(storage: torch.UntypedStorage, begin: int, end: int) -> memoryview:
+    memory = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,))  # type: ignore[call-overload]
+    return memoryview(memory.numpy())
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own.
+
+    Not mapped, as the library does it: a disk that cannot read a page would kill the process then.
+
+    Raises:
+        ValueError: if it is no such file, or truncated.
+        OSError: if the disk cannot read it.
+    """
+    damaged = ValueError(f"{path} cannot be read as safetensors, it is truncated or damaged")
+    tensors = {}
+    with io.FileIO(path) as raw, io.BufferedReader(raw, 1 << 20) as stream:
+        size = os.fstat(raw.fileno()).st_size
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > size - 8:
+            raise damaged
+        try:
+            entries = json.loads(stream.read(length))
+            entries.pop("__metadata__", None)
+            parsed = sorted(
+                (*entry["data_offsets"], name, _BY_NAME[entry["dtype"]], entry["shape"])
+                for name, entry in entries.items()
+            )
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise damaged from None
+        position = 0
+        for begin, end, name, dtype, shape in parsed:
+            tensor = torch.empty(shape, dtype=dtype)
+            memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            if begin != position or end - begin != len(memory) or stream.readinto(memory) != len(memory):
+                raise damaged
+            position, tensors[name] = end, tensor
+    return tensors
+
+
+def read_all(folder: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of ``<name>.safetensors``, or of all ``<name>-00000-of-00002.safetensors`` …
+
+    Args:
+        folder: a checkpoint.
+        name: path in there without the ending.
+
+    Raises:
+        ValueError: if there is no such file, one of several is absent, or one is damaged.
+        OSError: if the disk cannot read it.
+    """
+    single = folder / f"{name}.safetensors"
+    if single.is_file():
+        return read(single)
+    parts = sorted(single.parent.glob(f"{single.stem}-*-of-*.safetensors"))
+    counts = {int(found[1]) for path in parts if (found := re.search(r"-of-(\d+)\.safetensors$", path.name))}
+    if not parts or counts != {len(parts)}:
+        raise ValueError(f"{single} is not there, nor all of its parts: {[path.name for path in parts]}")
+    tensors: dict[str, Tensor] = {}
+    for path in parts:
+        tensors |= read(path)
+    return tensors
