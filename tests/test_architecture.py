@@ -21,7 +21,7 @@ MODULES = {
     for path in sorted((SOURCE / "agent").rglob("*.py"))
     if path.name != "__init__.py"
 }
-COMMANDS = ["run", "command_line", "describe_config", "requeue", "prepare", "export", "report", "serve"]
+COMMANDS = ["run", "command_line", "describe_config", "requeue", "sync_wandb", "prepare", "export", "report", "serve"]
 LEAVES = [
     "batch",
     "reproducibility",

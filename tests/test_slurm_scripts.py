@@ -296,6 +296,8 @@ PROGRESS = attempt("running", 5, 9)
         ([attempt("preempted", step, step + 1) for step in range(10)], "requeue"),
         ([attempt("running", step, step + 1) for step in range(10)], "requeue"),
         ([*(attempt("preempted", step, step + 1) for step in range(10)), CRASH, CRASH, CRASH], "hold"),
+        ([attempt("running", step) for step in (5, 6, 7)], "requeue"),  # killed before it could enter its checkpoint
+        ([attempt("running", 5), {}, attempt("running", 5)], "hold"),
         ([{}, {}, {}], "hold"),  # not one entry that says anything
         ([{"checkpoint_step": None, "checkpoint_step_at_start": 0}] * 3, "hold"),
         ([{"checkpoint_step": 1, "checkpoint_step_at_start": None}] * 3, "requeue"),
@@ -377,6 +379,13 @@ def test_crashes_before_the_run_folder_is_known_are_counted_by_job(job: Job, sta
     assert [job.ends(state), job.ends(state), job.ends(state)] == ["requeue", "requeue", "hold"]
     assert job.ends("finished", attempt("finished", 9)) == "done"
     assert not list(job.folder.glob("*.crashes"))
+
+
+def test_a_checkpoint_that_was_not_entered_any_more_counts(job: Job) -> None:
+    assert [job.ends("running", CRASH), job.ends("running", CRASH)] == ["requeue"] * 2
+    (job.run_dir / "checkpoints").mkdir()
+    (job.run_dir / "checkpoints" / "last").symlink_to("step_00000006")
+    assert job.ends("running", CRASH) == "requeue"
 
 
 def test_both_counters_together(job: Job) -> None:

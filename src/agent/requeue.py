@@ -69,7 +69,12 @@ def decide(
             return Decision("fail", 1, f"the status has an unknown state, {state!r}")
 
     latest = attempts[-PATIENCE:]
-    if len(latest) == PATIENCE and not any(_brought_something(attempt) for attempt in latest):
+    # What an attempt began from was saved before it.
+    starts = {
+        attempt.get("checkpoint_step_at_start") or 0 for attempt in latest if "checkpoint_step_at_start" in attempt
+    }
+    stuck = len(starts) <= 1 and not any(_brought_something(attempt) for attempt in latest)
+    if len(latest) == PATIENCE and stuck:
         story = "; ".join(f"attempt {attempt.get('attempt') or '?'} {_describe(attempt)}" for attempt in latest)
         return Decision("hold", 1, f"{why}. {PATIENCE} attempts in a row brought no new checkpoint: {story}")
     return Decision("requeue", 1, why)
@@ -116,8 +121,14 @@ def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
     if not (status and status.get("run_dir")):
         return []
     content, _ = read_object(Path(status["run_dir"]) / "status.json")
-    attempts = (content or {}).get("attempts")
-    return [entry for entry in attempts if isinstance(entry, dict)] if isinstance(attempts, list) else []
+    found = (content or {}).get("attempts")
+    attempts = [dict(entry) for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    # Killed right after a checkpoint, an attempt had no time to enter it.
+    last = Path(status["run_dir"]) / "checkpoints" / "last"
+    newest = last.readlink().name.rpartition("_")[2] if last.is_symlink() else ""
+    if attempts and newest.isdigit():
+        attempts[-1]["checkpoint_step"] = max(int(newest), attempts[-1].get("checkpoint_step") or 0)
+    return attempts
 
 
 def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashes: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,89 @@
+"""One wandb run out of a run folder, every step once.
+
+Run: uv run pytest tests/test_sync_wandb.py   (about ten seconds: wandb's own processes)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_metrics import offline_records
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    lines = [json.dumps({"step": step, "loss": 1 / step, "val/loss": step / 2}) for step in range(1, 8)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')  # killed in the middle of a line
+    (folder / "config.yaml").write_text("seed: 3\nwandb: {project: mine, mode: offline, entity: null, run_id: null}\n")
+    return folder
+
+
+def sync(run_dir: Path, *arguments: str, **variables: str) -> tuple[int, str]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"HOME": str(run_dir.parent), "NETRC": str(run_dir.parent / "netrc"), **variables}
+    command = [sys.executable, "-m", "agent.sync_wandb", str(run_dir), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_newest_offline_folder_holds_every_step_once(run_dir: Path) -> None:
+    for _ in range(2):  # again, as after more training
+        code, said = sync(run_dir, "--mode", "offline")
+        assert code == 0, said
+        assert "7 lines, steps 1 to 7, offline" in said
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    run_id, history = offline_records(folder)
+    assert run_id == (run_dir / "wandb" / "run_id").read_text()
+    assert [entry["_step"] for entry in history] == list(range(1, 8))
+    assert [entry["loss"] for entry in history] == [1 / step for step in range(1, 8)]
+    assert [entry["val/loss"] for entry in history] == [step / 2 for step in range(1, 8)]
+
+
+def test_the_id_of_the_run_is_kept_and_another_can_be_given(run_dir: Path) -> None:
+    (run_dir / "wandb").mkdir()
+    (run_dir / "wandb" / "run_id").write_text("kept1234")
+    assert "wandb run kept1234:" in sync(run_dir, WANDB_MODE="offline")[1]
+    assert "wandb run other:" in sync(run_dir, "--mode", "offline", "--id", "other")[1]
+
+
+def test_a_live_run_is_refused_unless_forced(run_dir: Path) -> None:
+    with open(run_dir / ".lock", "w") as lock:
+        lock.write("host node7, process 12")
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, said = sync(run_dir, "--mode", "offline")
+        assert code == 2 and "is being trained by host node7, process 12" in said and "--force" in said
+        assert sync(run_dir, "--mode", "offline", "--force")[0] == 0
+    assert sync(run_dir, "--mode", "offline")[0] == 0
+
+
+def test_a_missing_key_is_refused_at_once(run_dir: Path) -> None:
+    code, said = sync(run_dir)
+    assert code == 2 and "no wandb key for api.wandb.ai" in said
+    assert not (run_dir / "wandb").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "RUN_DIR is the folder of one run"),
+        ("", "holds no update yet"),
+        ('{"step": 1', "holds no update yet"),
+        ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not JSON"),
+        ('{"step": 2}\n{"step": 2}\n', "line 2: step 2 comes after step 2"),
+    ],
+)
+def test_nothing_to_show_is_said(run_dir: Path, content: str | None, message: str) -> None:
+    (run_dir / "metrics.jsonl").unlink()
+    if content is not None:
+        (run_dir / "metrics.jsonl").write_text(content)
+    code, said = sync(run_dir, "--mode", "offline")
+    assert code == 2 and message in said, said
