@@ -236,11 +236,9 @@ def what_is_wrong(store: CheckpointStore, told_steps: list[int]) -> list[str]:
     if found.passed_over:
         problems.append(f"damaged: {found.passed_over}")
     present = {int(p.name.removeprefix("step_")): p for p in store.folder.glob("step_*")}
-    newer = [s for s in present if told_steps and s > max(told_steps)]
-    # Two are kept: of those acknowledged, fewer only by the complete ones after them.
-    for step in told_steps[-2:]:
-        if step not in present and len([s for s in told_steps if s > step]) + len(newer) < 2:
-            problems.append(f"step {step} was acknowledged and is gone")
+    for step in told_steps:  # two are kept, acknowledged or not
+        if step not in present and len([newer for newer in present if newer > step]) < 2:
+            problems.append(f"step {step} was acknowledged and is gone; there are {sorted(present)}")
     if told_steps and found.step < max(told_steps):
         problems.append(f"step {max(told_steps)} was acknowledged, {found.step} is the newest")
     for path in present.values():

@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 import xxhash
 
+from agent import manifest
 from agent.checkpoint import MANIFEST, PRETRAINED, TRAINING, CheckpointStore, verify
+from agent.manifest import Verification
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 STATE = f"{TRAINING}/state.json"
@@ -147,6 +149,63 @@ DAMAGES = {
 }
 
 
+def zero_a_quarter(path: Path) -> None:
+    data = bytearray((path / WEIGHTS).read_bytes())
+    data[1250:2500] = bytes(1250)
+    (path / WEIGHTS).write_bytes(data)
+
+
+DAMAGES["a quarter zeroed"] = (zero_a_quarter, DAMAGES["a flipped bit"][1])
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_found_while_it_is_loaded_and_set_aside(tmp_path, damage):
+    store = store_with(tmp_path, 5, 10)
+    harm, reason = DAMAGES[damage]
+    harm(store.folder / "step_00000010")
+    taken = None
+    for path in store.candidates():
+        with Verification(path) as verification:
+            pass  # loads it
+        problem = verification.result()
+        if problem is None:
+            taken = path
+            break
+        assert problem.endswith(reason)
+        assert store.set_aside(path, problem) == store.folder / "damaged_step_00000010"
+    assert taken == store.folder / "step_00000005"
+    assert store.unusable() == [store.folder / "damaged_step_00000010"]
+    assert os.readlink(store.folder / "last") == "step_00000005"
+    assert store.newest().step == 5 and not store.newest().passed_over
+    # It is neither counted nor removed, and the run can get there again.
+    store.keep = 2
+    store.save(10, writer("s10 again"))
+    store.save(15, writer("s15"))
+    names = {path.name for path in store.folder.iterdir()}
+    assert names == {"last", "damaged_step_00000010", "step_00000010", "step_00000015"}
+    harm(store.folder / "step_00000010")
+    assert store.set_aside(store.folder / "step_00000010", "again").name == "damaged_step_00000010_2"
+
+
+def test_a_damaged_only_checkpoint_leaves_no_link_and_is_remembered(tmp_path):
+    store = store_with(tmp_path, 5)
+    store.set_aside(store.folder / "step_00000005", "damaged")
+    assert [path.name for path in store.folder.iterdir()] == ["damaged_step_00000005"]
+    assert store.candidates() == [] and store.unusable() == [store.folder / "damaged_step_00000005"]
+
+
+def test_a_verification_is_called_off_when_the_load_fails(tmp_path):
+    store = store_with(tmp_path, 5)
+    with pytest.raises(ValueError, match="another config"), Verification(store.folder / "step_00000005"):
+        raise ValueError("another config")
+
+
+def test_a_file_that_cannot_be_verified_is_damage(tmp_path, monkeypatch):
+    store = store_with(tmp_path, 5)
+    monkeypatch.setattr("agent.manifest.verify", lambda *_: 1 / 0)
+    assert "could not be verified: ZeroDivisionError" in str(Verification(store.folder / "step_00000005").result())
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
     store = store_with(tmp_path, 5, 10)
@@ -229,6 +288,88 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_
         store.save(step, writer(f"s{step}"))
         assert store.newest().step == step
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000012", "step_00000014"]
+
+
+# ── weights that stay longer than training states ───────────────────────────────────────────────────────────────
+
+
+def test_older_checkpoints_keep_their_weights_and_lose_their_training_state(tmp_path):
+    store = CheckpointStore(tmp_path, keep=3, keep_training_states=1)
+    for step in (5, 10, 15, 20):
+        store.save(step, writer(f"s{step}"))
+    paths = {int(path.name[-2:]): path for path in store.folder.glob("step_*")}
+    assert sorted(paths) == [10, 15, 20]
+    for step, path in paths.items():
+        assert verify(path) is None
+        assert set(manifest.files_of(path)) == ({WEIGHTS, STATE} if step == 20 else {WEIGHTS})
+        assert (path / TRAINING).exists() == (step == 20)
+        assert (path / WEIGHTS).read_bytes().startswith(f"s{step}".encode())
+    assert store.candidates() == [paths[20]] and store.unusable() == [paths[10], paths[15]]
+    # A resume passes over them, and does not call them damaged.
+    flip_a_bit(paths[20])
+    found = store.newest()
+    assert found.path is None and len(found.passed_over) == 1 and found.weights_only == [paths[15], paths[10]]
+
+
+def test_a_crash_while_a_training_state_is_dropped_leaves_good_weights(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep=3, keep_training_states=1)
+    store.save(5, writer("s5"))
+    path = store.folder / "step_00000005"
+
+    def crash(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("replace", "rmdir"):  # before the new manifest is there, and after
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, crash)
+            with pytest.raises(KeyboardInterrupt):
+                store._drop_training_state(path)
+        assert verify(path) is None and (path / WEIGHTS).exists()
+    store.save(10, writer("s10"))
+    assert verify(path) is None and not (path / TRAINING).exists()
+
+
+def test_a_damaged_old_checkpoint_is_not_counted(tmp_path):
+    store = store_with(tmp_path, 5, 10, keep=2)
+    os.truncate(store.folder / "step_00000010" / WEIGHTS, 10)
+    store.save(15, writer("s15"))
+    names = {path.name for path in store.folder.iterdir()}
+    assert names == {"last", "damaged_step_00000010", "step_00000005", "step_00000015"}
+
+
+def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypatch):
+    class Crash(BaseException):
+        """Like a SIGKILL."""
+
+    for moment in range(100):
+        run_dir = tmp_path / str(moment)
+        store = store_with(run_dir, 5)
+        left = moment
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
+                original = getattr(os, name)
+
+                def counted(*args, original=original, **kwargs):
+                    nonlocal left
+                    if left <= 0:
+                        raise Crash
+                    left -= 1
+                    return original(*args, **kwargs)
+
+                patch.setattr(os, name, counted)
+            try:
+                store.save(5, writer("again"))
+                crashed = False
+            except Crash:
+                crashed = True
+        store.recover()
+        found = store.newest()
+        assert found.step == 5 and found.path is not None and not found.passed_over, moment
+        assert (found.path / WEIGHTS).read_bytes()[:2] in (b"s5", b"ag"), moment
+        assert verify(store.folder / "last") is None
+        if not crashed:
+            break
+    assert moment > 8 and sorted(path.name for path in store.folder.iterdir()) == ["last", "step_00000005"]
 
 
 def test_a_crash_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, monkeypatch):

@@ -212,6 +212,14 @@ class CheckpointStore:
         """
         return [path for path in reversed(self._named()) if not _holds_weights_only(path)]
 
+    def unusable(self) -> list[Path]:
+        """What shows that the run has been further than any candidate: damaged ones set aside, and weights only.
+
+        Where there is no candidate but one of these, a run must not start over as if nothing had been.
+        """
+        aside = sorted(self.folder.glob("damaged_step_*")) if self.folder.is_dir() else []
+        return aside + [path for path in self._named() if _holds_weights_only(path)]
+
     def newest(self) -> Found:
         """The newest checkpoint whose manifest holds; damaged ones are passed over with the reason."""
         passed_over: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -58,16 +59,7 @@ class HostSnapshot:
         self._block = torch.empty(size, dtype=torch.uint8)
         self._run([(piece, None) for piece in self._block.split(_PIECE)])
         if pin and size:
-            # Not torch's pinned allocator, which rounds up to a power of two.
-            failed = int(torch.cuda.cudart().cudaHostRegister(self._block.data_ptr(), size, 0))  # type: ignore[attr-defined]
-            self._pinned = failed == 0
-            if failed:
-                log.warning(
-                    "%.1f GB of host memory for checkpoints cannot be pinned (CUDA error %d), so saves will stall "
-                    "longer; raise `ulimit -l`",
-                    size / 1e9,
-                    failed,
-                )
+            self._pin(self._block)
         self._layout = layout
         self._copies = {path: {place.name: self._view(place) for place in places} for path, places in layout.items()}
 
@@ -106,8 +98,25 @@ class HostSnapshot:
     def release(self) -> None:
         """Gives the memory back."""
         if self._pinned and self._block is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._block.data_ptr())  # type: ignore[attr-defined]
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self._block.data_ptr())
         self._block, self._pinned, self._layout, self._copies = None, False, None, {}
+
+    def _pin(self, block: Tensor) -> None:
+        # Not torch's pinned allocator, which rounds up to a power of two.
+        runtime: Any = torch.cuda.cudart()
+        failure = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+        self._pinned = failure == runtime.cudaError.success
+        if self._pinned:
+            return
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")  # the runtime reports the failure once more, at the next kernel
+        log.warning(
+            "%.1f GB of host memory for checkpoints cannot be pinned (%s), so saves will stall longer; try `ulimit -l "
+            "unlimited`",
+            block.nbytes / 1e9,
+            failure,
+        )
 
     def _view(self, place: _Place) -> Tensor:
         assert self._block is not None
