@@ -104,10 +104,12 @@ class ForkedRun:
 
 def _runs(pid: int) -> bool:
     try:
-        # The server does not collect its children, so one that has ended stays as a zombie.
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        # The server does not collect its children, so one that has ended stays as a zombie. A thread that waits for
+        # the disk outlives its main thread, and the process holds its files until it is gone too.
+        threads = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return any(text.rpartition(")")[2].split()[0] != "Z" for text in threads)
     except OSError:
-        return False
+        return Path(f"/proc/{pid}/task").exists() and _runs(pid)
 
 
 class ForkServer:

@@ -98,6 +98,16 @@ class Workplace:
         """The newest checkpoint."""
         return (self.folder / "runs" / name / "checkpoints" / "last").resolve()
 
+    def tensors(self, name: str) -> dict[str, bytes]:
+        """Weights and optimizer of the newest checkpoint: file → contents; the optimizer is split over the ranks."""
+        folder = self.checkpoint(name)
+        files = [
+            *folder.glob("pretrained_model/model.safetensors"),
+            *folder.glob("training_state/optimizer*.safetensors"),
+        ]
+        assert len(files) >= 2
+        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
     def wait_for_step(self, name: str, step: int, process: subprocess.Popen) -> None:
         """Returns once an update with at least this number is logged."""
         while not (lines := self.metrics(name)) or lines[-1]["step"] < step:

@@ -27,7 +27,7 @@ LEAVES = [
     "reproducibility",
     "run_folder",
 ]  # import nothing of agent but history; anyone may import the last two
-TRAINER_PARTS = ["trainer", "building", "saving", "train_state"]  # one file would be too long
+TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
 MAY_IMPORT = {

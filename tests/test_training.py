@@ -63,9 +63,7 @@ def test_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, through:
     assert code == 0, output
     assert "own checkpoint" in output
     assert what_was_computed(place.metrics("killed")) == what_was_computed(place.metrics(through))
-    for file in ("pretrained_model/model.safetensors", "training_state/optimizer.safetensors"):
-        ours, theirs = (place.checkpoint(name) / file for name in ("killed", through))
-        assert ours.read_bytes() == theirs.read_bytes(), file
+    assert place.tensors("killed") == place.tensors(through)
     assert place.status("killed")["restarts"] == 1
 
 
@@ -204,7 +202,7 @@ def test_a_damaged_checkpoint_is_passed_over(place: Workplace, through: str) -> 
     weights.write_bytes(contents)
     code, output = place.run("--name", "damaged", processes=2)
     assert code == 0, output
-    assert "passed over a damaged checkpoint" in output and "checksum" in output and "step_00000016" in output
+    assert "is damaged and was renamed to damaged_step_00000020" in output and "checksum" in output
     assert what_was_computed(place.metrics("damaged")) == what_was_computed(place.metrics(through))
     assert weights.read_bytes() == (place.checkpoint(through) / "pretrained_model/model.safetensors").read_bytes()
 

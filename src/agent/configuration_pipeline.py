@@ -69,6 +69,8 @@ class TrainPipelineConfig:
     """Save also when this much time has passed since the last checkpoint."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_training_states: int | None = None
+    """Of these, how many keep what a resume needs, which is two thirds of the bytes; all when not given."""
     check_replicas_every: int = 1
     """Before every N-th checkpoint, compare weights and optimizer of all processes; 0 never."""
     skip_nonfinite: int = 0
@@ -103,6 +105,11 @@ class TrainPipelineConfig:
         ):
             if (getattr(self, key) or 0) < 0:
                 raise ValueError(f"{key} must not be negative, got {getattr(self, key)}")
+        if self.keep_training_states is not None and not 1 <= self.keep_training_states <= self.keep_checkpoints:
+            raise ValueError(
+                f"keep_training_states must be between 1 and keep_checkpoints ({self.keep_checkpoints}), "
+                f"got {self.keep_training_states}"
+            )
         if self.n_updates is not None and self.n_updates < 1:
             raise ValueError(f"n_updates must be at least 1, got {self.n_updates}")
         if self.n_updates is None and self.n_epochs <= 0:
@@ -269,6 +276,7 @@ _FREE_ON_RESUME = (
     "save_model_freq",
     "checkpoint_interval_minutes",
     "keep_checkpoints",
+    "keep_training_states",
     "check_replicas_every",
     "hang_timeout_minutes",
     "log_freq",

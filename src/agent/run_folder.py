@@ -46,6 +46,18 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
 
 
+def _lock(handle: int, patience_s: float) -> None:
+    """Takes the lock. Its holder may be dead already with a thread still in the kernel, waiting for the disk."""
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.1)
+
+
 class RunFolder:
     """``${VLA_LOG_DIR}/<name>`` while this process runs it. Only rank 0 makes one."""
 
@@ -59,7 +71,7 @@ class RunFolder:
         # An flock goes with its process however that dies, so no stale lock ever blocks a requeued job.
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, patience_s=5.0)
         except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace") or "an unknown process"
             os.close(handle)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from agent import optim
+from agent import optim, tensor_file
 from agent.checkpoint import PRETRAINED, TRAINING
+from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
 from agent.models import registry
@@ -25,18 +25,23 @@ from agent.train_state import Run, TrainState
 log = logging.getLogger(__name__)
 
 _FAILURES_ALLOWED = 3
+_OPTIMIZER = "optimizer"
 
 
 class Saver:
-    """Saves a run when it is due. A failure costs one checkpoint, not the run, up to three in a row."""
+    """Saves a run when it is due, in the background. A failure costs one checkpoint, not the run, up to three in a row.
+
+    Every method but ``interval_over`` is called by all processes at the same update boundary.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.stall_s = 0.0
         """Seconds that training has waited for checkpoints."""
+        self._writer = CheckpointWriter(run.checkpoints, run.processes)
         self._failures = 0
         self._saves = 0
-        self._saved_step = run.state.step
+        self._last_step = run.state.step
         self._last_save = time.monotonic()
 
     def interval_over(self) -> bool:
@@ -44,71 +49,96 @@ class Saver:
         minutes = self.run.config.checkpoint_interval_minutes
         return minutes is not None and time.monotonic() - self._last_save > minutes * 60
 
-    def save(self, must_succeed: bool) -> None:
-        """A checkpoint of the present update, unless there is one; called by all processes at the same boundary.
+    def save(self) -> None:
+        """Begins a checkpoint of the present update, unless there is one; returns when training may go on.
 
         Raises:
-            RuntimeError: if it failed three times in a row, if this one is needed, or if the processes' weights differ.
+            RuntimeError: if the processes' weights differ, or an earlier save was the third in a row to fail.
         """
-        run = self.run
-        if self._saved_step == run.state.step:
+        run, begin = self.run, time.perf_counter()
+        if self._last_step == run.state.step:
             return
+        self.finish()  # the previous one, should it still be under way
         every = run.config.check_replicas_every
         if every and self._saves % every == 0:
             check_replicas(run.policy, run.optimizer, run.processes)
-        self._saves += 1
         if run.metrics is not None:
             run.metrics.sync()
-        begin = time.perf_counter()
-        problem = run.processes.main_decides(self._save_on_main)
-        self.stall_s += time.perf_counter() - begin
+        self._saves += 1
+        self._last_step = run.state.step
         self._last_save = time.monotonic()
-        if problem is None:
+        files, write_small = checkpoint_contents(run)
+        self._writer.save(run.state.step, files, {f"{TRAINING}/{_OPTIMIZER}.safetensors"}, write_small)
+        self.stall_s += time.perf_counter() - begin
+
+    def poll(self) -> None:
+        """Looks how a save in the background is doing.
+
+        Raises:
+            RuntimeError: if it was the third in a row to fail.
+        """
+        if (outcome := self._writer.poll()) is not None:
+            self._note(outcome)
+
+    def finish(self, must_succeed: bool = False) -> None:
+        """Waits for the save in the background, if there is one.
+
+        Raises:
+            RuntimeError: if it failed and is needed, or was the third in a row to fail.
+        """
+        begin = time.perf_counter()
+        while (outcome := self._writer.wait()) is not None:
+            self._note(outcome, must_succeed)
+        self.stall_s += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Gives up what is under way; for an end that no checkpoint can be waited for."""
+        self._writer.close()
+
+    def _note(self, outcome: Outcome, must_succeed: bool = False) -> None:
+        if outcome.error is None:
             self._failures = 0
-            self._saved_step = run.state.step
-            if run.folder is not None:
-                run.folder.note(checkpoint_step=run.state.step)
-            log.info("checkpoint at update %d saved in %.1f s", run.state.step, time.perf_counter() - begin)
+            if self.run.folder is not None:
+                self.run.folder.note(checkpoint_step=outcome.step)
+            log.info("checkpoint at update %d saved, %.1f s in the background", outcome.step, outcome.background_s)
             return
         self._failures += 1
         text = (
-            f"the checkpoint at update {run.state.step} could not be written: {problem}; earlier checkpoints are intact"
+            f"the checkpoint at update {outcome.step} could not be written: {outcome.error}; "
+            "earlier checkpoints are intact"
         )
         if must_succeed or self._failures >= _FAILURES_ALLOWED:
             raise RuntimeError(text)
         log.error("%s; training goes on (failure %d of %d in a row)", text, self._failures, _FAILURES_ALLOWED)
 
-    def _save_on_main(self) -> str | None:
-        try:
-            self.run.checkpoints.save(self.run.state.step, partial(write_checkpoint, self.run))
-        except OSError as error:
-            return f"{error.strerror or error} ({error.filename or self.run.checkpoints.folder})"
-        except SafetensorError as error:  # safetensors wraps the operating system's error in its own
-            return str(error)
-        return None
 
-
-def write_checkpoint(run: Run, folder: Path) -> None:
-    """Fills a checkpoint's folder."""
+def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
+    """The tensor files of a checkpoint, and a function that writes its small files, with the values of now."""
     statistics = to_lerobot_stats(run.data.state_statistics, run.data.action_statistics)
-    writer = registry.pretrained_writer(run.config.model_cfg)
-    writer(folder / PRETRAINED, run.config.model_cfg, run.policy.state_dict(), statistics, run.plan.n_updates)
-    training = folder / TRAINING
-    tensors = {name: t.contiguous() for name, t in optim.optimizer_tensors(run.optimizer, run.policy).items()}
-    save_file(tensors, training / "optimizer.safetensors")
+    contents = registry.pretrained_contents(run.config.model_cfg)
+    pretrained, write_pretrained = contents(
+        run.config.model_cfg, run.policy.state_dict(), statistics, run.plan.n_updates
+    )
+    files = {f"{PRETRAINED}/{name}": tensors for name, tensors in pretrained.items()}
+    files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optim.optimizer_tensors(run.optimizer, run.policy)
     details = {
         "data_fingerprint": run.data.fingerprint,
         "world_size": run.processes.world_size,
         "torch": torch.__version__,
     }
-    (training / "state.json").write_text(
-        json.dumps({**asdict(run.state), **details}, indent=1) + "\n", encoding="utf-8"
-    )
-    (training / "config.yaml").write_text(dump_yaml(run.config), encoding="utf-8")
+    state = json.dumps({**asdict(run.state), **details}, indent=1) + "\n"
+    config = dump_yaml(run.config)
+
+    def write_small(folder: Path) -> None:
+        write_pretrained(folder / PRETRAINED)
+        (folder / TRAINING / "state.json").write_text(state, encoding="utf-8")
+        (folder / TRAINING / "config.yaml").write_text(config, encoding="utf-8")
+
+    return files, write_small
 
 
 def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Any) -> TrainState:
     """Puts the optimizer's state back and returns the counters."""
-    optim.restore_optimizer(optimizer, policy, load_file(checkpoint / TRAINING / "optimizer.safetensors"))
+    optim.restore_optimizer(optimizer, policy, tensor_file.read_all(checkpoint / TRAINING, _OPTIMIZER))
     saved = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState)})

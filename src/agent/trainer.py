@@ -48,7 +48,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
     )
     run.model.train()
     saver, clock = Saver(run), _Clock()
-    with contextlib.closing(loader):
+    with contextlib.closing(loader), contextlib.closing(saver):
         if processes.any(stop.pending()):  # asked before the first update: there is nothing new to save
             return stop.reasons(processes)
         batches = _warmed_up(run, iter(loader))
@@ -65,13 +65,17 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
                 record |= validate(run)
             if record or last or state.step % config.log_freq == 0:
                 _report(run, result, clock, saver, record)
+            saver.poll()
             # One small collective for all that the processes have to agree on at an update's end.
             stopping, interval_over = processes.sum([stop.pending(), processes.is_main and saver.interval_over()])
             if last or stopping or interval_over or state.step % config.save_model_freq == 0:
                 watchdog.alive(f"checkpoint at update {state.step}")
-                saver.save(must_succeed=last)
+                saver.save()
             if stopping and not last:
+                saver.finish()
                 return stop.reasons(processes)
+        watchdog.alive("the last checkpoint")
+        saver.finish(must_succeed=True)
     return ""
 
 

@@ -1,0 +1,124 @@
+"""Continuing a run: which checkpoint, whether it may be continued, and loading it while it is verified."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from agent import weights
+from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
+from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
+from agent.data.build import Data
+from agent.distributed import Processes
+from agent.manifest import Verification
+from agent.models import registry
+from agent.saving import restore
+from agent.train_state import TrainState
+
+log = logging.getLogger(__name__)
+
+
+def candidates(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> list[Path]:
+    """What this run might continue from, the newest first; says in the log how it starts. Rank 0 looks.
+
+    Raises:
+        ValueError: if there is something, but ``resume_run`` is false.
+    """
+    checkpoints.recover()
+    found = checkpoints.candidates()
+    order = "start: own checkpoint of this run → load_from_checkpoint → from scratch; taking "
+    if found and not config.resume_run:
+        raise ValueError(
+            f"resume_run is false, but {found[0]} exists and would be overwritten; give this run another name, "
+            "or remove its folder"
+        )
+    if found:
+        log.info("%sown checkpoint %s", order, found[0])
+    else:
+        source = f"weights of {config.load_from_checkpoint}" if config.load_from_checkpoint else "a fresh start"
+        log.info("%s%s", order, source)
+    return found
+
+
+def resume(
+    config: TrainPipelineConfig,
+    data: Data,
+    checkpoints: CheckpointStore,
+    found: list[Path],
+    processes: Processes,
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+) -> TrainState | None:
+    """Loads the newest checkpoint that is what was written; None if the run has none.
+
+    Rank 0 verifies while all processes load, and its verdict counts for all. A damaged checkpoint is renamed, the one
+    before it is taken.
+
+    Raises:
+        ValueError: if the run's config or data are others than the checkpoint's, or every checkpoint is damaged.
+    """
+    damages = []
+    for path in found:
+        verification = Verification(path) if processes.is_main else None
+        problem: Exception | None = None
+        state: TrainState | None = None
+        try:
+            state = _load(config, data, path, policy, optimizer)
+        except (ValueError, OSError, KeyError) as error:
+            problem = error
+        damage = processes.main_decides(verification.result if verification is not None else lambda: None)
+        if damage is None:
+            # Sound, so that what went wrong is the user's to mend, wherever it showed.
+            problems = [text for text in processes.gather(str(problem) if problem else None) if text]
+            if problems:
+                raise ValueError(problems[0]) from problem
+            return state
+        damages.append(f"{path}: {damage}")
+        processes.on_main(partial(checkpoints.set_aside, path, damage))
+    if damages:
+        raise ValueError(
+            "every checkpoint of this run is damaged:\n  "
+            + "\n  ".join(damages)
+            + "\nThe run is not started over silently; remove the folder `checkpoints` to start from the beginning"
+        )
+    return None
+
+
+def _load(
+    config: TrainPipelineConfig, data: Data, path: Path, policy: Any, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    _refuse_changes(config, data, path)
+    adapter = registry.adapter(config.model_cfg)
+    coverage = weights.load_into(
+        policy.state_dict(),
+        weights.find_weights(str(path / PRETRAINED), "resume"),
+        partial(adapter.from_lerobot, config=config.model_cfg),
+        partial(adapter.fit, config=config.model_cfg),
+    )
+    log.info(coverage.table())
+    return restore(path, optimizer, policy)
+
+
+def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:
+    saved = yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
+    changes = changes_since(saved, dump(config))
+    fingerprint = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+    if fingerprint != data.fingerprint:
+        changes.append(
+            "the training data itself (states, actions, episodes or instructions as tokens): "
+            f"fingerprint {fingerprint} → {data.fingerprint}"
+        )
+    if changes and not config.resume_changes:
+        raise ValueError(
+            f"this run was started with another config than the one it would continue with ({checkpoint}):\n  "
+            + "\n  ".join(changes)
+            + "\nTake these changes back, give the new run another name, or allow them with --resume_changes true"
+        )
+    for line in changes:
+        log.warning("resume_changes: %s", line)
