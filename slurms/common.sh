@@ -125,8 +125,8 @@ listen_as_step() {
     setsid --wait srun --overlap --nodes=1 --nodelist="${SLURMD_NODENAME:-$HOSTNAME}" --ntasks=1 --cpus-per-task=1 \
         --mem=0 --gres=none --mpi=none --input=none --quiet --job-name=listener \
         bash -c '
-            trap "kill -USR1 $0" USR1
-            trap "kill -TERM $0; exit" TERM
+            trap "kill -USR1 $0; kill \$!" USR1
+            trap "kill -TERM $0; kill \$!; exit" TERM
             while :; do sleep 1000 & wait $!; done' $$ </dev/null >/dev/null 2>&1 &
     listener=$!
     disown "$listener"

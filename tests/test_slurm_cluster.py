@@ -1,17 +1,21 @@
 """The shipped sbatch scripts in a real SLURM of one node, started by the tests.
 
-Run: uv run pytest tests/test_slurm_cluster.py -m slow      (half a minute)
+Run: uv run pytest tests/test_slurm_cluster.py -m slow      (five minutes on two idle cores)
 
 Needs Debian's packages, `apt-get install slurm-wlm munge`, and root, since slurmd starts jobs for others; skipped
 where one is missing. The node is a fiction as far as its size goes: it says that it has the cores, the memory and
-the four GPUs that the scripts ask for. The run itself is a stand-in for `uv`, for what counts here is what SLURM does.
+the four GPUs that the scripts ask for. In the first tests the run itself is a stand-in, for what counts there is what
+SLURM does. The others train the shipped demo for a few updates with this environment, and everything happens to it that
+a cluster does to a job: afterwards every update must be in the metrics once, and the story in status.json.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -20,7 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,13 +70,16 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 SchedulerParameters=bf_interval=1,sched_interval=2
-KillWait=2
+KillWait=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 ReturnToService=2
 # The node may claim more than the machine has.
 SlurmdParameters=config_overrides
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=64 RealMemory=500000 Gres=gpu:4 Features=a100,h100 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 # Stands for uv: real Python for the port and the decision, and for torchrun a run that leaves with the outcomes
@@ -79,6 +88,15 @@ UV = r"""#!/bin/bash
 shift # run
 while [[ "$1" == --* ]]; do shift; done
 if [[ "$1" == python ]]; then shift; exec "$REAL_PYTHON" "$@"; fi
+if [[ -n "${TRAIN:-}" ]]; then # as uv does: a parent that hands signals on, and waits
+    program=$1
+    shift
+    "$(dirname "$REAL_PYTHON")/$program" "$@" &
+    trap 'kill -TERM $!' TERM
+    while kill -0 $! 2>/dev/null; do wait $!; done
+    wait $!
+    exit
+fi
 echo "stand-in: $*"
 echo "stand-in, on stderr" >&2
 read -r -a outcomes <<<"$OUTCOMES"
@@ -160,7 +178,20 @@ def make_checkout(folder: Path) -> None:
     """The files that a job's shell needs, where a test may write."""
     shutil.copytree(ROOT / "slurms", folder / "slurms")
     shutil.copy(ROOT / "set_path.sh", folder)
+    for name in ("src", "config", "demo"):
+        (folder / name).symlink_to(ROOT / name)
     (folder / "log" / "slurm" / "train").mkdir(parents=True)
+
+
+def kill_jobs(configuration: Path) -> None:
+    """What a failed test left running in its jobs; training processes have sessions of their own."""
+    for process in psutil.process_iter():
+        try:
+            variables = process.environ()
+            if variables.get("SLURM_CONF") == str(configuration) and "SLURM_JOB_ID" in variables:
+                process.kill()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +249,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_for("the node", idle, 30)
         yield running
     finally:
+        kill_jobs(configuration)
         for daemon in reversed(daemons.values()):
             daemon.terminate()
         for daemon in reversed(daemons.values()):
@@ -264,3 +296,187 @@ def test_demo_takes_a_gpu_that_is_asked_for_on_the_command_line(cluster: Cluster
     number = cluster.submit("pi0_demo", options=options, OUTCOMES="finished")
     assert cluster.wait(number)["JobState"] == "COMPLETED"
     assert "GPUs 1 (" in cluster.log("one_gpu")
+
+
+# ---- the demo, trained for real ---------------------------------------------------------------------------------
+
+UPDATES = 40
+SMALL = f"--n_updates {UPDATES} --save_model_freq 10 --log_freq 1 --eval_freq 0 --global_batch_size 4"
+SMALL += " --per_device_batch_size 4 --use_wandb false"
+SECONDS = 400  # for one run with its restarts, on a machine that does other things, too
+
+
+@dataclass
+class Training:
+    """The demo in the queue, and the run folder that it fills."""
+
+    cluster: Cluster
+    name: str
+    number: str
+
+    @property
+    def run_dir(self) -> Path:
+        return self.cluster.checkout / "runs" / self.name
+
+    @property
+    def steps(self) -> list[int]:
+        """The updates in ``metrics.jsonl``."""
+        path = self.run_dir / "metrics.jsonl"
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        return [json.loads(line)["step"] for line in whole]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        return json.loads((self.run_dir / "status.json").read_text())
+
+    @property
+    def story(self) -> list[str]:
+        """How each attempt ended."""
+        return [attempt["state"] for attempt in self.status["attempts"]]
+
+    @property
+    def log(self) -> str:
+        return self.cluster.log(self.name)
+
+    def job(self) -> dict[str, str]:
+        return self.cluster.job(self.number)
+
+    def wait_for_step(self, step: int) -> None:
+        def reached() -> bool:
+            assert self.job()["JobState"] in ("PENDING", "RUNNING"), self.log
+            return bool(self.steps) and self.steps[-1] >= step
+
+        wait_for(f"update {step} of {self.name}", reached, SECONDS)
+
+    def workers(self) -> list[psutil.Process]:
+        """The training processes themselves, below uv and torchrun."""
+        found = []
+        for process in psutil.process_iter(["cmdline"]):
+            command = process.info["cmdline"] or []
+            if len(command) > 2 and command[-1] == self.name and "src/agent/run.py" in command[1:4]:
+                found.append(process)
+        return found
+
+    def ends_well(self, restarts: int, story: list[str]) -> None:
+        """The job is complete after so many restarts, and no update is missing or there twice."""
+        job = self.cluster.wait(self.number, SECONDS)
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", str(restarts)), self.log
+        assert self.steps == list(range(1, UPDATES + 1))
+        assert self.status["state"] == "finished"
+        assert f"done: finished at step {UPDATES}" in self.log
+        assert self.story == story
+        attempts = self.status["attempts"]
+        assert [attempt["job"] for attempt in attempts] == [self.number] * len(story)
+        assert [attempt["restart_count"] or 0 for attempt in attempts] == list(range(len(story)))
+        ended = [attempt for attempt in attempts if attempt["state"] != "running"]
+        assert all(attempt["checkpoint_step"] > attempt["checkpoint_step_at_start"] for attempt in ended)
+        assert self.workers() == []
+
+
+def train(cluster: Cluster, name: str, *arguments: str, options: tuple[str, ...] = ()) -> Training:
+    """Submits the shipped script, with the real config made small."""
+    arguments = (*SMALL.split(), *arguments, "--name", name)
+    number = cluster.submit("pi0_demo", *arguments, options=(f"--job-name={name}", *options), TRAIN="1")
+    return Training(cluster, name, number)
+
+
+@pytest.mark.timeout(600)
+def test_stops_of_every_kind_and_a_killed_worker(cluster: Cluster) -> None:
+    # Two jobs at a time, since most of a start is waiting.
+    asked = train(cluster, "asked")
+    killed = train(cluster, "killed")
+    asked.wait_for_step(12)
+    cluster.command("scancel", "--signal=USR1", asked.number)  # reaches job steps only
+    killed.wait_for_step(12)
+    (worker,) = killed.workers()
+    worker.send_signal(signal.SIGKILL)
+    asked.ends_well(1, ["preempted", "finished"])
+    assert asked.status["attempts"][0]["checkpoint_step"] == asked.status["attempts"][1]["first_step"] >= 12
+    assert "requeue: preempted at step" in asked.log and "SIGUSR1" in asked.status["attempts"][0]["reason"]
+    killed.ends_well(1, ["running", "finished"])
+    assert killed.status["attempts"][1]["first_step"] == 10
+    assert "requeue: the run crashed with exit code 1" in killed.log
+
+
+@pytest.mark.timeout(600)
+def test_time_limit_and_requeue_from_outside(cluster: Cluster) -> None:
+    limited = train(cluster, "limited", "--n_updates", "100000")
+    taken = train(cluster, "taken")
+    limited.wait_for_step(12)
+    # The limit moves to one or two minutes from now. The header asks for one, SLURM looks every half minute.
+    hours, minutes, _ = limited.job()["RunTime"].split(":")
+    limit = f"TimeLimit={int(hours) * 60 + int(minutes) + 2}"
+    cluster.command("scontrol", "update", f"JobId={limited.number}", limit)
+    taken.wait_for_step(12)
+    cluster.command("scontrol", "requeue", taken.number)  # SIGTERM, and SIGKILL after KillWait
+    taken.ends_well(1, ["preempted", "finished"])
+    assert "is left to SLURM" in cluster.log("taken", "err")
+
+    wait_for("the warning", lambda: int(limited.job()["Restarts"]) > 0, SECONDS)
+    assert "SIGUSR1 (the time limit is near" in limited.log
+    assert "requeue: preempted at step" in limited.log
+    assert limited.story[0] == "preempted"
+    saved = limited.status["attempts"][0]["checkpoint_step"]
+    assert saved >= 12
+    assert limited.steps[:saved] == list(range(1, saved + 1))
+    cluster.command("scancel", limited.number)
+
+
+@pytest.mark.timeout(600)
+def test_preemption_by_a_partition_of_higher_priority(cluster: Cluster) -> None:
+    preempted = train(cluster, "preempted", options=("--cpus-per-task=64",))
+    preempted.wait_for_step(12)
+    urgent = ("sbatch", "--parsable", "--partition=urgent", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    number = cluster.command(*urgent).strip()
+    assert cluster.wait(number)["JobState"] == "COMPLETED"
+    preempted.ends_well(1, ["preempted", "finished"])
+    assert "SIGTERM" in preempted.status["attempts"][0]["reason"]  # at the start of the grace time
+
+
+@pytest.mark.timeout(600)
+def test_a_cancelled_job_and_a_config_error_stay_where_they_are(cluster: Cluster) -> None:
+    mistaken = train(cluster, "mistaken", "--save_model_freqq", "3")
+    cancelled = train(cluster, "cancelled")
+    job = cluster.wait(mistaken.number, SECONDS)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
+    assert "fail: the configuration has to be corrected first" in mistaken.log
+    assert "save_model_freq" in mistaken.log
+
+    cancelled.wait_for_step(12)
+    cluster.command("scancel", cancelled.number)
+    job = cluster.wait(cancelled.number, SECONDS)
+    wait_for("its end", lambda: cancelled.workers() == [] and cancelled.job()["JobState"] == "CANCELLED", 90)
+    time.sleep(8)  # longer than it takes to start a requeued job
+    assert (cancelled.job()["JobState"], cancelled.job()["Restarts"]) == ("CANCELLED", "0")
+    assert cancelled.story == ["preempted"]
+    assert cancelled.status["attempts"][0]["checkpoint_step"] == cancelled.steps[-1] == len(cancelled.steps)
+    assert "submit the same command again" in cancelled.cluster.log("cancelled", "err")
+
+
+@pytest.mark.timeout(600)
+def test_a_job_that_gets_nowhere_is_held_and_released(cluster: Cluster) -> None:
+    # Every start dies before its first checkpoint.
+    stuck = train(cluster, "stuck", "--save_model_freq", "1000")
+    ends = 0
+
+    def ended() -> bool:
+        return (stuck.cluster.checkout / "log/slurm/train/stuck.out").exists() and stuck.log.count(
+            "torchrun left"
+        ) == ends
+
+    for ends in range(3):
+        wait_for("a start", lambda: ended() and bool(stuck.workers()), SECONDS)
+        time.sleep(ends * 3)  # once before the config is read, then somewhere in the start
+        for worker in stuck.workers():
+            worker.send_signal(signal.SIGKILL)
+    ends = 3
+    wait_for("the end of the third", ended, 60)
+    wait_for("the hold", lambda: stuck.job()["Reason"] == "job_requeued_in_held_state", 30)
+    assert stuck.job()["JobState"] == "PENDING"
+    assert "hold: the run crashed" in stuck.log
+    assert "3 attempts in a row brought no new checkpoint" in stuck.log
+    assert f"scontrol release {stuck.number}" in stuck.cluster.log("stuck", "err")
+    cluster.command("scontrol", "release", stuck.number)
+    stuck_again = cluster.wait(stuck.number, SECONDS)
+    assert stuck_again["JobState"] == "COMPLETED", stuck.log
+    assert stuck.steps == list(range(1, UPDATES + 1))
