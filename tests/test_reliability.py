@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -57,6 +58,22 @@ def samples_of_updates(place: Workplace, name: str, ranks: int) -> dict[int, lis
         for record in records(place, name, rank):
             updates.setdefault(record["step"], {}).update({sample[0]: sample for sample in record["samples"]})
     return {step: [found[k] for k in sorted(found)] for step, found in updates.items()}
+
+
+def test_g3_when_every_checkpoint_is_damaged_the_run_does_not_start_over(
+    place: Workplace, server: ForkServer, through: str
+) -> None:
+    run = place.folder / "runs" / "g3"
+    shutil.copytree(place.folder / "runs" / through, run, symlinks=True)
+    for file, damage in (("pretrained_model/model.safetensors", -1), ("training_state/state.json", 0)):
+        path = sorted(run.glob("checkpoints/step_*"))[damage] / file
+        contents = bytearray(path.read_bytes())
+        contents[len(contents) // 2] ^= 1
+        path.write_bytes(contents)
+    for said in ("every checkpoint of this run is damaged", "none that it could continue from"):
+        output = server.start(place, "g3", *FOUR, ranks=2).wait()
+        assert place.status("g3")["state"] == "failed" and said in place.status("g3")["reason"], output
+    assert {p.name for p in (run / "checkpoints").iterdir()} == {"damaged_step_00000016", "damaged_step_00000020"}
 
 
 def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str, server: ForkServer) -> None:

@@ -38,6 +38,14 @@ def candidates(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> lis
             f"resume_run is false, but {found[0]} exists and would be overwritten; give this run another name, "
             "or remove its folder"
         )
+    unusable = [] if found else checkpoints.unusable()
+    if unusable and config.resume_run:
+        raise ValueError(
+            "this run has checkpoints, but none that it could continue from: "
+            + ", ".join(map(str, unusable))
+            + "; it is not started over silently. Begin a new run from one with load_from_checkpoint and another name, "
+            "or remove the folder `checkpoints`"
+        )
     if found:
         log.info("%sown checkpoint %s", order, found[0])
     else:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ log = logging.getLogger(__name__)
 
 _FAILURES_ALLOWED = 3
 _OPTIMIZER = "optimizer"
+_SHARDABLE = {f"{TRAINING}/{_OPTIMIZER}.safetensors"}
 
 
 class Saver:
@@ -43,11 +46,23 @@ class Saver:
         self._saves = 0
         self._last_step = run.state.step
         self._last_save = time.monotonic()
+        self._preparing: threading.Thread | None = None
 
     def interval_over(self) -> bool:
         """Whether ``checkpoint_interval_minutes`` have passed since the last save, by this process's clock."""
         minutes = self.run.config.checkpoint_interval_minutes
         return minutes is not None and time.monotonic() - self._last_save > minutes * 60
+
+    def prepare(self) -> None:
+        """Reserves the memory of the copies in the background, once the optimizer has its state.
+
+        That takes longer than a save; the first save waits for it.
+        """
+        if self._preparing is None:
+            files, _ = checkpoint_contents(self.run)
+            work = partial(self._writer.prepare, files, _SHARDABLE)
+            self._preparing = threading.Thread(target=work, name="reserve checkpoint memory", daemon=True)
+            self._preparing.start()
 
     def save(self) -> None:
         """Begins a checkpoint of the present update, unless there is one; returns when training may go on.
@@ -59,6 +74,8 @@ class Saver:
         if self._last_step == run.state.step:
             return
         self.finish()  # the previous one, should it still be under way
+        if self._preparing is not None:
+            self._preparing.join()
         every = run.config.check_replicas_every
         if every and self._saves % every == 0:
             check_replicas(run.policy, run.optimizer, run.processes)
@@ -68,7 +85,7 @@ class Saver:
         self._last_step = run.state.step
         self._last_save = time.monotonic()
         files, write_small = checkpoint_contents(run)
-        self._writer.save(run.state.step, files, {f"{TRAINING}/{_OPTIMIZER}.safetensors"}, write_small)
+        self._writer.save(run.state.step, files, _SHARDABLE, write_small)
         self.stall_s += time.perf_counter() - begin
 
     def poll(self) -> None:
@@ -93,6 +110,8 @@ class Saver:
 
     def close(self) -> None:
         """Gives up what is under way; for an end that no checkpoint can be waited for."""
+        if self._preparing is not None:
+            self._preparing.join(timeout=10)
         self._writer.close()
 
     def _note(self, outcome: Outcome, must_succeed: bool = False) -> None:

@@ -65,6 +65,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
                 record |= validate(run)
             if record or last or state.step % config.log_freq == 0:
                 _report(run, result, clock, saver, record)
+            saver.prepare()
             saver.poll()
             # One small collective for all that the processes have to agree on at an update's end.
             stopping, interval_over = processes.sum([stop.pending(), processes.is_main and saver.interval_over()])
