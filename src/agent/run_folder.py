@@ -71,7 +71,8 @@ class RunFolder:
         # An flock goes with its process however that dies, so no stale lock ever blocks a requeued job.
         handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            _lock(handle, patience_s=5.0)
+            # In a job nobody waits for the answer, and what a killed attempt left may take a while to be gone.
+            _lock(handle, patience_s=60.0 if "SLURM_JOB_ID" in os.environ else 5.0)
         except BlockingIOError:
             holder = os.read(handle, 4096).decode(errors="replace") or "an unknown process"
             os.close(handle)
@@ -112,12 +113,11 @@ class RunFolder:
     def begin_attempt(self) -> None:
         """Adds this start to the history; earlier attempts stay as they ended."""
         attempts = self._status.setdefault("attempts", [])
-        restart_count = os.environ.get("SLURM_RESTART_COUNT")
         attempts.append(
             {
                 "attempt": os.environ.get("VLA_ATTEMPT", ""),
                 "job": os.environ.get("SLURM_JOB_ID"),
-                "restart_count": int(restart_count) if restart_count else None,
+                "restart_count": int(os.environ.get("SLURM_RESTART_COUNT") or 0),
                 "host": socket.gethostname(),
                 "started": time.time(),
                 "ended": None,

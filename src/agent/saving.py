@@ -119,6 +119,7 @@ class Saver:
             self._failures = 0
             if self.run.folder is not None:
                 self.run.folder.note(checkpoint_step=outcome.step)
+                self.run.folder.update("running", self.run.state.step)
             log.info("checkpoint at update %d saved, %.1f s in the background", outcome.step, outcome.background_s)
             return
         self._failures += 1
