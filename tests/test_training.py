@@ -181,7 +181,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace) -> Non
         code, output = place.run("--name", "full", "--n_updates", "12", VLA_LOG_DIR=str(small))
         assert code == 1, output
         assert "the checkpoint at update 8 could not be written" in output and "training goes on" in output
-        assert "No space left on device" in output
+        assert "GB are free" in output  # seen before anything is written; a write that fails is tested elsewhere
         assert {p.name for p in (small / "full" / "checkpoints").iterdir()} == {"step_00000004", "last"}
         status = json.loads((small / "full" / "status.json").read_text())
         assert status["state"] == "failed" and "update 12 could not be written" in status["reason"]
