@@ -167,10 +167,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace) -> 
     assert "FloatingPointError" in output
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace, through: str) -> None:
     small = place.folder / "small_disk"
     small.mkdir()
-    size = sum(p.stat().st_size for p in place.checkpoint("through").rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in place.checkpoint(through).rglob("*") if p.is_file())
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={int(1.6 * size) + 200_000}", "tmpfs", str(small)], capture_output=True
     )
