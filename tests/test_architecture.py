@@ -31,7 +31,16 @@ TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state"]  # 
 
 # Module → what else of agent it may import. The first matching row counts.
 MAY_IMPORT = {
-    "run": ["command_line", "configuration_pipeline", "trainer", "building", "distributed", "metrics", "watchdog"],
+    "run": [
+        "command_line",
+        "configuration_pipeline",
+        "trainer",
+        "building",
+        "distributed",
+        "history",
+        "metrics",
+        "watchdog",
+    ],
     **{name: ["*"] for name in COMMANDS[1:]},
     # They name no model.
     **{

@@ -222,6 +222,17 @@ def test_g9_a_hang_ends_with_the_stacks_of_every_rank(place: Workplace, server: 
     assert status["state"] == "failed" and status["reason"].startswith("hang: no progress")
 
 
+def test_checkpoints_by_the_clock_and_retention(place: Workplace, server: ForkServer) -> None:
+    often = ("--n_updates", "60", "--save_model_freq", "5000", "--checkpoint_interval_minutes", "0.005")
+    kept = ("--keep_checkpoints", "3", "--keep_training_states", "1", "--eval_freq", "0")
+    output = server.start(place, "clock", *often, *kept).wait()
+    assert place.status("clock")["state"] == "finished", output
+    assert output.count("checkpoint at update") >= 3
+    folders = sorted(place.checkpoint("clock").parent.glob("step_*"))
+    assert [(folder / "training_state").exists() for folder in folders] == [False, False, True]
+    assert all((folder / "pretrained_model" / "model.safetensors").exists() for folder in folders)
+
+
 @pytest.mark.slow
 def test_g12_every_step_is_logged_once_after_any_history(place: Workplace, server: ForkServer, through: str) -> None:
     draw = random.Random(12)

@@ -133,12 +133,13 @@ def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: An
     if config.load_from_checkpoint is not None:
         _load(config.load_from_checkpoint, "load_from_checkpoint", adapter.from_lerobot, config, processes, policy)
         return
-    # Drawn on the CPU, so that the weights do not depend on the device.
-    with torch.device("meta"):
-        drawn = registry.policy_class(model_config)(model_config)
-    drawn.to_empty(device="cpu")
-    drawn.init_weights(torch.Generator().manual_seed(config.seed))
-    policy.load_state_dict(drawn.state_dict())
+    if processes.is_main:  # DDP gives rank 0's to the others; a node's memory would not hold all of them at once
+        # Drawn on the CPU, so that the weights do not depend on the device.
+        with torch.device("meta"):
+            drawn = registry.policy_class(model_config)(model_config)
+        drawn.to_empty(device="cpu")
+        drawn.init_weights(torch.Generator().manual_seed(config.seed))
+        policy.load_state_dict(drawn.state_dict())
     if model_config.paligemma_pretrained_path is not None:
         key = "model_cfg.paligemma_pretrained_path"
         _load(model_config.paligemma_pretrained_path, key, adapter.from_paligemma, config, processes, policy)

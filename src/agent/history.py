@@ -13,10 +13,11 @@ def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
             ``busy_s``, the seconds that its updates took. An attempt that died before it trained lacks the last three.
 
     Returns:
-        ``updates_redone``: updates that were lost with a crash and done again. ``waited_s``: time between attempts,
-        in a queue for the most part. ``ettr``: the effective-training-time ratio, seconds spent on updates that
-        count over seconds since the first start (Kokolis et al., "Revisiting Reliability in Large-Scale Machine
-        Learning Research Clusters", HPCA 2025).
+        ``updates_redone``: updates that were lost with a crash and done again. ``waited_s``: time between attempts, in
+        a queue for the most part. ``checkpoint_stall_s``: time that training waited for checkpoints.
+        ``first_update_s``: time from the last start to its first update. ``ettr``: the effective-training-time ratio,
+        seconds spent on updates that count over seconds since the first start (Kokolis et al., "Revisiting
+        Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025).
     """
     redone, effective, waited = 0, 0.0, 0.0
     for number, attempt in enumerate(attempts):
@@ -35,6 +36,8 @@ def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
     return {
         "updates_redone": redone,
         "waited_s": round(waited, 1),
+        "checkpoint_stall_s": round(sum(attempt.get("checkpoint_stall_s", 0.0) for attempt in attempts), 2),
+        "first_update_s": last.get("first_update_s", 0.0),
         "ettr": round(effective / total, 4) if total > 0 else 0.0,
     }
 

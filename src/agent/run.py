@@ -13,7 +13,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from agent import command_line
+from agent import command_line, history
 from agent.distributed import Launch, Processes, StopRequest, choose_device, read_launch
 from agent.run_folder import RunFolder, report_attempt
 from agent.watchdog import Watchdog
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
 
-_STORY = ("restarts", "updates_redone", "waited_s", "ettr")
+_STORY = ("restarts", "updates_redone", "waited_s", "checkpoint_stall_s", "first_update_s", "ettr")
 
 log = logging.getLogger("agent")
 
@@ -93,7 +93,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
     finally:
         watchdog.close()
         if run.metrics is not None and folder is not None:
-            run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY})
+            story = {"run/story": "\n".join(history.story([*folder.status["attempts"], {}]))}
+            run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY} | story)
             run.metrics.close(exit_code)
         if exit_code != EXIT_FAILED:
             processes.close()

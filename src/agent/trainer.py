@@ -73,7 +73,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
                 watchdog.alive(f"checkpoint at update {state.step}")
                 saver.save()
             if stopping and not last:
-                saver.finish()
+                saver.finish(must_succeed=True)
                 return stop.reasons(processes)
         watchdog.alive("the last checkpoint")
         saver.finish(must_succeed=True)
