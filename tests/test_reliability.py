@@ -76,6 +76,21 @@ def test_g3_when_every_checkpoint_is_damaged_the_run_does_not_start_over(
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"damaged_step_00000016", "damaged_step_00000020"}
 
 
+def test_g3_damage_to_any_file_of_the_newest_checkpoint(place: Workplace, server: ForkServer, through: str) -> None:
+    files = [p for p in sorted(place.checkpoint(through).rglob("*")) if p.is_file()]
+    assert len(files) > 8
+    for number, file in enumerate(files):
+        name = f"g3-{number}"
+        run = place.folder / "runs" / name
+        shutil.copytree(place.folder / "runs" / through, run, symlinks=True)
+        damaged = run / "checkpoints" / "step_00000020" / file.relative_to(place.checkpoint(through))
+        contents = damaged.read_bytes()
+        damaged.write_bytes(b"\0" * (len(contents) // 4 + 1) + contents[len(contents) // 4 + 1 :])
+        output = server.start(place, name, "--per_device_batch_size", "8", "--eval_freq", "0").wait()
+        assert place.status(name)["state"] == "finished", f"{damaged}\n{output}"
+        assert "damaged_step_00000020" in output and place.status(name)["attempts"][-1]["first_step"] == 16
+
+
 def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str, server: ForkServer) -> None:
     expected = {r["step"]: r["digest"] for r in records(place, through, 0)}
     for attempt, kill_at in enumerate([3, 6, 11, 17, None]):

@@ -20,11 +20,14 @@ from agent.parallelize import parallelize
 from agent.reproducibility import make_deterministic
 from agent.run_folder import RunFolder
 from agent.train_state import Run, TrainState
+from agent.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 
-def build(config: TrainPipelineConfig, launch: Launch, processes: Processes, folder: RunFolder | None) -> Run:
+def build(
+    config: TrainPipelineConfig, launch: Launch, processes: Processes, folder: RunFolder | None, watchdog: Watchdog
+) -> Run:
     """Data, model, optimizer, weights, in this order.
 
     Raises:
@@ -35,7 +38,9 @@ def build(config: TrainPipelineConfig, launch: Launch, processes: Processes, fol
     torch.autograd.set_detect_anomaly(config.debug)
     checkpoints = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states)
     candidates = processes.main_decides(partial(resuming.candidates, config, checkpoints))
+    watchdog.alive("reading the data sets", patience=4)
     data = build_run_data(config, processes)
+    watchdog.alive("building the model and loading its weights", patience=4)
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
     model_config: Any = config.model_cfg

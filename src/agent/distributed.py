@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -56,14 +56,14 @@ def read_launch() -> Launch:
 class Processes:
     """The process group. Collectives that carry decisions run on the CPU, so that they never wait for a GPU."""
 
-    def __init__(self, launch: Launch, device: torch.device) -> None:
+    def __init__(self, launch: Launch, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.rank, self.world_size, self.device = launch.rank, launch.world_size, device
         self._control: Any = None
         if launch.under_torchrun:
             import torch.distributed as dist
 
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-            self._control = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
     def is_main(self) -> bool:
@@ -216,8 +216,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Catches SIGTERM, SIGUSR1 and SIGINT while the context lasts."""
-        before = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        """Catches SIGTERM, SIGUSR1, SIGINT and SIGHUP while the context lasts; not what `nohup` has turned off."""
+        wanted = [number for number in _STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in wanted}
         try:
             yield self
         finally:

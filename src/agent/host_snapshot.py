@@ -21,6 +21,7 @@ TensorFiles = dict[str, dict[str, Tensor]]
 
 _PIECE = 1 << 25
 _ALIGNMENT = 4096
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, whichever thread registers it
 
 
 class _Place(NamedTuple):
@@ -46,6 +47,7 @@ class HostSnapshot:
         self._threads = threads or max(1, min(8, len(os.sched_getaffinity(0))))
         self._block: Tensor | None = None
         self._pinned = False
+        self._device = torch.device("cpu")
         self._layout: dict[str, list[_Place]] | None = None
         self._copies: TensorFiles = {}
 
@@ -59,7 +61,9 @@ class HostSnapshot:
         self._block = torch.empty(size, dtype=torch.uint8)
         self._run([(piece, None) for piece in self._block.split(_PIECE)])
         if pin and size:
-            self._pin(self._block)
+            self._device = next(t.device for tensors in files.values() for t in tensors.values() if t.is_cuda)
+            with torch.cuda.device(self._device):  # per thread, and this one may be new
+                self._pin(self._block)
         self._layout = layout
         self._copies = {path: {place.name: self._view(place) for place in places} for path, places in layout.items()}
 
@@ -99,18 +103,19 @@ class HostSnapshot:
         """Gives the memory back."""
         if self._pinned and self._block is not None:
             runtime: Any = torch.cuda.cudart()
-            runtime.cudaHostUnregister(self._block.data_ptr())
+            with torch.cuda.device(self._device):
+                runtime.cudaHostUnregister(self._block.data_ptr())
         self._block, self._pinned, self._layout, self._copies = None, False, None, {}
 
     def _pin(self, block: Tensor) -> None:
         # Not torch's pinned allocator, which rounds up to a power of two.
         runtime: Any = torch.cuda.cudart()
-        failure = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, 0)
+        failure = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, _PORTABLE)
         self._pinned = failure == runtime.cudaError.success
         if self._pinned:
             return
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda")  # the runtime reports the failure once more, at the next kernel
+            torch.zeros(1, device=self._device)  # the runtime reports the failure once more, at the next kernel
         log.warning(
             "%.1f GB of host memory for checkpoints cannot be pinned (%s), so saves will stall longer; try `ulimit -l "
             "unlimited`",

@@ -73,7 +73,7 @@ class JsonLines:
         """
         kept = []
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     record = json.loads(line)
                 except ValueError:
@@ -105,8 +105,12 @@ class JsonLines:
 
     def sync(self) -> None:
         """Brings the lines to the disk: a checkpoint must not outlive the lines of its updates."""
-        if self._handle is not None:
+        if self._handle is None:
+            return
+        try:
             os.fsync(self._handle)
+        except OSError as error:  # NFS says so late that the disk is full
+            log.warning("%s could not be brought to the disk: %s", self.path, error.strerror)
 
     def close(self) -> None:
         """Closes the file."""
@@ -125,20 +129,28 @@ class Wandb:
 
         self.run_id = config.run_id or self._kept_id(run_dir)
         entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
-        mode = os.environ.get("WANDB_MODE") or config.mode
+        mode: Any = os.environ.get("WANDB_MODE") or config.mode
         if mode == "offline":
             self._set_aside_offline(run_dir)
-        self._run = wandb.init(
-            project=config.project,
-            entity=entity,
-            name=name,
-            id=self.run_id,
-            resume="allow" if mode == "online" else None,
-            mode=mode,  # type: ignore[arg-type]
-            dir=str(run_dir),
-            config=settings,
-            settings=wandb.Settings(console="off", quiet=True),
-        )
+        keywords: dict[str, Any] = {
+            "project": config.project,
+            "entity": entity,
+            "name": name,
+            "id": self.run_id,
+            "dir": str(run_dir),
+            "config": settings,
+            # A run that has saved must not wait for wandb's servers until its job is killed.
+            "settings": wandb.Settings(console="off", quiet=True, finish_timeout=30),
+        }
+        try:
+            self._run = wandb.init(**keywords, mode=mode, resume="allow" if mode == "online" else None)
+        except wandb.errors.Error as error:
+            if mode != "online":
+                raise
+            log.error("wandb cannot be reached, logging offline; `python -m agent.sync_wandb` uploads: %s", error)
+            mode = "offline"
+            self._set_aside_offline(run_dir)
+            self._run = wandb.init(**keywords, mode=mode)
         log.info(
             "wandb: %s",
             self._run.url if mode == "online" else f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`",

@@ -31,6 +31,11 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
     if compile_mode is not None:
         mode = _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode)
         log.info("compiling %d blocks, mode %s", len(policy.wrap_units()), mode)
+        import torch._dynamo.config
+
+        # All layers of a kind share their code, and each length of a batch's instructions and each kind of pass (with
+        # and without gradient) is a variant of it; beyond the limit of 8 layers would silently run uncompiled.
+        torch._dynamo.config.recompile_limit = 64
         for unit in policy.wrap_units():
             unit.compile(mode=mode)
     if processes.world_size == 1:

@@ -78,15 +78,18 @@ def resume(
         state: TrainState | None = None
         try:
             state = _load(config, data, path, policy, optimizer)
-        except (ValueError, OSError, KeyError) as error:
+        except Exception as error:  # damage can show in any way; what counts is the verdict on the checkpoint
             problem = error
         damage = processes.main_decides(verification.result if verification is not None else lambda: None)
         if damage is None:
-            # Sound, so that what went wrong is the user's to mend, wherever it showed.
-            problems = [text for text in processes.gather(str(problem) if problem else None) if text]
-            if problems:
-                raise ValueError(problems[0]) from problem
-            return state
+            told = (isinstance(problem, ValueError), f"{path}: {problem}") if problem is not None else None
+            problems = [entry for entry in processes.gather(told) if entry is not None]
+            if not problems:
+                return state
+            # The checkpoint is sound. What does not fit it is the user's to mend; a disk that fails may recover.
+            if all(is_user_error for is_user_error, _ in problems):
+                raise ValueError(problems[0][1]) from problem
+            raise RuntimeError(next(text for is_user_error, text in problems if not is_user_error)) from problem
         damages.append(f"{path}: {damage}")
         processes.on_main(partial(checkpoints.set_aside, path, damage))
     if damages:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from agent.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.train_state import Run
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
 
@@ -63,20 +65,22 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             # Known from here on: a crash while torch is imported or a GPU started is counted to this run.
             report_attempt("running", reason="starting", run_dir=str(config.run_dir))
         model_config: Any = config.model_cfg
-        processes = Processes(launch, choose_device(launch, model_config.device))
+        # Longer than any phase may be silent: the watchdog, which prints the stacks, is to be the one that ends a hang.
+        hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
+        processes = Processes(launch, choose_device(launch, model_config.device), timedelta(hours=hours))
         folder = processes.on_main(lambda: _open_folder(config, stop))
         watchdog = Watchdog(
-            config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder)
+            config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder, config)
         )
         from agent.building import build
         from agent.trainer import start_reporting, train
 
-        run = build(config, launch, processes, folder)
+        run = build(config, launch, processes, folder, watchdog)
     except ValueError as error:
-        return _fail(folder, launch, str(error), "config")
+        return _fail(folder, launch, config, str(error), "config")
     except Exception as error:
         log.exception("the run could not be started")
-        return _fail(folder, launch, _describe(error), "runtime")
+        return _fail(folder, launch, config, _describe(error), "runtime")
     exit_code = EXIT_FAILED
     try:
         if run.state.step >= run.plan.n_updates:
@@ -89,17 +93,28 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
-        return _fail(folder, launch, _describe(error), "runtime", run.state.step)
+        return _fail(folder, launch, config, _describe(error), "runtime", run.state.step)
     finally:
         watchdog.close()
-        if run.metrics is not None and folder is not None:
-            story = {"run/story": "\n".join(history.story([*folder.status["attempts"], {}]))}
-            run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY} | story)
-            run.metrics.close(exit_code)
+        _close_metrics(run, folder, exit_code)
         if exit_code != EXIT_FAILED:
+            processes.any(
+                False
+            )  # torchrun ends all once one has left: nobody leaves before rank 0 has closed its files
             processes.close()
         if folder is not None:
             folder.close()
+
+
+def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:
+    if run.metrics is None or folder is None:
+        return
+    try:
+        story = {"run/story": "\n".join(history.story([*folder.status["attempts"], {}]))}
+        run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY} | story)
+        run.metrics.close(exit_code)
+    except Exception:  # the outcome stands in status.json already; a log that cannot be closed does not change it
+        log.exception("the metrics could not be closed")
 
 
 def _open_folder(config: TrainPipelineConfig, stop: StopRequest) -> RunFolder:
@@ -109,11 +124,11 @@ def _open_folder(config: TrainPipelineConfig, stop: StopRequest) -> RunFolder:
     return folder
 
 
-def _report_hang(folder: RunFolder | None, reason: str) -> None:
+def _report_hang(folder: RunFolder | None, config: TrainPipelineConfig, reason: str) -> None:
     if folder is not None:
         folder.update("failed", folder.status["step"], f"hang: {reason}", "runtime")
-    else:
-        report_attempt("failed", reason=f"hang: {reason}", error_kind="runtime")
+    else:  # every process reports: rank 0 may be the one that is stuck
+        report_attempt("failed", reason=f"hang: {reason}", error_kind="runtime", run_dir=str(config.run_dir))
 
 
 def _end(folder: RunFolder | None, state: str, step: int, reason: str) -> int:
@@ -125,13 +140,20 @@ def _end(folder: RunFolder | None, state: str, step: int, reason: str) -> int:
     return EXIT_FINISHED if state == "finished" else EXIT_PREEMPTED
 
 
-def _fail(folder: RunFolder | None, launch: Launch, reason: str, kind: str, step: int | None = None) -> int:
+def _fail(
+    folder: RunFolder | None,
+    launch: Launch,
+    config: TrainPipelineConfig,
+    reason: str,
+    kind: str,
+    step: int | None = None,
+) -> int:
     if launch.rank == 0:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         if folder is not None:
             folder.update("failed", folder.status["step"] if step is None else step, reason, kind)
         else:
-            report_attempt("failed", reason=reason, error_kind=kind)
+            report_attempt("failed", reason=reason, error_kind=kind, run_dir=str(config.run_dir))
     return EXIT_CONFIG if kind == "config" else EXIT_FAILED
 
 

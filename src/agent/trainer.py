@@ -51,6 +51,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
     with contextlib.closing(loader), contextlib.closing(saver):
         if processes.any(stop.pending()):  # asked before the first update: there is nothing new to save
             return stop.reasons(processes)
+        watchdog.alive("the pass before the first update", patience=4)  # compiles the model, when that is asked for
         batches = _warmed_up(run, iter(loader))
         while state.step < run.plan.n_updates:
             watchdog.alive(f"update {state.step + 1}")
@@ -61,7 +62,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             last = state.step == run.plan.n_updates
             record: dict[str, float] = {}
             if config.eval_freq and (state.step % config.eval_freq == 0 or last):
-                watchdog.alive(f"validation at update {state.step}")
+                watchdog.alive(f"validation at update {state.step}", patience=4)
                 record |= validate(run)
             if record or last or state.step % config.log_freq == 0:
                 _report(run, result, clock, saver, record)
@@ -70,12 +71,12 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             # One small collective for all that the processes have to agree on at an update's end.
             stopping, interval_over = processes.sum([stop.pending(), processes.is_main and saver.interval_over()])
             if last or stopping or interval_over or state.step % config.save_model_freq == 0:
-                watchdog.alive(f"checkpoint at update {state.step}")
+                watchdog.alive(f"checkpoint at update {state.step}", patience=4)
                 saver.save()
             if stopping and not last:
                 saver.finish(must_succeed=True)
                 return stop.reasons(processes)
-        watchdog.alive("the last checkpoint")
+        watchdog.alive("the last checkpoint", patience=4)
         saver.finish(must_succeed=True)
     return ""
 

@@ -36,24 +36,30 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, neighbours: list[int], report: Callable[[str], None]) -> None:
         self._timeout_s, self._neighbours, self._report = timeout_s, neighbours, report
-        self._phase, self._last = "start", time.monotonic()
+        self._phase, self._last, self._limit_s = "", 0.0, timeout_s
         self._closed = threading.Event()
         faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+        self.alive("start", patience=4)
         if timeout_s:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def alive(self, phase: str) -> None:
-        """A sign of life; ``phase`` says what comes next."""
+    def alive(self, phase: str, patience: float = 1) -> None:
+        """A sign of life; ``phase`` says what comes next, ``patience`` how many timeouts it may take."""
+        self._limit_s = self._timeout_s * patience
         self._phase, self._last = phase, time.monotonic()
+        if self._timeout_s:
+            # Python threads stand still while a library holds the interpreter's lock; this one does not need it.
+            faulthandler.dump_traceback_later(self._limit_s + 60, exit=True, file=sys.stderr)
 
     def close(self) -> None:
         """Ends the watch."""
         self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._timeout_s / 4)):
             silent = time.monotonic() - self._last
-            if silent > self._timeout_s:
+            if silent > self._limit_s:
                 self._end(f"no progress for {silent:.0f} s in: {self._phase}")
 
     def _end(self, reason: str) -> None:

@@ -154,6 +154,8 @@ def _files_on_hub(reference: str, key: str) -> list[Path]:
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, etag_timeout=10))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code >= 500:
+            raise RuntimeError(f"{key}: the hub does not answer for '{reference}': {error}") from None  # it may, later
         raise ValueError(
             f"{key}: cannot get '{reference}' from the hub: {str(error).splitlines()[0]}\nIf it is a folder, it does not "
             f"exist here. If it is gated, accept its licence on its page and run `hf auth login`. Without internet, run "
@@ -238,5 +240,5 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as archive:
             yield archive
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors, it is truncated or damaged: {error}") from None
