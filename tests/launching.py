@@ -49,7 +49,7 @@ class Workplace:
         write_dataset(folder / "data", episodes=6, length=12)
         config = {
             "model_cfg": MODEL,
-            "data": {"train": {"datasets": [{"repo_id": "test/data", "root": str(folder / "data")}], "num_workers": 1}},
+            "data": {"train": {"datasets": [{"repo_id": "test/data", "root": str(folder / "data")}], "num_workers": 0}},
             "global_batch_size": 8,
             "per_device_batch_size": 2,
             "n_updates": 20,

@@ -13,6 +13,7 @@ import pytest
 from launching import Workplace, kill_all
 from make_dataset import write_dataset
 
+WORKERS = ("--data.train.num_workers", "1")  # elsewhere the samples are read in the training process: a faster start
 TIMES = ("step_s", "samples_per_s", "data_wait", "memory_gb", "eta_s")
 
 
@@ -24,7 +25,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 @pytest.fixture(scope="module")
 def through(place: Workplace) -> str:
     """A run of 20 updates that nothing interrupts: two processes, accumulation 2."""
-    code, output = place.run("--name", "through", processes=2)
+    code, output = place.run("--name", "through", *WORKERS, processes=2)
     assert code == 0, output
     return "through"
 
@@ -55,11 +56,11 @@ def test_a_run_leaves_what_the_design_says(place: Workplace, through: str) -> No
 
 
 def test_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, through: str) -> None:
-    process = place.start("--name", "killed", processes=2)
+    process = place.start("--name", "killed", *WORKERS, processes=2)
     place.wait_for_step("killed", 8, process)
     kill_all(process)
     assert place.status("killed")["state"] == "running"
-    code, output = place.run("--name", "killed", processes=2)
+    code, output = place.run("--name", "killed", *WORKERS, processes=2)
     assert code == 0, output
     assert "own checkpoint" in output
     assert what_was_computed(place.metrics("killed")) == what_was_computed(place.metrics(through))
@@ -69,7 +70,7 @@ def test_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, through:
 
 def test_the_split_over_processes_does_not_matter(place: Workplace, through: str) -> None:
     # One process, no worker, accumulation 4, against two processes, one worker each, accumulation 2.
-    code, output = place.run("--name", "alone", "--data.train.num_workers", "0")
+    code, output = place.run("--name", "alone")
     assert code == 0, output
     for ours, theirs in zip(place.metrics("alone"), place.metrics(through), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

@@ -76,7 +76,8 @@ class TrainPipelineConfig:
     skip_nonfinite: int = 0
     """How many updates in a row may be skipped because their gradient is not finite; the next one ends the run."""
     hang_timeout_minutes: float = 30.0
-    """End the run, with every process's stack in the log, when no update ends for so long; 0 waits for ever."""
+    """End the run, with every process's stack in the log, when an update takes so long, or the start, a validation or a
+    checkpoint four times as long; 0 waits for ever."""
     log_freq: int = 10
     """Updates between lines in `metrics.jsonl`, the log and wandb."""
     eval_freq: int = 1000
