@@ -471,8 +471,9 @@ def test_a_job_that_gets_nowhere_is_held_and_released(cluster: Cluster) -> None:
             worker.send_signal(signal.SIGKILL)
     ends = 3
     wait_for("the end of the third", ended, 60)
-    wait_for("the hold", lambda: stuck.job()["Reason"] == "job_requeued_in_held_state", 30)
-    assert stuck.job()["JobState"] == "PENDING"
+    # The reason is set while the node still completes the attempt.
+    wait_for("the hold", lambda: stuck.job()["Reason"] == "job_requeued_in_held_state", 60)
+    wait_for("the job's place in the queue", lambda: stuck.job()["JobState"] == "PENDING", 120)
     assert "hold: the run crashed" in stuck.log
     assert "3 attempts in a row brought no new checkpoint" in stuck.log
     assert f"scontrol release {stuck.number}" in stuck.cluster.log("stuck", "err")
