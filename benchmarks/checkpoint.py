@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agent import tensor_file, weights
+from agent import tensor_reader, weights
 from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoint_writer import CheckpointWriter
 from agent.distributed import Launch, Processes
 from agent.manifest import Verification, verify
+from agent.tensor_reader import Checksums
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"
@@ -78,12 +79,15 @@ class _Match:
         self.layout, self.sources, self.waived, self.extra = _Everything(), {name: name for name in names}, {}, []
 
 
-def load(path: Path, state: dict[str, dict[str, Tensor]]) -> None:
+def load(path: Path, state: dict[str, dict[str, Tensor]], checksums: Checksums | None) -> None:
     """As a resume does it: the weights into the model, the optimizer's state into memory of its own."""
     files = weights.find_weights(str(path / PRETRAINED), "benchmark")
-    weights.load_into(state[WEIGHTS], files, _Match, lambda _, tensor: tensor)  # type: ignore[arg-type]
-    for name, tensor in tensor_file.read_all(path, OPTIMIZER).items():
-        state[f"{OPTIMIZER}.safetensors"][name] = tensor.to(state[WEIGHTS]["embedding"].device)
+    weights.load_into(state[WEIGHTS], files, _Match, lambda *_: None, checksums)  # type: ignore[arg-type]
+    optimizer = state[f"{OPTIMIZER}.safetensors"]
+    for part in tensor_reader.parts(path, OPTIMIZER):
+        targets = {entry.name: torch.empty_like(optimizer[entry.name]) for entry in tensor_reader.entries(part)}
+        tensor_reader.stream(part, targets, checksums(part) if checksums is not None else None)
+        optimizer |= targets
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -94,20 +98,15 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def checked_load(path: Path, state: dict[str, dict[str, Tensor]], processes: Processes) -> None:
-    """Rank 0 verifies while all load."""
-    if processes.is_main:
-        with Verification(path) as verification:
-            load(path, state)
-            problem = verification.result()
-    else:
-        load(path, state)
-        problem = None
-    assert processes.main_decides(lambda: problem) is None
+    """Rank 0 verifies what it loads, and its verdict counts for all."""
+    verification = Verification(path) if processes.is_main else None
+    load(path, state, verification.checksum if verification is not None else None)
+    assert processes.main_decides(verification.result if verification is not None else lambda: None) is None
 
 
 def plain_load(path: Path, state: dict[str, dict[str, Tensor]], processes: Processes) -> None:
     """All load."""
-    load(path, state)
+    load(path, state, None)
     processes.main_decides(lambda: None)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from agent import checkpoint, tensor_file
+from agent import checkpoint, tensor_file, tensor_reader
 from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore, verify
 from agent.checkpoint_writer import CheckpointWriter
 from agent.distributed import Launch, Processes
@@ -56,8 +56,12 @@ def wrong_contents(path: Path) -> str | None:
     """None if a checkpoint holds exactly what was saved at its step."""
     step = int(path.name.removeprefix("step_"))
     found = {
-        WEIGHTS: tensor_file.read(path / WEIGHTS),
-        f"{OPTIMIZER}.safetensors": tensor_file.read_all(path, OPTIMIZER),
+        WEIGHTS: tensor_reader.read(path / WEIGHTS),
+        f"{OPTIMIZER}.safetensors": {
+            name: tensor
+            for part in tensor_reader.parts(path, OPTIMIZER)
+            for name, tensor in tensor_reader.read(part).items()
+        },
     }
     expected = tensors(step, len(found[WEIGHTS]["layer.0"]))
     for name, group in expected.items():

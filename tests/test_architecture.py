@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "parallelize": ["distributed"],
     **{
         part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "tensor_file"]
-        for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file")
+        for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file", "tensor_reader")
     },
     "metrics": ["distributed"],
     "evaluate": ["batch", "distributed"],
@@ -65,7 +65,8 @@ MAY_IMPORT = {
     "models.flow_matching": [],
     "models.registry": ["models.*"],
     "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file"],
-    **{name: [] for name in ("config_check", "distributed", "history", "optim", "watchdog", "weights", *LEAVES)},
+    "weights": ["tensor_reader"],
+    **{name: [] for name in ("config_check", "distributed", "history", "optim", "watchdog", *LEAVES)},
     "run_folder": ["history"],
 }
 

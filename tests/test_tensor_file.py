@@ -16,10 +16,10 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from agent import tensor_file
+from agent import tensor_file, tensor_reader
 from agent.host_snapshot import HostSnapshot
 
-TYPES = list(tensor_file._TYPES)
+TYPES = list(tensor_file.TYPES)
 
 
 def every_type() -> dict[str, torch.Tensor]:
@@ -54,7 +54,7 @@ def test_the_bytes_are_the_librarys_and_the_hash_is_the_files(tmp_path):
     assert data == (tmp_path / "theirs").read_bytes()
     assert written == tensor_file.Written(len(data), xxhash.xxh3_128(data).hexdigest())
     assert tensor_file.file_size(tensors) == len(data)
-    assert same(load_file(tmp_path / "ours"), tensors) and same(tensor_file.read(tmp_path / "ours"), tensors)
+    assert same(load_file(tmp_path / "ours"), tensors) and same(tensor_reader.read(tmp_path / "ours"), tensors)
     with safe_open(tmp_path / "ours", "pt") as archive:
         assert archive.metadata() == {"format": "pt"}
 
@@ -65,7 +65,7 @@ def test_one_type_each_and_nothing_at_all(tmp_path):
         tensor_file.write(path, tensors)
         save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
         assert path.read_bytes() == (tmp_path / "theirs").read_bytes()
-        assert same(tensor_file.read(path), tensors)
+        assert same(tensor_reader.read(path), tensors)
 
 
 def test_shared_memory_slices_and_an_expanded_number(tmp_path):
@@ -142,7 +142,7 @@ def test_damaged_files_are_refused(tmp_path):
     for data in cases:
         path.write_bytes(data)
         with pytest.raises(ValueError, match="truncated or damaged"):
-            tensor_file.read(path)
+            tensor_reader.read(path)
 
 
 def test_a_file_in_parts(tmp_path):
@@ -152,14 +152,50 @@ def test_a_file_in_parts(tmp_path):
     for part in range(3):
         some = {name: tensors[name] for name in names[part::3]}
         tensor_file.write(tmp_path / "state" / f"optimizer-{part:05d}-of-00003.safetensors", some)
-    assert same(tensor_file.read_all(tmp_path, "state/optimizer"), tensors)
+    files = tensor_reader.parts(tmp_path, "state/optimizer")
+    assert same({name: t for path in files for name, t in tensor_reader.read(path).items()}, tensors)
     (tmp_path / "state" / "optimizer-00001-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match="nor all of its parts"):
-        tensor_file.read_all(tmp_path, "state/optimizer")
+        tensor_reader.parts(tmp_path, "state/optimizer")
     tensor_file.write(tmp_path / "state" / "optimizer.safetensors", tensors)
-    assert same(tensor_file.read_all(tmp_path, "state/optimizer"), tensors)
+    assert tensor_reader.parts(tmp_path, "state/optimizer") == [tmp_path / "state" / "optimizer.safetensors"]
     with pytest.raises(ValueError, match="nor all of its parts"):
-        tensor_file.read_all(tmp_path, "state/other")
+        tensor_reader.parts(tmp_path, "state/other")
+
+
+@pytest.mark.parametrize("block", [64, 1 << 22])
+def test_a_file_is_read_once_into_what_is_there(tmp_path, monkeypatch, block):
+    # Into memory of the same type, of another, of fewer rows, past what nobody wants; the checksum gets all of it.
+    monkeypatch.setattr(tensor_reader, "_BLOCK", block)
+    written = {name: torch.randn(37, 5) for name in ("a", "b", "c", "d", "e")} | {"one": torch.tensor(3.0)}
+    tensor_file.write(tmp_path / "file", written)
+    targets = {
+        "a": torch.zeros(37, 5),
+        "b": torch.zeros(37, 5, dtype=torch.bfloat16),
+        "d": torch.zeros(20, 5),
+        "e": torch.zeros(36, 5, dtype=torch.float64),
+        "one": torch.tensor(0.0),
+    }
+    for digest in (None, xxhash.xxh3_128()):
+        for target in targets.values():
+            target.zero_()
+        tensor_reader.stream(tmp_path / "file", targets, digest)
+        for name, target in targets.items():
+            expected = written[name][: len(target)] if target.ndim else written[name]
+            assert torch.equal(target, expected.to(target.dtype)), name
+    assert digest is not None and digest.hexdigest() == xxhash.xxh3_128_hexdigest((tmp_path / "file").read_bytes())
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_reader, "_BLOCK", 64)
+    tensor_file.write(tmp_path / "file", {"a": torch.randn(1000)})
+
+    class Shrinking:
+        def update(self, block):
+            os.truncate(tmp_path / "file", 1000)
+
+    with pytest.raises(ValueError, match="became shorter"):
+        tensor_reader.stream(tmp_path / "file", {"a": torch.zeros(1000)}, Shrinking())
 
 
 # ── the snapshot ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -56,7 +56,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
 def load(policy: PI0, reference: Path | str, match=adapter.from_lerobot) -> Coverage:
     """As the trainer does it."""
     files = find_weights(str(reference), KEY)
-    return load_into(policy.state_dict(), files, partial(match, config=CONFIG), partial(adapter.fit, config=CONFIG))
+    return load_into(policy.state_dict(), files, partial(match, config=CONFIG), adapter.fit)
 
 
 def refusal(folder: Path) -> str:
@@ -66,9 +66,9 @@ def refusal(folder: Path) -> str:
 
 
 def table_rows(text: str) -> dict[str, list[int]]:
-    """Module → expected, loaded, fresh, missing, wrong shape."""
+    """Module → expected, loaded, waived, missing, extra, wrong shape."""
     lines = [line.split() for line in text.splitlines()]
-    return {words[0]: [int(n) for n in words[1:]] for words in lines if len(words) == 6 and words[1].isdigit()}
+    return {words[0]: [int(n) for n in words[1:]] for words in lines if len(words) == 7 and words[1].isdigit()}
 
 
 def counts() -> dict[str, int]:
@@ -92,11 +92,23 @@ def test_a_lerobot_file_is_loaded_whole_and_tabled(tmp_path, published):
     assert_same(policy, model(1))
     assert sorted(coverage.loaded) == sorted(policy.state_dict()) and not coverage.fresh
     text = coverage.table()
-    assert text.splitlines()[0] == f"weights from {tmp_path / 'model.safetensors'} (LeRobot 0.6):"
-    assert text.splitlines()[1].split() == ["module", "expected", "loaded", "fresh", "missing", "wrong", "shape"]
-    assert table_rows(text) == {module: [n, n, 0, 0, 0] for module, n in counts().items()}
-    assert "  1 waived: the expert's language head is never used" in text
-    assert "  1 waived: the language head is tied to the token embedding" in text
+    assert (
+        text.splitlines()[0]
+        == f"weights from {tmp_path / 'model.safetensors'} (LeRobot 0.4 to 0.6, and this project's own):"
+    )
+    assert text.splitlines()[1].split() == [
+        "module",
+        "expected",
+        "loaded",
+        "waived",
+        "missing",
+        "extra",
+        "wrong",
+        "shape",
+    ]
+    assert table_rows(text) == {module: [n, n, 0, 0, 0, 0] for module, n in counts().items()}
+    assert "  1 left: the expert's language head is never used" in text
+    assert "  1 left: the language head is tied to the token embedding" in text
 
 
 def test_where_weights_are_looked_for(tmp_path, published):
@@ -119,7 +131,7 @@ def test_openpis_names(tmp_path, published):
     renamed = {name.removeprefix("model."): tensor for name, tensor in published.items()}
     policy = model(2)
     coverage = load(policy, write(tmp_path, renamed))
-    assert coverage.source.endswith("(openpi)")
+    assert coverage.source.endswith("(openpi's PyTorch export)")
     assert_same(policy, model(1))
 
 
@@ -146,7 +158,7 @@ def test_shards_are_loaded_together(tmp_path, published):
     policy = model(2)
     coverage = load(policy, shards(tmp_path, published))
     assert_same(policy, model(1))
-    assert coverage.source == f"{tmp_path} (LeRobot 0.6)"
+    assert coverage.source == f"{tmp_path} (LeRobot 0.4 to 0.6, and this project's own)"
 
 
 def paligemma(layout: adapter.Layout, vocabulary: int = 20) -> dict[str, torch.Tensor]:
@@ -167,16 +179,18 @@ def test_paligemma_leaves_the_expert_fresh_and_counts_it(tmp_path, layout):
     for name, value in policy.state_dict().items():
         source = model(1) if name.split(".")[0] in from_file else untouched
         assert torch.equal(value, source.state_dict()[name]), name
-    rows = {module: [n, n, 0, 0, 0] if module in from_file else [n, 0, n, 0, 0] for module, n in counts().items()}
+    rows = {module: [n, n, 0, 0, 0, 0] if module in from_file else [n, 0, n, 0, 0, 0] for module, n in counts().items()}
     assert table_rows(coverage.table()) == rows
     fresh = sum(n for module, n in counts().items() if module not in from_file)
-    assert f"  {fresh} waived: PaliGemma has no action expert" in coverage.table()
+    assert f"  {fresh} fresh: PaliGemma has no action expert" in coverage.table()
 
 
 def test_paligemma_asked_for_as_a_policy_is_refused(tmp_path):
     text = refusal(write(tmp_path, paligemma(adapter.PALIGEMMAS[0])))
     assert "do not fit this model" in text
-    assert table_rows(text) == {module: [n, 0, 0, n, 0] for module, n in counts().items()}
+    rows = table_rows(text)
+    assert rows.pop("(unknown)")[4] > 0
+    assert rows == {module: [n, 0, 0, n, 0, 0] for module, n in counts().items()}
 
 
 # ── what does not fit ───────────────────────────────────────────────────────────────────────────────────────────
@@ -186,13 +200,13 @@ def test_a_missing_tensor(tmp_path, published):
     text = refusal(write(tmp_path, {name: t for name, t in published.items() if name != STATE_PROJ}))
     assert f"missing in the file: {STATE_PROJ}" in text and text.count("missing in the file:") == 1
     assert "model JSON" in text and str(tmp_path) in text
-    assert table_rows(text)["state_proj"] == [2, 1, 0, 1, 0]
+    assert table_rows(text)["state_proj"] == [2, 1, 0, 1, 0, 0]
 
 
 def test_a_missing_expert_is_not_waived_for_a_policy(tmp_path, published):
     text = refusal(write(tmp_path, {name: t for name, t in published.items() if "gemma_expert" not in name}))
     assert "missing in the file: model.paligemma_with_expert.gemma_expert.model.layers" in text
-    assert table_rows(text)["expert"] == [counts()["expert"], 0, 0, counts()["expert"], 0]
+    assert table_rows(text)["expert"] == [counts()["expert"], 0, 0, counts()["expert"], 0, 0]
     hidden = counts()["expert"] - 12
     assert f"… and {hidden} more" in text and text.count("missing in the file:") == 12
 
@@ -200,12 +214,13 @@ def test_a_missing_expert_is_not_waived_for_a_policy(tmp_path, published):
 def test_an_extra_tensor(tmp_path, published):
     text = refusal(write(tmp_path, published | {"model.adapter.lora_A": torch.zeros(3)}))
     assert "unknown to the model: model.adapter.lora_A" in text and "missing in the file" not in text
+    assert table_rows(text)["(unknown)"] == [0, 0, 0, 0, 1, 0]
 
 
 def test_a_wrong_shape(tmp_path, published):
-    text = refusal(write(tmp_path, published | {STATE_PROJ: torch.zeros(12, 7)}))
-    assert f"other shape: {STATE_PROJ}: [12, 7] in the file, [12, 32] in the model" in text
-    assert table_rows(text)["state_proj"] == [2, 1, 0, 0, 1]
+    text = refusal(write(tmp_path, published | {STATE_PROJ: torch.zeros(13, 32)}))
+    assert f"other shape: {STATE_PROJ}: [13, 32] in the file, [12, 32] in the model" in text
+    assert table_rows(text)["state_proj"] == [2, 1, 0, 0, 0, 1]
 
 
 def test_a_shape_that_would_broadcast_is_no_fit(tmp_path, published):

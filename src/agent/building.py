@@ -152,5 +152,5 @@ def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: An
 
 def _load(reference: str, key: str, match: Any, config: TrainPipelineConfig, processes: Processes, policy: Any) -> None:
     files = processes.main_first(partial(weights.find_weights, reference, key))
-    fit = partial(registry.adapter(config.model_cfg).fit, config=config.model_cfg)
+    fit = registry.adapter(config.model_cfg).fit
     log.info(weights.load_into(policy.state_dict(), files, partial(match, config=config.model_cfg), fit).table())

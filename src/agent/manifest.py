@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -111,68 +110,76 @@ def check_sizes(folder: Path) -> str | None:
     return None
 
 
-def verify(folder: Path, cancel: threading.Event | None = None) -> str | None:
+def verify(folder: Path) -> str | None:
     """None if every file of the manifest is there, unchanged; otherwise what is wrong."""
-    damage = check_sizes(folder)
-    if damage is not None:
-        return damage
-    by_size = sorted(files_of(folder).items(), key=lambda item: -item[1][0])
-    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
-        # The largest first: one file is hashed by one thread.
-        checks = [pool.submit(_check, folder, name, expected, cancel) for name, (_, expected) in by_size]
-        return next((damage for check in checks if (damage := check.result()) is not None), None)
-
-
-def _check(folder: Path, name: str, expected: str, cancel: threading.Event | None) -> str | None:
-    try:
-        if checksum(folder / name, cancel) != expected:
-            return f"{name} is damaged: its checksum does not match"
-    except OSError as error:
-        return f"{name} cannot be read: {error.strerror}"
-    return None
+    return Verification(folder).result()
 
 
 class Verification:
-    """Verifies a checkpoint in the background while it is loaded.
+    """Holds a checkpoint against its manifest while it is loaded, so that no file is read twice.
 
-    As a context manager it gives up when the block ends in an exception: the caller knows already.
+    Whoever reads a file feeds its :meth:`checksum`. What nobody has read to the end, :meth:`result` reads.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._damage: str | None = None
-        self._cancel = threading.Event()
-        self._thread = threading.Thread(target=self._verify, args=(folder,), name="verify", daemon=True)
-        self._thread.start()
+        self._folder = folder
+        self._fed: dict[str, _Digest] = {}
 
-    def _verify(self, folder: Path) -> None:
-        try:
-            self._damage = verify(folder, self._cancel)
-        except Exception as error:  # reaches the caller as damage: what could not be verified is not taken
-            self._damage = f"it could not be verified: {error!r}"
+    def checksum(self, path: Path) -> _Digest:
+        """To be fed with a file of the checkpoint from its first byte to its last."""
+        digest = self._fed[str(path.relative_to(self._folder))] = _Digest()
+        return digest
 
     def result(self) -> str | None:
-        """Waits for the end; None if the checkpoint is good, otherwise what is wrong."""
-        self._thread.join()
-        return self._damage
+        """None if the checkpoint is good, otherwise what is wrong."""
+        try:
+            return self._compare()
+        except Exception as error:  # reaches the caller as damage: what could not be verified is not taken
+            return f"it could not be verified: {error!r}"
 
-    def __enter__(self) -> Verification:
-        return self
+    def _compare(self) -> str | None:
+        damage = check_sizes(self._folder)
+        if damage is not None:
+            return damage
+        by_size = sorted(files_of(self._folder).items(), key=lambda item: -item[1][0])
+        with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+            # The largest first: one file is hashed by one thread.
+            checks = [pool.submit(self._check, name, size, expected) for name, (size, expected) in by_size]
+            return next((damage for check in checks if (damage := check.result()) is not None), None)
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._cancel.set()
-            self._thread.join()
+    def _check(self, name: str, size: int, expected: str) -> str | None:
+        fed = self._fed.get(name)
+        try:
+            found = fed.hexdigest() if fed is not None and fed.size == size else checksum(self._folder / name)
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        return None if found == expected else f"{name} is damaged: its checksum does not match"
 
 
-def checksum(path: Path, cancel: threading.Event | None = None) -> str:
+class _Digest:
+    """A checksum that knows how much it was fed."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._hash = xxhash.xxh3_128()
+
+    def update(self, block: memoryview) -> None:
+        """Takes the next bytes."""
+        self._hash.update(block)
+        self.size += len(block)
+
+    def hexdigest(self) -> str:
+        """Of all so far."""
+        return self._hash.hexdigest()
+
+
+def checksum(path: Path) -> str:
     """xxh3-128 of a file's contents."""
     digest = xxhash.xxh3_128()
     block = memoryview(bytearray(_BLOCK))
     with open(path, "rb", buffering=0) as stream:
         while size := stream.readinto(block):
             digest.update(block[:size])
-            if cancel is not None and cancel.is_set():
-                raise InterruptedError
     return digest.hexdigest()
 
 

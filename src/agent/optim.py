@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor, nn
 
@@ -106,27 +108,39 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Puts back what :func:`optimizer_tensors` gave.
+def allocate_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> dict[str, Tensor]:
+    """Makes room in the optimizer for what :func:`optimizer_tensors` gave, on each parameter's device.
+
+    Args:
+        optimizer: fresh.
+        module: the policy.
+        shapes: name of a tensor of the state → its shape and type.
+
+    Returns:
+        The tensors of the state under these names, to be filled.
 
     Raises:
         ValueError: if the tensors are not exactly those of this model's trained parameters.
     """
+    import torch
+
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    seen = {key.split("/", 1)[1] for key in tensors}
+    seen = {key.split("/", 1)[1] for key in shapes}
     if seen != set(trained):
         raise ValueError(
             f"the checkpoint's optimizer state is of other parameters: missing {sorted(set(trained) - seen)[:5]}, "
             f"extra {sorted(seen - set(trained))[:5]}; what is frozen must not change on a resume"
         )
-    holes = {f"{kind}/{name}" for kind in _STATE for name in trained} - set(tensors)
+    holes = {f"{kind}/{name}" for kind in _STATE for name in trained} - set(shapes)
     if holes:
         raise ValueError(f"the checkpoint's optimizer state is incomplete: missing {sorted(holes)[:5]}")
-    for key, value in tensors.items():
+    tensors = {}
+    for key, (shape, dtype) in shapes.items():
         kind, name = key.split("/", 1)
         parameter = trained[name]
-        if kind != "step" and value.shape != parameter.shape:
-            raise ValueError(
-                f"optimizer state {key} has shape {tuple(value.shape)}, the model has {tuple(parameter.shape)}"
-            )
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        if kind != "step" and shape != tuple(parameter.shape):
+            raise ValueError(f"optimizer state {key} has shape {shape}, the model has {tuple(parameter.shape)}")
+        tensors[key] = optimizer.state[parameter][kind] = torch.empty(shape, dtype=dtype, device=parameter.device)
+    return tensors

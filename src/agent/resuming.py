@@ -19,6 +19,7 @@ from agent.distributed import Processes
 from agent.manifest import Verification
 from agent.models import registry
 from agent.saving import restore
+from agent.tensor_reader import Checksums
 from agent.train_state import TrainState
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def resume(
 ) -> TrainState | None:
     """Loads the newest checkpoint that is what was written; None if the run has none.
 
-    Rank 0 verifies while all processes load, and its verdict counts for all. A damaged checkpoint is renamed, the one
+    Rank 0 verifies what it loads, and its verdict counts for all. A damaged checkpoint is renamed, the one
     before it is taken.
 
     Raises:
@@ -77,7 +78,7 @@ def resume(
         problem: Exception | None = None
         state: TrainState | None = None
         try:
-            state = _load(config, data, path, policy, optimizer)
+            state = _load(config, data, path, policy, optimizer, verification.checksum if verification else None)
         except Exception as error:  # damage can show in any way; what counts is the verdict on the checkpoint
             problem = error
         damage = processes.main_decides(verification.result if verification is not None else lambda: None)
@@ -102,7 +103,12 @@ def resume(
 
 
 def _load(
-    config: TrainPipelineConfig, data: Data, path: Path, policy: Any, optimizer: torch.optim.Optimizer
+    config: TrainPipelineConfig,
+    data: Data,
+    path: Path,
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    checksums: Checksums | None,
 ) -> TrainState:
     _refuse_changes(config, data, path)
     adapter = registry.adapter(config.model_cfg)
@@ -110,10 +116,11 @@ def _load(
         policy.state_dict(),
         weights.find_weights(str(path / PRETRAINED), "resume"),
         partial(adapter.from_lerobot, config=config.model_cfg),
-        partial(adapter.fit, config=config.model_cfg),
+        adapter.fit,
+        checksums,
     )
     log.info(coverage.table())
-    return restore(path, optimizer, policy)
+    return restore(path, optimizer, policy, checksums)
 
 
 def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:

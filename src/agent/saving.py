@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import optim, tensor_file
+from agent import optim, tensor_reader
 from agent.checkpoint import PRETRAINED, TRAINING
 from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
 from agent.models import registry
 from agent.replicas import check_replicas
+from agent.tensor_reader import Checksums
 from agent.train_state import Run, TrainState
 
 log = logging.getLogger(__name__)
@@ -157,8 +158,21 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     return files, write_small
 
 
-def restore(checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Any) -> TrainState:
-    """Puts the optimizer's state back and returns the counters."""
-    optim.restore_optimizer(optimizer, policy, tensor_file.read_all(checkpoint / TRAINING, _OPTIMIZER))
+def restore(
+    checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Any, checksums: Checksums | None = None
+) -> TrainState:
+    """Puts the optimizer's state back and returns the counters.
+
+    Raises:
+        ValueError: if the state is of other parameters, or a file is absent or damaged.
+    """
+    files = tensor_reader.parts(checkpoint / TRAINING, _OPTIMIZER)
+    entries = {path: tensor_reader.entries(path) for path in files}
+    state = optim.allocate_state(
+        optimizer, policy, {e.name: (e.shape, e.dtype) for some in entries.values() for e in some}
+    )
+    for path in files:
+        digest = checksums(path) if checksums is not None else None
+        tensor_reader.stream(path, {entry.name: state[entry.name] for entry in entries[path]}, digest)
     saved = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState)})

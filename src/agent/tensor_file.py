@@ -8,10 +8,8 @@ bytes. What is written here is byte for byte what the library writes.
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 import struct
 import threading
 from collections.abc import Iterator, Mapping
@@ -26,7 +24,7 @@ CHUNK = 1 << 24  # large enough for the disk, small enough to be interrupted; sy
 
 # In the library's order: the tensors of a file are sorted by type, the last of these first, then by name. The sizes
 # ascend here, so every tensor of a file is aligned to its type.
-_TYPES = {
+TYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -44,8 +42,7 @@ _TYPES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
-_BY_NAME = {name: dtype for dtype, name in _TYPES.items()}
-_RANK = {dtype: -rank for rank, dtype in enumerate(_TYPES)}
+_RANK = {dtype: -rank for rank, dtype in enumerate(TYPES)}
 _METADATA = {"format": "pt"}  # transformers insists on it
 
 
@@ -74,7 +71,7 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
         entries[name] = {
-            "dtype": _TYPES[tensor.dtype],
+            "dtype": TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -170,63 +167,3 @@ def _repeated(tensor: Tensor, size: int) -> Iterator[memoryview]:
 def _bytes(storage: torch.UntypedStorage, begin: int, end: int) -> memoryview:
     memory = torch.empty(0, dtype=torch.uint8).set_(storage, begin, (end - begin,))  # type: ignore[call-overload]
     return memoryview(memory.numpy())
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own.
-
-    Not mapped, as the library does it: a disk that cannot read a page would kill the process then.
-
-    Raises:
-        ValueError: if it is no such file, or truncated.
-        OSError: if the disk cannot read it.
-    """
-    damaged = ValueError(f"{path} cannot be read as safetensors, it is truncated or damaged")
-    tensors = {}
-    with io.FileIO(path) as raw, io.BufferedReader(raw, 1 << 20) as stream:
-        size = os.fstat(raw.fileno()).st_size
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length > size - 8:
-            raise damaged
-        try:
-            entries = json.loads(stream.read(length))
-            entries.pop("__metadata__", None)
-            parsed = sorted(
-                (*entry["data_offsets"], name, _BY_NAME[entry["dtype"]], entry["shape"])
-                for name, entry in entries.items()
-            )
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged from None
-        position = 0
-        for begin, end, name, dtype, shape in parsed:
-            tensor = torch.empty(shape, dtype=dtype)
-            memory = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-            if begin != position or end - begin != len(memory) or stream.readinto(memory) != len(memory):
-                raise damaged
-            position, tensors[name] = end, tensor
-    return tensors
-
-
-def read_all(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of ``<name>.safetensors``, or of all ``<name>-00000-of-00002.safetensors`` …
-
-    Args:
-        folder: a checkpoint.
-        name: path in there without the ending.
-
-    Raises:
-        ValueError: if there is no such file, one of several is absent, or one is damaged.
-        OSError: if the disk cannot read it.
-    """
-    single = folder / f"{name}.safetensors"
-    if single.is_file():
-        return read(single)
-    parts = sorted(single.parent.glob(f"{single.stem}-*-of-*.safetensors"))
-    counts = {int(found[1]) for path in parts if (found := re.search(r"-of-(\d+)\.safetensors$", path.name))}
-    if not parts or counts != {len(parts)}:
-        raise ValueError(f"{single} is not there, nor all of its parts: {[path.name for path in parts]}")
-    tensors: dict[str, Tensor] = {}
-    for path in parts:
-        tensors |= read(path)
-    return tensors

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from agent.tensor_reader import Checksums
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -38,33 +39,48 @@ class Match(Protocol):
     extra: list[str]
 
 
+Fit = Callable[[str, tuple[int, ...], tuple[int, ...]], "tuple[bool, str] | None"]
+"""What a model says to a tensor of another shape: (the model's name, shape in the file, shape in the model) → (True, the
+rule that allows it), and the part that both have in common is loaded and what the model has beyond it becomes zero; or
+(False, what to write instead); or None, if it knows nothing of it."""
+
+
 @dataclass
 class Coverage:
     """What became of every tensor, by the model's own names and by the file's."""
 
     source: str
     expected: dict[str, str]
+    """The model's name → the name to expect in the files."""
     loaded: list[str] = field(default_factory=list)
     fresh: dict[str, str] = field(default_factory=dict)
+    """Not in the files by a rule → the rule."""
     missing: list[str] = field(default_factory=list)
     wrong_shape: dict[str, str] = field(default_factory=dict)
+    adapted: dict[str, str] = field(default_factory=dict)
+    """Loaded in another shape → the rule."""
     waived: dict[str, str] = field(default_factory=dict)
+    """The files' names that are left behind → the rule."""
     extra: list[str] = field(default_factory=list)
+    """The files' names that nobody knows."""
 
     def table(self) -> str:
-        """One row per module of the model, then the rules that waived a tensor of the file."""
-        columns = ("expected", "loaded", "fresh", "missing", "wrong shape")
+        """One row per module of the model, one for names it does not know, then the rules and what they waived."""
+        columns = ("expected", "loaded", "waived", "missing", "extra", "wrong shape")
+        groups = (self.expected, self.loaded, self.fresh, self.missing, (), self.wrong_shape)
         rows: dict[str, list[int]] = defaultdict(lambda: [0] * len(columns))
-        groups = (self.expected, self.loaded, self.fresh, self.missing, self.wrong_shape)
         for column, names in enumerate(groups):
             for name in names:
                 rows[name.split(".")[0]][column] += 1
+        if self.extra:
+            rows["(unknown)"][columns.index("extra")] = len(self.extra)
         lines = [f"weights from {self.source}:", "  " + f"{'module':<24}" + "".join(f"{c:>13}" for c in columns)]
         lines += [f"  {module:<24}" + "".join(f"{n:>13}" for n in counts) for module, counts in rows.items()]
-        reasons: dict[str, int] = defaultdict(int)
-        for reason in [*self.waived.values(), *self.fresh.values()]:
-            reasons[reason] += 1
-        lines += [f"  {count} waived: {reason}" for reason, count in reasons.items()]
+        rules: dict[str, int] = defaultdict(int)
+        for what, reasons in (("left", self.waived), ("fresh", self.fresh), ("reshaped", self.adapted)):
+            for reason in reasons.values():
+                rules[f"{what}: {reason}"] += 1
+        lines += [f"  {count} {rule}" for rule, count in rules.items()]
         return "\n".join(lines)
 
     def check(self) -> None:
@@ -172,18 +188,23 @@ def _files_on_hub(reference: str, key: str) -> list[Path]:
 
 
 def load_into(
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     files: list[Path],
     match: Callable[[list[str]], Match],
-    fit: Callable[[str, Tensor], Tensor],
+    fit: Fit,
+    checksums: Checksums | None = None,
 ) -> Coverage:
-    """Copies tensors from safetensors files into the model, one at a time, and keeps the books.
+    """Reads safetensors files into the model's tensors, whatever their device and number type, and keeps the books.
+
+    Each file is read once, from front to back, into the memory where its tensors belong; the host holds a few megabytes
+    besides. Nothing is read before the books are in order.
 
     Args:
         tensors: the model's own name → tensor to fill.
         files: safetensors files.
         match: sorts the names in the files, see :class:`Match`.
-        fit: (the model's name, tensor of the file) → the tensor as the model takes it.
+        fit: see :data:`Fit`.
+        checksums: gives for a file the checksum to feed with its bytes.
 
     Returns:
         The coverage, already checked.
@@ -193,52 +214,73 @@ def load_into(
     """
     import torch
 
-    where = _names_in(files)
-    found = match(list(where))
-    fresh = {name: why for name in tensors if name not in found.sources and (why := _rule(name, found.layout.fresh))}
-    missing = [name for name in tensors if name not in found.sources and name not in fresh]
+    from agent import tensor_reader
+
+    coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
+    for path, sources in places.items():
+        targets, aside = {}, {}
+        for theirs, (ours, shape) in sources.items():
+            target = targets[theirs] = tensors[ours]
+            if shape[1:] != target.shape[1:] or shape[:1] < target.shape[:1]:  # not the first rows of the file's
+                targets[theirs] = aside[ours] = torch.empty(shape, dtype=target.dtype)
+        tensor_reader.stream(path, targets, checksums(path) if checksums is not None else None)
+        with torch.no_grad():
+            for ours, source in aside.items():
+                common = tuple(slice(min(sizes)) for sizes in zip(source.shape, tensors[ours].shape, strict=True))
+                tensors[ours].zero_()
+                tensors[ours][common] = source[common].to(tensors[ours].device)
+    return coverage
+
+
+Places = dict[Path, dict[str, tuple[str, tuple[int, ...]]]]
+"""File → name in it → the model's name, and the shape in the file."""
+
+
+def account(
+    shapes: Mapping[str, tuple[int, ...]], files: list[Path], match: Callable[[list[str]], Match], fit: Fit
+) -> tuple[Coverage, Places]:
+    """What becomes of every tensor, from the headers of the files alone.
+
+    Args:
+        shapes: the model's own name → shape.
+        files: safetensors files.
+        match: sorts the names in the files, see :class:`Match`.
+        fit: see :data:`Fit`.
+
+    Returns:
+        The coverage, already checked, and where to read what.
+
+    Raises:
+        ValueError: if a file is damaged, or the files and the model do not cover each other.
+    """
+    from agent import tensor_reader
+
+    listed = {entry.name: (path, entry.shape) for path in files for entry in tensor_reader.entries(path)}
+    found = match(list(listed))
+    fresh = {name: why for name in shapes if name not in found.sources and (why := _rule(name, found.layout.fresh))}
     coverage = Coverage(
         source=f"{files[0] if len(files) == 1 else files[0].parent} ({found.layout.title})",
-        expected={name: found.layout.theirs(name) or name for name in tensors},
+        expected={name: found.layout.theirs(name) or name for name in shapes},
         fresh=fresh,
-        missing=missing,
+        missing=[name for name in shapes if name not in found.sources and name not in fresh],
         waived=dict(found.waived),
         extra=list(found.extra),
     )
-    for path in files:
-        with _opened(path) as archive:
-            for ours, theirs in found.sources.items():
-                if where[theirs] != path:
-                    continue
-                source, target = fit(ours, archive.get_tensor(theirs)), tensors[ours]
-                if source.shape != target.shape:
-                    coverage.wrong_shape[ours] = f"{list(source.shape)} in the file, {list(target.shape)} in the model"
-                    continue
-                with torch.no_grad():
-                    target.copy_(source)
-                coverage.loaded.append(ours)
+    places: Places = {path: {} for path in files}
+    for ours, theirs in found.sources.items():
+        path, shape = listed[theirs]
+        if shape != shapes[ours]:
+            difference = fit(ours, shape, shapes[ours])
+            if difference is None or not difference[0]:
+                advice = f"; {difference[1]}" if difference is not None else ""
+                coverage.wrong_shape[ours] = f"{list(shape)} in the file, {list(shapes[ours])} in the model{advice}"
+                continue
+            coverage.adapted[ours] = difference[1]
+        places[path][theirs] = (ours, shape)
+        coverage.loaded.append(ours)
     coverage.check()
-    return coverage
+    return coverage, places
 
 
 def _rule(name: str, rules: list[tuple[str, str]]) -> str | None:
     return next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
-
-
-def _names_in(files: list[Path]) -> dict[str, Path]:
-    names = {}
-    for path in files:
-        with _opened(path) as archive:
-            names.update(dict.fromkeys(archive.keys(), path))
-    return names
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as archive:
-            yield archive
-    except SafetensorError as error:
-        raise ValueError(f"{path} cannot be read as safetensors, it is truncated or damaged: {error}") from None

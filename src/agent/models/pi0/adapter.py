@@ -45,6 +45,10 @@ EMBEDDING = "language.embedding.weight"
 WAIVED = [
     (r"(.*\.)?gemma_expert\.lm_head\.weight", "the expert's language head is never used"),
     (r"(.*\.)?lm_head\.weight", "the language head is tied to the token embedding"),
+    (
+        r"(normalize_inputs|normalize_targets|unnormalize_outputs)\..*",
+        "statistics of the data it was made with; used with `data.statistics: checkpoint` only",
+    ),
 ]
 # What PaliGemma does not bring, and why.
 FRESH = [
@@ -80,11 +84,11 @@ def _policy(title: str, prefix: str, paligemma: list[tuple[str, str]]) -> Layout
     return Layout(title, [(ours, prefix + theirs) for ours, theirs in inner + SMALL_PARTS])
 
 
-LEROBOT = _policy("LeRobot 0.6", "model.", PALIGEMMA_PARTS)
+LEROBOT = _policy("LeRobot 0.4 to 0.6, and this project's own", "model.", PALIGEMMA_PARTS)
 POLICIES = [
     LEROBOT,
-    _policy("openpi", "", PALIGEMMA_PARTS),
-    _policy("older LeRobot", "model.", OLD_PALIGEMMA_PARTS),
+    _policy("openpi's PyTorch export", "", PALIGEMMA_PARTS),
+    _policy("LeRobot v1, of 2025", "model.", OLD_PALIGEMMA_PARTS),
 ]
 PALIGEMMAS = [
     Layout("PaliGemma", PALIGEMMA_PARTS, FRESH),
@@ -123,7 +127,7 @@ def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Mat
             extra.append(name)
     # safetensors stores tied tensors once, and openpi's files keep the head. Where a file has both, the embedding
     # counts: LeRobot unties them and trains the embedding alone.
-    head = next((name for name in waived if "gemma_expert" not in name), None)
+    head = next((name for name in waived if name.endswith("lm_head.weight") and "gemma_expert" not in name), None)
     if EMBEDDING not in sources and head is not None:
         sources[EMBEDDING] = head
         del waived[head]
@@ -140,13 +144,35 @@ def from_paligemma(names: Iterable[str], config: PI0Config) -> Match:
     return match(names, PALIGEMMAS, config)
 
 
-def fit(name: str, tensor: Tensor, config: PI0Config) -> Tensor:
-    """A foreign tensor as our tensor ``name`` takes it; whether the shape is right is the caller's to check."""
-    if name == EMBEDDING:
-        # Hugging Face appended rows to PaliGemma's vocabulary (the image placeholder and padding); π0 has no use
-        # for them.
-        return tensor[: config.language.vocab_size]
-    return tensor
+# The projections between the robot's padded vectors and the model: name → the config key of the padded size, and the
+# dimension of the tensor that has it.
+_PADDED = {
+    "state_proj.weight": ("max_state_dim", 1),
+    "action_in_proj.weight": ("max_action_dim", 1),
+    "action_out_proj.weight": ("max_action_dim", 0),
+    "action_out_proj.bias": ("max_action_dim", 0),
+}
+
+
+def fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> tuple[bool, str] | None:
+    """What is to be said of our tensor ``name`` if it has shape ``theirs`` in a file and ``ours`` in the model.
+
+    Returns:
+        Whether to load the part that both have in common, and by which rule or what to write instead; None for a shape
+        that is simply wrong.
+    """
+    if name == EMBEDDING and theirs[1:] == ours[1:] and theirs[0] > ours[0]:
+        # The image placeholder and padding, which π0 has no use for.
+        return (True, "rows that Hugging Face appended to the vocabulary are left behind")
+    if name in _PADDED:
+        key, dim = _PADDED[name]
+        if theirs[:dim] + theirs[dim + 1 :] != ours[:dim] + ours[dim + 1 :]:
+            return None
+        if theirs[dim] > ours[dim]:
+            return (False, f"write {key}: {theirs[dim]}, the dimensions that a robot lacks are padded with zeros")
+        # Zero columns do not see what is in the new dimensions and zero rows predict no motion there: the same function.
+        return (True, f"{key} is {theirs[dim]} in the file: the weights of the added dimensions are zero")
+    return None
 
 
 def shapes(config: PI0Config) -> dict[str, tuple[int, ...]]:
