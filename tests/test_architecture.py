@@ -65,8 +65,8 @@ MAY_IMPORT = {
     "models.flow_matching": [],
     "models.registry": ["models.*"],
     "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file"],
-    "weights": ["tensor_reader"],
-    **{name: [] for name in ("config_check", "distributed", "history", "optim", "watchdog", *LEAVES)},
+    "weights": ["hub", "tensor_reader"],
+    **{name: [] for name in ("config_check", "distributed", "history", "hub", "optim", "watchdog", *LEAVES)},
     "run_folder": ["history"],
 }
 

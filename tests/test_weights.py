@@ -320,7 +320,7 @@ def on_hub(reference: str, home: Path) -> str:
 def test_a_hub_id_without_network(tmp_path):
     text = on_hub("someone/some_policy@v2", tmp_path)
     assert text.startswith(f"refused {KEY}: cannot get 'someone/some_policy@v2' from the hub: ")
-    assert "`hf download someone/some_policy`" in text and "`hf auth login`" in text
+    assert "`hf download someone/some_policy --revision v2`" in text and "`hf auth login`" in text
     assert "Traceback" not in text
 
 

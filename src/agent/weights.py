@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from agent import hub
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -109,6 +111,7 @@ def find_weights(reference: str, key: str) -> list[Path]:
 
     Raises:
         ValueError: if there is nothing there; never an empty list.
+        HubTrouble: if the hub may have it another time.
     """
     path = Path(reference).expanduser()
     if path.suffix in _PICKLES and path.exists():
@@ -131,15 +134,12 @@ def find_weights(reference: str, key: str) -> list[Path]:
         raise ValueError(
             f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json{hint}"
         )
-    if (
-        path.is_absolute()
-        or reference.startswith((".", "~"))
-        or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", reference)
-    ):
+    repository = None if path.is_absolute() or reference.startswith((".", "~")) else hub.parse(reference)
+    if repository is None:
         raise ValueError(
             f"{key}: there is no file or folder {reference}, and it does not look like a hub id (owner/name)"
         )
-    return _files_on_hub(reference, key)
+    return _files_on_hub(repository, key)
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
@@ -161,28 +161,14 @@ def _files_in(folder: Path, key: str) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def _files_on_hub(reference: str, key: str) -> list[Path]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    name, _, revision = reference.partition("@")
-    patterns = ["*.safetensors", "*.safetensors.index.json", "config.json"]
-    try:
-        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, etag_timeout=10))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code >= 500:
-            raise RuntimeError(f"{key}: the hub does not answer for '{reference}': {error}") from None  # it may, later
-        raise ValueError(
-            f"{key}: cannot get '{reference}' from the hub: {str(error).splitlines()[0]}\nIf it is a folder, it does not "
-            f"exist here. If it is gated, accept its licence on its page and run `hf auth login`. Without internet, run "
-            f"`hf download {name}` on a machine that has it, with the same HF_HOME, or name a local folder."
-        ) from None
+def _files_on_hub(repository: hub.Repository, key: str) -> list[Path]:
+    folder = hub.snapshot(repository, key, ["*.safetensors", "*.safetensors.index.json", "config.json"])
     files = _files_in(folder, key)
     if not files:
         # Without internet this is what the cache has, which can be less than the hub.
         raise ValueError(
-            f"{key}: '{reference}' holds no model.safetensors, as far as it was downloaded to {folder}; if the hub has "
-            f"one, run `hf download {name}` on a machine with internet and the same HF_HOME"
+            f"{key}: '{repository}' holds no model.safetensors, as far as it was downloaded to {folder}; if the hub has "
+            f"one, run {repository.command} on a machine with internet and the same HF_HOME"
         )
     return files
 
