@@ -56,6 +56,18 @@ MAY_IMPORT = {
         for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file", "tensor_reader")
     },
     "metrics": ["distributed"],
+    "export_source": [
+        "data.episodes",
+        "data.files",
+        "manifest",
+        "model_card",
+        "models.base",
+        "models.registry",
+        "tensor_reader",
+        "weights",
+    ],
+    "exported_weights": ["tensor_file"],
+    **{name: [] for name in ("model_card", "publishing")},
     "evaluate": ["batch", "distributed"],
     "data.mixture": [],
     "data.normalization": [],

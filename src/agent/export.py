@@ -1,0 +1,209 @@
+"""Takes weights elsewhere: ``uv run python -m agent.export --checkpoint DIR --to FORMAT --out DIR``.
+
+``--checkpoint`` is a run folder (its newest checkpoint is taken), a checkpoint, or its ``pretrained_model``::
+
+    uv run python -m agent.export --checkpoint runs/pi0_finetune_bridge --to lerobot --out pi0_bridge
+    uv run python -m agent.export --checkpoint runs/pi0_finetune_bridge --to openpi --out pi0_bridge --save_dtype bfloat16
+    uv run python -m agent.export --checkpoint runs/pi0_finetune_bridge --to lerobot --out pi0_bridge --push_to_hub you/pi0_bridge
+
+Each export has a model card, ``README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.export_source import (
+    PREPROCESSOR,
+    Source,
+    bases,
+    datasets_of,
+    open_checkpoint,
+    prevailing_dtype,
+    read_json,
+    statistics_of,
+    trained_on,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from agent.models.pi0.exporting import Contents
+
+_FORMATS = ("lerobot", "lerobot_v1", "openpi")
+
+
+def export(options: argparse.Namespace) -> None:
+    """Writes the export, and uploads it where that is asked for.
+
+    Raises:
+        ValueError: for everything that the user has to put right.
+        OSError: if a file cannot be written.
+    """
+    import torch
+
+    from agent import publishing
+
+    out = Path(options.out).expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists and is not an empty folder; name another, nothing is overwritten")
+    source = open_checkpoint(options.checkpoint)
+    cast = getattr(torch, options.save_dtype) if options.save_dtype else None
+    dtype = cast or prevailing_dtype(source.files)
+    contents = _contents(options.to, source, dtype)
+    small = _small_files(options, source, contents)
+    if options.push_to_hub:
+        publishing.prepare(options.push_to_hub, options.private)
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        size = _write_weights(temporary / "model.safetensors", source, contents, cast)
+        for name, content in small.items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            (temporary / name).write_bytes(content)
+        _write_card(temporary, options, source, contents, dtype)
+        os.replace(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for note in contents.notes:
+        print(f"note: {note}")
+    print(f"{out}: {options.to}, {len(contents.names)} tensors, {size / 1e9:.3g} GB")
+    if options.push_to_hub:
+        print(publishing.upload(options.push_to_hub, out, f"{source.name}, format {options.to}"))
+
+
+def _contents(target: str, source: Source, dtype: torch.dtype) -> Contents:
+    from agent.models.pi0 import exporting
+
+    datasets = [entry["repo_id"] for entry in datasets_of(source.training)]
+    asset = datasets[0] if len(datasets) == 1 and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", datasets[0]) else source.name
+    return exporting.contents(target, source.config, source.written, statistics_of(source.pretrained), dtype, asset)
+
+
+def _small_files(options: argparse.Namespace, source: Source, contents: Contents) -> dict[str, bytes]:
+    """File → contents of all but the weights and the card."""
+    from agent.model_card import is_hub_id
+
+    documents = dict(contents.documents)
+    files: dict[str, bytes] = {}
+    if options.to == "lerobot":
+        documents["config.json"] = dict(documents["config.json"])
+        if not is_hub_id(documents["config.json"].get("pretrained_path") or ""):
+            documents["config.json"]["pretrained_path"] = None  # a folder of this machine
+        for path in sorted(source.pretrained.glob("policy_*")):
+            files[path.name] = path.read_bytes()
+        if PREPROCESSOR in files:
+            documents[PREPROCESSOR] = _with_tokenizer(options, source)
+        else:
+            contents.notes.append("the checkpoint has no processors, so LeRobot cannot normalise for it")
+    elif options.tokenizer:
+        raise ValueError(f"--tokenizer: {options.to} stores no tokenizer's name; leave it out")
+    return files | {name: (json.dumps(entry, indent=2) + "\n").encode() for name, entry in documents.items()}
+
+
+def _with_tokenizer(options: argparse.Namespace, source: Source) -> dict[str, Any]:
+    """The preprocessor with the tokenizer that ``--tokenizer`` names, or its own."""
+    content = read_json(source.pretrained / PREPROCESSOR)
+    for step in content.get("steps", []):
+        if step.get("registry_name") == "tokenizer_processor":
+            name = step["config"]["tokenizer_name"] = options.tokenizer or step["config"]["tokenizer_name"]
+            if options.push_to_hub and Path(name).expanduser().is_absolute():
+                raise ValueError(
+                    f"--push_to_hub: the preprocessor takes the tokenizer from {name}, which others do not have; name it "
+                    "by its place on the hub: --tokenizer google/paligemma-3b-pt-224"
+                )
+    return content
+
+
+def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.dtype | None) -> int:
+    """Writes ``model.safetensors``; returns its size.
+
+    Raises:
+        ValueError: if the checkpoint's tensors are not those of its config.
+    """
+    from agent import exported_weights
+    from agent.models.pi0 import adapter, exporting
+    from agent.weights import account
+
+    match: Any = partial(adapter.from_lerobot, config=source.config)
+    coverage, places = account(adapter.shapes(source.config), source.files, match, adapter.fit)
+    if coverage.adapted:
+        first = next(iter(coverage.adapted))
+        raise ValueError(
+            f"{coverage.source}: {coverage.expected[first]} is not of the shape that config.json says; correct config.json"
+        )
+    places_of = {ours: (file, theirs) for file, found in places.items() for theirs, (ours, _) in found.items()}
+    with exported_weights.Archives(source.files) as archives:
+        tensors: dict[str, Callable[[], Tensor]] = {
+            name: partial(archives.tensor, *places_of[ours])
+            if ours is not None
+            else partial(exporting.zero_head, source.config)
+            for name, ours in contents.names.items()
+        }
+        fixed = {
+            name: exporting.zero_head(source.config).dtype for name, ours in contents.names.items() if ours is None
+        }
+        for name, tensor in contents.statistics.items():
+            tensors[name], fixed[name] = tensor.clone, tensor.dtype
+        return exported_weights.write(path, tensors, fixed, cast)
+
+
+def _write_card(
+    folder: Path, options: argparse.Namespace, source: Source, contents: Contents, dtype: torch.dtype
+) -> None:
+    from agent import model_card
+
+    location = options.push_to_hub or Path(options.out).expanduser().resolve().name
+    facts = model_card.Facts(
+        name=options.push_to_hub.split("/")[1] if options.push_to_hub else source.name,
+        target=options.to,
+        location=location,
+        model=source.written,
+        dtype=str(dtype).removeprefix("torch."),
+        step=source.step,
+        training=source.training,
+        data=[trained_on(entry, source.training, contents.notes) for entry in datasets_of(source.training)],
+        validation=model_card.last_validation(source.run / "metrics.jsonl", source.step) if source.run else {},
+        bases=bases(source),
+        notes=contents.notes,
+    )
+    model_card.write(folder, facts)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for what the user has to put right, 1 for a file that cannot be written."""
+    parser = argparse.ArgumentParser(prog="python -m agent.export", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="run folder, checkpoint or pretrained_model")
+    parser.add_argument("--to", required=True, choices=_FORMATS, help="LeRobot 0.6, LeRobot before 0.4, or openpi")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, not there or empty")
+    parser.add_argument("--save_dtype", choices=["float32", "bfloat16"], help="of the weights; default: as they are")
+    parser.add_argument("--tokenizer", metavar="NAME", help="for lerobot: name of the tokenizer, if not the one in use")
+    parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it as well")
+    parser.add_argument("--private", action="store_true", help="the model on the hub is private if it is created")
+    options = parser.parse_args(arguments)
+    try:
+        if options.private and not options.push_to_hub:
+            raise ValueError("--private: nothing is uploaded without --push_to_hub OWNER/NAME")
+        export(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

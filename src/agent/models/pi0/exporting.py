@@ -1,0 +1,215 @@
+"""π0 as other programs store it: the names of its tensors, and what stands beside them.
+
+``lerobot``     LeRobot 0.6.1, which is also how checkpoints are written here
+``lerobot_v1``  LeRobot before 0.4 (2025): other names, statistics among the weights, a config.json of its own keys
+``openpi``      openpi's PyTorch port: 0.6's names without ``model.``, statistics in ``assets/``
+
+What a program would do differently without a word is refused; sizes that it does not know, it refuses by itself, and
+a note says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from agent.models.pi0 import adapter
+from agent.models.pi0.configuration import ACTION, GEMMA, STATE, VISION, PI0Config
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Statistics = dict[str, dict[str, np.ndarray]]
+
+# Format → their name of the token embedding, by which the layout is found.
+_EMBEDDINGS = {
+    "lerobot": "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight",
+    "lerobot_v1": "model.paligemma_with_expert.paligemma.language_model.model.embed_tokens.weight",
+    "openpi": "paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight",
+}
+_HEADS = {
+    "lerobot": "model.paligemma_with_expert.paligemma.lm_head.weight",
+    "lerobot_v1": "model.paligemma_with_expert.paligemma.language_model.lm_head.weight",
+    "openpi": "paligemma_with_expert.paligemma.lm_head.weight",
+}
+# What the normalisation of each mode reads.
+_V1_STATISTICS = {"IDENTITY": (), "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max")}
+_OPENPI_STATISTICS = ("mean", "std", "q01", "q99")
+_PERIODS = (4e-3, 4.0)  # fixed in LeRobot v1 and openpi
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an export consists of, the weights' values and the model card aside."""
+
+    names: dict[str, str | None]
+    """Each tensor's name in ``model.safetensors`` → ours, or None for the expert's head, which is zero."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Further tensors of that file."""
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """File → JSON."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, a sentence each."""
+
+
+def contents(
+    target: str,
+    config: PI0Config,
+    written: dict[str, Any],
+    statistics: Statistics | None,
+    dtype: torch.dtype,
+    asset: str,
+) -> Contents:
+    """What an export of a checkpoint consists of.
+
+    Args:
+        target: ``lerobot``, ``lerobot_v1`` or ``openpi``.
+        config: of the checkpoint.
+        written: its config.json.
+        statistics: feature → statistic → (dims,); None if the checkpoint has none.
+        dtype: of the exported weights.
+        asset: name of the statistics in openpi, by its habit the data set's.
+
+    Raises:
+        ValueError: if the other program would compute something else, or statistics are needed and not there.
+    """
+    names = tensor_names(target, config)
+    if target == "lerobot":
+        return Contents(names, documents={"config.json": written}, notes=_size_notes(target, config))
+    _check_periods(target, config)
+    modes = {name: config.normalization_mapping.get(name, "IDENTITY") for name in ("STATE", "ACTION")}
+    if statistics is None:
+        raise ValueError(
+            f"{target} stores the statistics of state and actions, and this checkpoint has no "
+            "policy_preprocessor.json with a normalizer_processor; export a checkpoint that has its processors"
+        )
+    if target == "lerobot_v1":
+        buffers = _v1_buffers(modes, statistics)
+        return Contents(names, buffers, {"config.json": _v1_config(config, written)}, _size_notes(target, config))
+    documents = {
+        "config.json": _openpi_config(config, dtype),
+        f"assets/{asset}/norm_stats.json": _openpi_statistics(modes, statistics),
+    }
+    notes = _size_notes(target, config)
+    if modes["STATE"] == "QUANTILES":
+        notes.append("it was trained with quantiles: set use_quantile_norm=True in openpi's data config")
+    return Contents(names, documents=documents, notes=notes)
+
+
+def tensor_names(target: str, config: PI0Config) -> dict[str, str | None]:
+    """Every tensor's name in a format → ours; None for the expert's language head, which nothing reads."""
+    layout = next(layout for layout in adapter.POLICIES if layout.theirs(adapter.EMBEDDING) == _EMBEDDINGS[target])
+    names: dict[str, str | None] = {}
+    for ours in adapter.shapes(config):
+        theirs = layout.theirs(ours)
+        assert theirs is not None, f"{ours} has no name in {target}"
+        names[theirs] = ours
+    # LeRobot's strict loading wants the tied embedding under both names. openpi's is safetensors' load_model, which
+    # refuses the second name of a tied tensor; openpi itself writes the head.
+    names[_HEADS[target]] = adapter.EMBEDDING
+    if target == "openpi":
+        del names[_EMBEDDINGS[target]]
+    prefix = _EMBEDDINGS[target].partition("paligemma_with_expert.")[0]
+    names[f"{prefix}paligemma_with_expert.gemma_expert.lm_head.weight"] = None
+    return names
+
+
+def zero_head(config: PI0Config) -> Tensor:
+    """The expert's language head: one zero expanded, in a small type, since it is stored in full."""
+    return torch.zeros((), dtype=torch.bfloat16).expand(config.expert.vocab_size, config.expert.width)
+
+
+def _check_periods(target: str, config: PI0Config) -> None:
+    if (config.min_period, config.max_period) != _PERIODS:
+        raise ValueError(
+            f"config.json: min_period {config.min_period} and max_period {config.max_period} are {_PERIODS[0]} and "
+            f"{_PERIODS[1]} in {target}, which has no key for them: it would act differently. Export to lerobot"
+        )
+
+
+def _size_notes(target: str, config: PI0Config) -> list[str]:
+    """One line if the program that reads the format does not know these sizes."""
+    sizes = (config.language, config.expert, config.vision)
+    dims = (config.max_state_dim, config.max_action_dim)
+    # LeRobot has a name for gemma_300m, but fixes the width of the projector to that of gemma_2b.
+    known = sizes == (GEMMA["gemma_2b"], GEMMA["gemma_300m"], VISION["so400m"])
+    if target != "lerobot":
+        known = known and tuple(config.image_resolution) == (224, 224)
+    if target == "openpi":
+        known = known and dims == (32, 32)
+    return [] if known else [f"the model's sizes are not the published π0's: {target} will refuse it"]
+
+
+def _v1_buffers(modes: dict[str, str], statistics: Statistics) -> dict[str, Tensor]:
+    """The statistics under the names of LeRobot v1's normalisation modules; none for IDENTITY."""
+    places = {"STATE": (STATE, ("normalize_inputs",)), "ACTION": (ACTION, ("normalize_targets", "unnormalize_outputs"))}
+    buffers = {}
+    for kind, (feature, modules) in places.items():
+        if modes[kind] not in _V1_STATISTICS:
+            raise ValueError(
+                f"config.json: normalization_mapping.{kind} is {modes[kind]}, which LeRobot v1 does not know (it has "
+                f"{', '.join(_V1_STATISTICS)}); export to lerobot"
+            )
+        for module in modules:
+            for name in _V1_STATISTICS[modes[kind]]:
+                key = f"{module}.buffer_{feature.replace('.', '_')}.{name}"
+                buffers[key] = torch.from_numpy(_statistic(statistics, feature, name).astype("float32"))
+    return buffers
+
+
+def _statistic(statistics: Statistics, feature: str, name: str) -> np.ndarray:
+    try:
+        return statistics[feature][name]
+    except KeyError:
+        raise ValueError(f"the checkpoint's statistics have no {feature}.{name}, which this format stores") from None
+
+
+def _v1_config(config: PI0Config, written: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the keys of LeRobot v1, which refuses any other."""
+    same = (
+        "type n_obs_steps normalization_mapping input_features output_features chunk_size n_action_steps "
+        "max_state_dim max_action_dim empty_cameras tokenizer_max_length freeze_vision_encoder train_expert_only "
+        "optimizer_lr optimizer_betas optimizer_eps optimizer_weight_decay "
+        "scheduler_warmup_steps scheduler_decay_steps scheduler_decay_lr"
+    ).split()
+    known = config.to_lerobot() | written
+    return {key: known[key] for key in same} | {
+        "resize_imgs_with_padding": list(config.image_resolution),
+        "adapt_to_pi_aloha": False,
+        "use_delta_joint_actions_aloha": False,
+        "proj_width": config.expert.width,
+        "num_steps": config.num_inference_steps,
+        "use_cache": True,
+        "attention_implementation": "eager",
+        "train_state_proj": True,
+    }
+
+
+def _openpi_config(config: PI0Config, dtype: torch.dtype) -> dict[str, Any]:
+    """What openpi's conversion writes for reference; openpi itself takes the sizes from its training config."""
+    written = config.to_lerobot()
+    return {
+        "action_dim": config.max_action_dim,
+        "action_horizon": config.chunk_size,
+        "paligemma_variant": written["paligemma_variant"],
+        "action_expert_variant": written["action_expert_variant"],
+        "precision": str(dtype).removeprefix("torch."),
+    }
+
+
+def _openpi_statistics(modes: dict[str, str], statistics: Statistics) -> dict[str, Any]:
+    """``norm_stats.json``."""
+    if set(modes.values()) not in ({"MEAN_STD"}, {"QUANTILES"}):
+        raise ValueError(
+            f"config.json: normalization_mapping is {modes['STATE']} for STATE and {modes['ACTION']} for ACTION; openpi "
+            "knows MEAN_STD for both or QUANTILES for both; export to lerobot"
+        )
+    places = {"state": STATE, "actions": ACTION}
+    values = {
+        theirs: {name: _statistic(statistics, feature, name).tolist() for name in _OPENPI_STATISTICS}
+        for theirs, feature in places.items()
+    }
+    return {"norm_stats": values}
