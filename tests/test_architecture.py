@@ -49,7 +49,8 @@ MAY_IMPORT = {
     },
     "replicas": ["distributed", "optim"],
     "configuration_pipeline": ["strict_config", "data.*", "metrics", "models.base", "models.registry", "optim"],
-    "strict_config": ["config_check"],  # the two were one file
+    "strict_config": ["config_check", "models.base"],  # the first two were one file
+    "config_check": ["older_keys"],
     "parallelize": ["distributed"],
     **{
         part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "tensor_file"]
@@ -78,7 +79,7 @@ MAY_IMPORT = {
     "models.registry": ["models.*"],
     "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file"],
     "weights": ["hub", "tensor_reader"],
-    **{name: [] for name in ("config_check", "distributed", "history", "hub", "optim", "watchdog", *LEAVES)},
+    **{name: [] for name in ("older_keys", "distributed", "history", "hub", "optim", "watchdog", *LEAVES)},
     "run_folder": ["history"],
 }
 

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 
 import draccus
 
+from agent import older_keys
+
 UNKNOWN = "unknown key"
+MISSING = "missing; it has no default"
 
 
 class Mistake(NamedTuple):
@@ -93,7 +96,7 @@ def _check_dataclass(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mista
     for field in fields:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and field.name not in value:
-            mistakes.append(Mistake((*path, field.name), "missing; it has no default"))
+            mistakes.append(Mistake((*path, field.name), MISSING))
     return mistakes
 
 
@@ -138,9 +141,13 @@ def _is_word(value: Any) -> bool:
 
 
 def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
-    """``key: what is wrong``, with the nearest valid key for an unknown one."""
+    """``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
+    key, value = mistake.key, _value_at(tree, mistake.path)
+    if mistake.text == UNKNOWN and (instead := older_keys.instead(key, value)) is not None:
+        return f"{key}: a key of older configs; {instead}"
     if mistake.text != UNKNOWN:
-        return f"{mistake.key}: {mistake.text}"
+        instead = older_keys.MISSING.get(key) if mistake.text == MISSING else older_keys.instead_of_value(key, value)
+        return f"{key}: {mistake.text}" + (f"; {instead}" if instead else "")
     *parents, last = mistake.path
     valid = list(_valid_keys(kind, tree))
     siblings = [key[-1] for key in valid if key[:-1] == tuple(parents)]
@@ -149,9 +156,16 @@ def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
     near = near or [list(key) for key in valid if key[-1] == last][:2]
     near = near or [[*parents, name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
     meant = "' or '".join(".".join(key) for key in near)
-    return f"{mistake.key}: {UNKNOWN}; " + (
-        f"did you mean '{meant}'?" if near else f"valid keys: {', '.join(siblings)}"
-    )
+    return f"{key}: {UNKNOWN}; " + (f"did you mean '{meant}'?" if near else f"valid keys: {', '.join(siblings)}")
+
+
+def _value_at(tree: Any, path: tuple[str, ...]) -> Any:
+    for part in path:
+        if isinstance(tree, dict):
+            tree = tree.get(part)
+        else:
+            tree = tree[int(part)] if isinstance(tree, list) else None
+    return tree
 
 
 def _valid_keys(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

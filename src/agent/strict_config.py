@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,8 @@ import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 from draccus.utils import DecodingError, ParsingError
 
-from agent.config_check import Mistake, check_tree, explain
+from agent.config_check import UNKNOWN, Mistake, check_tree, explain
+from agent.models.base import ModelConfig, Reading
 
 ConfigClass = TypeVar("ConfigClass")
 
@@ -125,6 +127,9 @@ def _read_json(text: str, path: Path) -> Any:
 
 def _similar_file(path: Path) -> str:
     folder = path.parent
+    if not folder.is_dir() and folder.parent.is_dir():  # `models` for `model`
+        folders = [p.name for p in folder.parent.iterdir() if p.is_dir()]
+        folder = folder.with_name((difflib.get_close_matches(folder.name, folders, n=1) or [folder.name])[0])
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {folder / near[0]}?" if near else ""
@@ -272,11 +277,51 @@ def _locate(text: str, sources: dict[tuple[str, ...], str]) -> str:
     return f"{where}{'.'.join(path)}{text[len(name) :]}"
 
 
+# ── model configs of older vintages ─────────────────────────────────────────────────────────────────────────────
+
+
+def _model_class(config_class: type, tree: dict[str, Any], key: str) -> type[ModelConfig] | None:
+    """The class that a key's ``type`` chooses; None for a key that holds no model, or one that the check refuses."""
+    kind, value = typing.get_type_hints(config_class).get(key), tree.get(key)
+    if not (isinstance(kind, type) and issubclass(kind, ModelConfig) and isinstance(value, dict)):
+        return None
+    return kind.get_known_choices().get(str(value.get("type")))
+
+
+def _twin(config_class: type, tree: dict[str, Any], path: tuple[str, ...]) -> tuple[str, str] | None:
+    """The way to the key of another vintage that means the same as the one at ``path``, if there is such a name."""
+    model = _model_class(config_class, tree, path[0])
+    if model is None or len(path) == 1:
+        return None
+    other = model.older_names | {new: old for old, new in model.older_names.items()}
+    return (path[0], other[path[1]]) if path[1] in other else None
+
+
+def _read_models(config_class: type, tree: dict[str, Any]) -> dict[str, Reading]:
+    """Puts every model config under today's keys, in place; key of the model → its reading."""
+    readings = {}
+    for key in tree:
+        if (model := _model_class(config_class, tree, key)) is not None:
+            readings[key] = model.read(tree[key])
+    tree |= {key: reading.values for key, reading in readings.items()}
+    return readings
+
+
+def _follow_renaming(sources: dict[tuple[str, ...], str], key: str, names: dict[str, str]) -> None:
+    """Gives today's keys of a model the places of the older ones that they were read from."""
+    for old, new in names.items():
+        if (key, old) in sources:
+            for known in [path for path in sources if path[:2] == (key, new)]:
+                del sources[known]
+            for path in [path for path in sources if path[:2] == (key, old)]:
+                sources[key, new, *path[2:]] = f"{sources[path]}{old} → "
+
+
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> ConfigClass:
-    """The config object.
+    """The config object. What there is to say about a model config of an older vintage is in its ``notes``.
 
     Raises:
         ConfigError: with every mistake, each with file, key and what to write instead.
@@ -290,25 +335,50 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> C
         raise ConfigError(
             f"{path} is a model config; --config_path takes a training config, which includes a model config"
         )
-    overrides = [apply_override(tree, key, value) for key, value in parse_overrides(arguments).items()]
-    mistakes: list[Mistake] = []
-    tree = expand_variables(tree, mistakes)
-    mistakes += check_tree(tree, config_class)
+    overrides, replaced = [], []
+    for key, value in parse_overrides(arguments).items():
+        overrides.append(apply_override(tree, key, value))
+        if (twin := _twin(config_class, tree, overrides[-1])) is not None:  # the command line wins
+            tree[twin[0]].pop(twin[1], None)
+            replaced.append(twin)
+    tree, mistakes, readings = _check(config_class, tree)
     text = ""
     if not mistakes:
         try:
-            return draccus.decode(config_class, tree)
+            config = draccus.decode(config_class, tree)
         except (DecodingError, ParsingError, ValueError) as error:
             # draccus wraps what a config class raised; the innermost message is the one written for the user.
             cause: BaseException = error
             while cause.__cause__ is not None:
                 cause = cause.__cause__
             text = str(cause)
+        else:
+            for key, reading in readings.items():
+                getattr(config, key).notes = tuple(f"{key}.{note}" for note in reading.notes)
+            return config
     sources = _file_sources(path)
+    for twin in replaced:
+        sources = {known: where for known, where in sources.items() if known[:2] != twin}
     for override in overrides:
         _add_override(sources, override)
+    for key in readings:
+        model = _model_class(config_class, tree, key)
+        _follow_renaming(sources, key, model.older_names if model is not None else {})
     lines = [_where(mistake.path, sources) + explain(mistake, config_class, tree) for mistake in mistakes]
     raise cannot_use(path, lines or [_locate(text, sources)])
+
+
+def _check(config_class: type, tree: dict[str, Any]) -> tuple[dict[str, Any], list[Mistake], dict[str, Reading]]:
+    """The tree with variables filled in and models under today's keys; every mistake in it; the models' readings."""
+    unset: list[Mistake] = []
+    tree = expand_variables(tree, unset)
+    readings = _read_models(config_class, tree)
+    mistakes = [Mistake((key, name), text) for key, reading in readings.items() for name, text in reading.mistakes]
+    mistakes += check_tree(tree, config_class)
+    unknown = {mistake.path for mistake in mistakes if mistake.text == UNKNOWN}
+    # What is wrong within a key that has to go anyway would only distract.
+    unset = [mistake for mistake in unset if not unknown & {mistake.path[:n] for n in range(len(mistake.path) + 1)}]
+    return tree, unset + mistakes, readings
 
 
 def cannot_use(path: Path, mistakes: list[str]) -> ConfigError:

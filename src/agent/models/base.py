@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import draccus
 
@@ -16,8 +16,31 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Reading:
+    """A model JSON of any vintage, in today's keys."""
+
+    values: dict[str, Any]
+    """Today's key → value, ready to be checked and decoded."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the log, each beginning with the key of the file that it is about."""
+    mistakes: list[tuple[str, str]] = field(default_factory=list)
+    """Key of the file → why its value cannot be used, and what to write instead."""
+
+
+@dataclass
 class ModelConfig(draccus.ChoiceRegistry):
     """Base of every model JSON; ``"type"`` chooses the subclass. Importing one must not import torch."""
+
+    older_names: ClassVar[dict[str, str]] = {}
+    """Name of a key in older files → its name today."""
+
+    # Of an older file's reading, for the log. Without an annotation it is no field: no key, and never saved.
+    notes = cast("tuple[str, ...]", ())
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Reading:
+        """The values of a file of any vintage under today's keys; a class that knows older ones overrides this."""
+        return Reading(values)
 
     @property
     def type(self) -> str:

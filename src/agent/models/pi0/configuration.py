@@ -1,10 +1,14 @@
 """Every field of π0's model JSON. Imports no torch: a configuration error must show within a second."""
 
+import logging
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
-from agent.models.base import ModelConfig
+from agent.models.base import ModelConfig, Reading
+from agent.models.pi0 import vintages
+
+log = logging.getLogger(__name__)
 
 STATE, ACTION = "observation.state", "action"
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -77,6 +81,8 @@ def resolve(key: str, value: Any, known: dict[str, Any]) -> Any:
 @dataclass
 class PI0Config(ModelConfig):
     """π0 (https://arxiv.org/abs/2410.24164). Fields and defaults are LeRobot 0.6.1's unless the text says more."""
+
+    older_names: ClassVar[dict[str, str]] = vintages.RENAMED
 
     paligemma_variant: GemmaVariant | str = "gemma_2b"
     """Sizes of the language model: "gemma_2b", "gemma_300m" or a table."""
@@ -191,6 +197,14 @@ class PI0Config(ModelConfig):
     license: str | None = None
     """License of that upload."""
 
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Reading:
+        """See ``ModelConfig``; knows LeRobot's ``config.json`` of 2025."""
+        variant = values.get("action_expert_variant", cls.action_expert_variant)
+        expert = asdict(GEMMA[variant]) if isinstance(variant, str) and variant in GEMMA else variant
+        width = expert.get("width") if isinstance(expert, dict) else None  # what is wrong there is said elsewhere
+        return vintages.read(values, width, {f.name: f.default for f in fields(cls)})
+
     def __post_init__(self) -> None:
         self._refuse_unsupported()
         self._check_sizes()
@@ -199,7 +213,7 @@ class PI0Config(ModelConfig):
     def _refuse_unsupported(self) -> None:
         refusals = {
             "n_obs_steps": (self.n_obs_steps != 1, "π0 sees a single observation step; write 1"),
-            "use_amp": (self.use_amp, "mixed precision is the trainer's; write use_bf16 in the training YAML"),
+            "use_amp": (self.use_amp, vintages.USE_AMP),
             "use_peft": (
                 self.use_peft,
                 "low-rank adapters are not supported; write false, and freeze with "
@@ -340,7 +354,9 @@ class PI0Config(ModelConfig):
         return None if spec is None else spec.shape[0]
 
     def adopt_features(self, cameras: tuple[str, ...], state_dim: int, action_dim: int) -> None:
-        """Takes over what the data set has, for a config that leaves its features open."""
+        """Takes over what the data set has, for a config that leaves its features open; logs how it was read."""
+        for note in self.notes:
+            log.info(note)
         image = FeatureSpec("VISUAL", [3, *self.image_resolution])
         self.input_features = {
             **{slot: (self.input_features or {}).get(slot, image) for slot in cameras},

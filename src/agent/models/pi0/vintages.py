@@ -1,0 +1,139 @@
+"""The ``config.json`` of LeRobot's first π0 (2025) in today's keys: some have another name, some have no effect, and
+some may ask for what this code does not do.
+
+Imports no torch. What an older file leaves out had another default then; the log says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agent.models.base import Reading
+
+RENAMED = {"num_steps": "num_inference_steps", "resize_imgs_with_padding": "image_resolution"}
+
+NO_EFFECT = {
+    "attention_implementation": "it named a kernel; the attention is the same one",
+    "use_cache": "keys and values of images and instruction are computed once per sampling either way",
+}
+
+# Key → the one value that this code can do, and why not the others.
+FIXED = {
+    "train_state_proj": (
+        True,
+        "the state's projection always trains here; write true (freeze_vlm and freeze_lm_head of the training YAML "
+        "freeze other parts)",
+    ),
+    "adapt_to_pi_aloha": (
+        False,
+        "joints and grippers are not converted into the space of Physical Intelligence's own robots; convert states "
+        "and actions in the data set, and write false",
+    ),
+    "use_delta_joint_actions_aloha": (
+        False,
+        "actions are not made relative to the state; store relative actions in the data set, and write false",
+    ),
+}
+
+USE_AMP = "mixed precision is the trainer's; write false here, and use_bf16: true in the training YAML"
+
+# What a key meant that an older file leaves out, where it means something else today.
+OLD_DEFAULTS = {
+    "freeze_vision_encoder": True,
+    "optimizer_weight_decay": 1e-10,
+    "optimizer_grad_clip_norm": 10.0,
+    "scheduler_decay_steps": 30_000,
+}
+
+_ONLY_THEN = {*RENAMED, *NO_EFFECT, *FIXED, "proj_width"}
+
+
+def read(values: dict[str, Any], expert_width: Any, defaults: dict[str, Any]) -> Reading:
+    """A model JSON of 2025 or of today in today's keys; one of today comes back as it is.
+
+    Args:
+        values: the file's, with what the command line changed.
+        expert_width: of the action expert that the values describe; None if they describe none.
+        defaults: key → today's default.
+    """
+    # Only older files have this key, LeRobot 0.6 does not; there, "" stood for none.
+    if values.get("paligemma_pretrained_path") == "":
+        values = values | {"paligemma_pretrained_path": None}
+    old = {key: value for key, value in values.items() if key in _ONLY_THEN}
+    reading = Reading({key: value for key, value in values.items() if key not in old})
+    for key, value in old.items():
+        if key in RENAMED:
+            _rename(reading, key, value)
+        elif key in NO_EFFECT:
+            reading.notes.append(f"{key}: {_spelled(value)} of an older file has no effect: {NO_EFFECT[key]}")
+        elif key in FIXED:
+            _check_fixed(reading, key, value)
+        else:
+            _check_width(reading, value, expert_width)
+    if old:
+        _check_meaning(reading, defaults)
+    return reading
+
+
+def _rename(reading: Reading, key: str, value: Any) -> None:
+    today = RENAMED[key]
+    other = reading.values.get(today, value)
+    if other != value:
+        text = (
+            f"{_spelled(value)}, but {today}, the name of the same key today, is {_spelled(other)}; keep one of the two"
+        )
+        reading.mistakes.append((key, text))
+    elif key == "resize_imgs_with_padding" and value is None:
+        reading.mistakes.append((key, "null: images are always resized to the vision tower's size; write [224, 224]"))
+    else:
+        reading.values[today] = value
+        # The first π0 of LeRobot padded on the left and on top; openpi, whose weights it had, and LeRobot 0.6 do not.
+        padding = "; images are padded evenly on both sides, as in LeRobot 0.6" if value and key != "num_steps" else ""
+        reading.notes.append(f"{key}: {_spelled(value)} of an older file is {today} today{padding}")
+
+
+def _check_fixed(reading: Reading, key: str, value: Any) -> None:
+    possible, why_not = FIXED[key]
+    if value is possible:
+        reading.notes.append(f"{key}: {_spelled(value)} of an older file is what always happens here")
+    else:
+        reading.mistakes.append((key, f"{_spelled(value)}: {why_not}"))
+
+
+def _check_width(reading: Reading, value: Any, expert_width: Any) -> None:
+    if value == expert_width:
+        reading.notes.append(f"proj_width: {_spelled(value)} of an older file is the width of the action expert")
+    elif expert_width is not None:
+        text = (
+            f"{_spelled(value)}, but the action expert (action_expert_variant) is {expert_width} wide; write "
+            f"{expert_width}, or the table of sizes of an expert of this width as action_expert_variant"
+        )
+        reading.mistakes.append(("proj_width", text))
+
+
+def _check_meaning(reading: Reading, defaults: dict[str, Any]) -> None:
+    """What an older file says, or leaves out, that has another effect today."""
+    values = reading.values
+    if values.get("use_amp") is True:
+        reading.mistakes.append(("use_amp", USE_AMP))
+    if values.get("device") == "cpu":
+        reading.notes.append("device: cpu of an older file is obeyed: no GPU is used; write null for the GPU if any")
+    mapping = values.get("normalization_mapping")
+    if isinstance(mapping, dict) and mapping.get("STATE") == mapping.get("ACTION") == "IDENTITY":
+        reading.notes.append(
+            "normalization_mapping: IDENTITY for STATE and ACTION of an older file is obeyed: nothing is normalised, "
+            "unless the data set was; write MEAN_STD or QUANTILES if the older code normalised while reading"
+        )
+    for key, then in OLD_DEFAULTS.items():
+        if key not in values and defaults[key] != then:
+            today = _spelled(defaults[key])
+            reading.notes.append(
+                f"{key}: not in this older file, where that meant {_spelled(then)}; here it is {today}"
+            )
+
+
+def _spelled(value: Any) -> str:
+    """As a JSON file has it."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
