@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from launching import MODEL, RUN, Workplace
 from safetensors.torch import load_file, save_file
 
-from agent.configuration_pipeline import changes_since, dump, load_config
-from agent.models.pi0 import adapter
+from agent import older_keys
+from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump, load_config
+from agent.describe_config import entries
+from agent.models.pi0 import adapter, vintages
 from agent.models.registry import ModelConfig
 from agent.strict_config import ConfigError
 
@@ -322,8 +325,8 @@ data:
 """
 REPLACED = {
     "task_paraphrase": "write the path of a JSON of instruction → paraphrases",
-    "n_nodes": "torchrun --nproc_per_node says how many GPUs are used",
-    "multi_gpu": "torchrun --nproc_per_node says how many GPUs are used",
+    "n_nodes": "torchrun --nproc_per_node says how many GPUs of the one node are used",
+    "multi_gpu": "torchrun --nproc_per_node says how many GPUs of the one node are used",
     "use_amp": "use_bf16 alone decides the precision; remove the line",
     "save_model_freq": "write the updates between checkpoints, or remove the line",
     "train_log_metrics": "the metrics are always the same ones",
@@ -432,6 +435,25 @@ def test_an_older_yaml_ends_the_run_with_code_two(files: Files) -> None:
     assert "data.train.dataset_mix: a key of older configs; write data.train.datasets: !include" in process.stderr
 
 
+# ── the documents ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_older_key_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "training_finetuning.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Older files\n")[2].partition("\n## ")[0]
+    first_cells = " ".join(re.findall(r"^\| (`.*?) \|", section, flags=re.MULTILINE))
+    written = set(re.findall(r"`([\w.*]+)(?:: [\w]+)?`", first_cells))
+    keys = {*older_keys.INSTEAD, *older_keys.MISSING, *(key for key, _ in older_keys.VALUES), *ONLY_THEN}
+    assert keys - written == set()
+    assert all(f"`{key}`" in section for key in vintages.OLD_DEFAULTS)
+
+
+def test_no_key_of_today_is_called_an_older_one() -> None:
+    today = [entry.name for entry in entries(TrainPipelineConfig)]
+    assert [key for key in today if older_keys.instead(key, None) is not None] == []
+    assert {key for key, _ in older_keys.VALUES} | older_keys.MISSING.keys() <= set(today)
+
+
 # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OLDER_VISION = "model.paligemma_with_expert.paligemma.vision_tower."  # today's names have another `model.` in between
@@ -481,6 +503,8 @@ def test_an_older_json_trains_and_the_log_says_how_it_was_read(place: Workplace,
     saved = json.loads((place.checkpoint("trained") / "pretrained_model" / "config.json").read_text())
     assert not ONLY_THEN & saved.keys()
     assert (saved["num_inference_steps"], saved["image_resolution"]) == (2, [32, 32])
+    resolved = yaml.safe_load((place.folder / "runs" / "trained" / "config.yaml").read_text())
+    assert not ONLY_THEN & resolved["model_cfg"].keys() and resolved["model_cfg"]["num_inference_steps"] == 2
 
 
 def test_the_same_command_and_todays_json_continue_it(place: Workplace, trained: str) -> None:

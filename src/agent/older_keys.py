@@ -6,14 +6,34 @@ what it does. Hydra's and the predecessors' own names are in one table, by dotte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
+
+
+def _spelled(value: Any) -> str:
+    """As a YAML file has it."""
+    return (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    )
+
+
+def _datasets(mixture: Any) -> str:
+    shipped = next((name for name in ("bridge", "fractal") if name in str(mixture).lower()), None)
+    if shipped:
+        return f"write data.train.datasets: !include ../data/{shipped}.yaml"
+    return "write data.train.datasets, a list with one {repo_id: …, root: …} for each data set of the mixture"
+
+
+def _chunk(horizon: Any) -> str:
+    write = "model_cfg.chunk_size says; remove the line"
+    return write if horizon is None else f"write model_cfg.chunk_size: {_spelled(horizon)}"
+
 
 _SIZES = "sizes are the model config's: write model_cfg.paligemma_variant, action_expert_variant and vision_variant"
 _WORKERS = "write data.train.num_workers, the processes per GPU that read samples"
 _ONE_STEP = "π0 sees one observation step; remove the line"
-_CHUNK = "write model_cfg.chunk_size: {value}"
-_PROCESSES = "torchrun --nproc_per_node says how many GPUs are used, by DDP on one node; remove the line"
+_PROCESSES = "torchrun --nproc_per_node says how many GPUs of the one node are used; remove the line"
 _LORA = "low-rank adapters and quantisation are not supported; remove the line, and freeze with freeze_vlm"
 _AVERAGES = "averages of the weights are not kept; remove the line"
 _HYDRA = "nothing here reads Hydra's keys; remove the line"
@@ -29,8 +49,9 @@ _RLDS = (
     "data.{part}.datasets"
 )
 
-# Dotted key → what to write. {value} is what the file has, {part} is train or val.
-_INSTEAD = {
+# Dotted key → what to write, or a function of the value. {value} is what the file has, {part} is train or val.
+INSTEAD: dict[str, str | Callable[[Any], str]] = {
+    "data.train.dataset_mix": _datasets,
     "data.train.split": (
         "a data set has its own; write `split: {value}`, or a slice such as train[:95%], in its entry of "
         "data.train.datasets"
@@ -39,7 +60,7 @@ _INSTEAD = {
     "data.val.dataset_mix": "write data.val.datasets, or data.val.fraction, held out of the training episodes",
     "data.*.data_path": _RLDS,
     "data.*.window_size": _ONE_STEP,
-    "data.*.action_horizon": _CHUNK,
+    "data.*.action_horizon": _chunk,
     "data.*.max_action_future": "as many actions as model_cfg.chunk_size are read; remove the line",
     "data.*.skip_unlabeled": (
         "every episode needs an instruction; remove the line, and choose the labelled ones with `episodes` in the "
@@ -65,6 +86,7 @@ _INSTEAD = {
     "device": "write model_cfg.device: {value}, or remove the line: the GPU is used if there is one",
     "use_amp": "use_bf16 alone decides the precision; remove the line",
     "log_dir": "`export VLA_LOG_DIR=…` (set_path.sh); the run's folder is ${{VLA_LOG_DIR}}/<name>. Remove the line",
+    "train_vlm": lambda train: f"write freeze_vlm: {_spelled(not train)}",
     "pretrained_model_path": "write model_cfg.paligemma_pretrained_path: {value}",
     "load_pretrained_weights": "model_cfg.paligemma_pretrained_path decides, null for fresh weights; remove the line",
     "resume_checkpoint_path": (
@@ -76,6 +98,10 @@ _INSTEAD = {
     "save_model_start": "checkpoints are saved from the beginning, and keep_checkpoints of them kept; remove the line",
     "wandb.api_key": "a key does not belong in a file; remove the line, and run `wandb login` or `export WANDB_API_KEY=…`",
     **dict.fromkeys(("wandb.run", "wandb.name"), "the run on wandb has the run's name; write `name` at the top"),
+    **dict.fromkeys(
+        ("wandb.disable", "wandb.disabled"), lambda off: f"write use_wandb: {_spelled(not off)} at the top"
+    ),
+    **dict.fromkeys(("wandb.enable", "wandb.enabled"), lambda on: f"write use_wandb: {_spelled(bool(on))} at the top"),
     "wandb.id": "write wandb.run_id: {value}",
     **dict.fromkeys(("wandb.group", "wandb.tags", "wandb.notes"), "set it on wandb's page of the run; remove the line"),
     "wandb.log_freq": "write log_freq: {value} at the top",
@@ -87,7 +113,7 @@ _INSTEAD = {
     "flow_sampling": "time is drawn from the Beta distribution of model_cfg.time_sampling_*; remove the line",
     "final_action_clip_value": "sampled actions are not clipped; remove the line",
     "cond_steps": _ONE_STEP,
-    "horizon_steps": _CHUNK,
+    "horizon_steps": _chunk,
     "action_dim": "it is read from the data set, at most model_cfg.max_action_dim; remove the line",
     "proprio_dim": "it is read from the data set, at most model_cfg.max_state_dim; remove the line",
     **dict.fromkeys(("max_seq_len", "max_image_text_tokens", "tokenizer_padding"), _TOKENS),
@@ -104,7 +130,7 @@ _INSTEAD = {
 }
 
 # Keys that still exist, with values that they no longer take: (key, value) → what to write.
-_VALUES = {
+VALUES = {
     ("task_paraphrase", True): "write the path of a JSON of instruction → paraphrases",
     ("task_paraphrase", False): "write null, or remove the line",
     ("save_model_freq", None): "write the updates between checkpoints, or remove the line",
@@ -116,37 +142,14 @@ MISSING = {"data": "write data: {train: {datasets: !include ../data/bridge.yaml}
 
 def instead(key: str, value: Any) -> str | None:
     """What to write instead of an older key with this value; None for a key that no predecessor had."""
-    if key == "data.train.dataset_mix":
-        return _datasets(str(value))
-    if key == "train_vlm":
-        return f"write freeze_vlm: {_spelled(not value)}"
-    if key in ("wandb.disable", "wandb.disabled", "wandb.enable", "wandb.enabled"):
-        wanted = bool(value) != key.startswith("wandb.disable")
-        return f"write use_wandb: {_spelled(wanted)} at the top"
-    pattern = next((pattern for pattern in _INSTEAD if fnmatchcase(key, pattern)), None)
-    if pattern is None:
-        return None
-    if value is None and _INSTEAD[pattern] == _CHUNK:
-        return "model_cfg.chunk_size says; remove the line"
-    return _INSTEAD[pattern].format(value=_spelled(value), part=key.split(".")[1] if "." in key else "")
-
-
-def _datasets(mixture: str) -> str:
-    shipped = next((name for name in ("bridge", "fractal") if name in mixture.lower()), None)
-    if shipped:
-        return f"write data.train.datasets: !include ../data/{shipped}.yaml"
-    return "write data.train.datasets, a list with one {repo_id: …, root: …} for each data set of the mixture"
+    found = next((INSTEAD[pattern] for pattern in INSTEAD if fnmatchcase(key, pattern)), None)
+    if found is None or callable(found):
+        return found and found(value)
+    return found.format(value=_spelled(value), part=key.split(".")[1] if "." in key else "")
 
 
 def instead_of_value(key: str, value: Any) -> str | None:
     """What to write instead of an older value of a key that still exists."""
     if value is None or isinstance(value, bool):
-        return _VALUES.get((key, value))
+        return VALUES.get((key, value))
     return None
-
-
-def _spelled(value: Any) -> str:
-    """As a YAML file has it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
