@@ -141,7 +141,8 @@ def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.d
     if coverage.adapted:
         first = next(iter(coverage.adapted))
         raise ValueError(
-            f"{coverage.source}: {coverage.expected[first]} is not of the shape that config.json says; correct config.json"
+            f"{coverage.source}: {coverage.expected[first]} has another shape than config.json says "
+            f"({coverage.adapted[first]}); correct config.json"
         )
     places_of = {ours: (file, theirs) for file, found in places.items() for theirs, (ours, _) in found.items()}
     with exported_weights.Archives(source.files) as archives:
