@@ -6,6 +6,7 @@ Run: pytest tests/test_lerobot_checkpoint.py   (about fifteen seconds, most of t
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from agent import export
 from agent.data.loader import SampleReader, collate
 from agent.data.normalization import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
 from agent.data.transforms import SampleSpec, TaskTokens
@@ -214,7 +216,8 @@ def noise_of(k: int) -> np.ndarray:
 def our_actions(model: PI0, recording: Recording, resized_by_the_model: bool) -> torch.Tensor:
     """Physical actions by our data path, or with the model's own float resize of the raw images."""
     config, (state, action) = model.config, make_statistics()
-    spec = SampleSpec(CHUNK, 32, 32, (SIZE, SIZE), config.tokenizer_max_length, tuple(CAMERAS), STATE_DIM, ACTION_DIM)
+    size = config.image_resolution
+    spec = SampleSpec(CHUNK, 32, 32, size, config.tokenizer_max_length, tuple(CAMERAS), STATE_DIM, ACTION_DIM)
     normalizers = [
         Normalizer(config.normalization_mapping[kind], s) for kind, s in (("STATE", state), ("ACTION", action))
     ]
@@ -286,3 +289,58 @@ def test_the_weights_are_ours_bit_for_bit(tmp_path):
         assert torch.equal(theirs[name], model.state_dict()[ours]), ours
     heads = theirs.keys() - set(names.values())
     assert len(heads) == 2 and all(name.endswith("lm_head.weight") for name in heads)
+
+
+# ── what agent.export makes of it ───────────────────────────────────────────────────────────────────────────────
+
+
+def exported(tmp_path: Path, config: PI0Config, *options: str) -> tuple[PI0, Path, Path]:
+    """A model, its checkpoint, and an export of it."""
+    model = make_model(config)
+    folder, out = written(tmp_path / "pretrained_model", config, model), tmp_path / "policy"
+    assert export.main(["--checkpoint", str(folder), "--out", str(out), *options]) == 0
+    return model, folder, out
+
+
+def test_an_export_acts_as_the_checkpoint_does(tmp_path, capsys):
+    _, folder, out = exported(tmp_path, make_config(), "--to", "lerobot")
+    assert "note:" not in capsys.readouterr().out
+    recording = Recording((SIZE, SIZE), size=2)
+    assert torch.equal(their_actions(out, recording), their_actions(folder, recording))
+
+
+def test_an_export_in_bfloat16_acts_nearly_so(tmp_path, capfd):
+    _, folder, out = exported(tmp_path, make_config(), "--to", "lerobot", "--save_dtype", "bfloat16")
+    recording = Recording((SIZE, SIZE), size=2)
+    theirs, exact = their_actions(out, recording), their_actions(folder, recording)
+    assert "Could not load" not in capfd.readouterr().out
+    deviation = float(((theirs - exact).abs() / exact.std(dim=(0, 1)).clamp_min(1e-3)).max())
+    assert 0 < deviation < 0.2
+
+
+def test_the_cards_own_lines_run(tmp_path, monkeypatch):
+    _, folder, out = exported(tmp_path, make_config(device=None), "--to", "lerobot")
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    frame = Recording((SIZE, SIZE), size=1).frames[0]
+    observation = {slot: image.float() / 255 for slot, image in frame.images.items()}
+    observation |= {"observation.state": torch.from_numpy(frame.state), "task": frame.task}
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"observation": observation}
+    exec(code, names)
+    assert names["actions"].shape == (1, CHUNK, ACTION_DIM) and names["actions"].isfinite().all()
+
+
+def test_openpis_strict_loading_takes_an_export(tmp_path):
+    from lerobot.policies.pi0.configuration_pi0 import PI0Config as Theirs
+    from lerobot.policies.pi0.modeling_pi0 import PI0Pytorch
+    from safetensors.torch import load_model
+
+    model, _, out = exported(tmp_path, make_config(), "--to", "openpi")
+    # LeRobot's inner model is openpi's port of π0; there the language head is tied to the embedding.
+    theirs = PI0Pytorch(Theirs(image_resolution=(SIZE, SIZE), chunk_size=CHUNK, n_action_steps=CHUNK, device="cpu"))
+    paligemma = theirs.paligemma_with_expert.paligemma
+    paligemma.lm_head.weight = paligemma.model.language_model.embed_tokens.weight
+    load_model(theirs, out / "model.safetensors", strict=True)
+    tensors = theirs.state_dict()
+    for ours, tensor in model.state_dict().items():
+        assert torch.equal(tensors[adapter.LEROBOT.theirs(ours).removeprefix("model.")], tensor), ours
