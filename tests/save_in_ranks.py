@@ -125,8 +125,8 @@ def failures(folder: Path) -> None:
         outcomes, unharmed, cancelled = [], True, False
         write, disk_usage, state = tensor_file._blocks, checkpoint.shutil.disk_usage, write_state
 
-        def slow_blocks(group: Any) -> Any:
-            for block in write(group):
+        def slow_blocks(*arguments: Any) -> Any:
+            for block in write(*arguments):
                 yield block
                 for _ in range(100):  # twenty seconds for two files, if nobody calls it off
                     time.sleep(0.05)

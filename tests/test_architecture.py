@@ -77,7 +77,7 @@ MAY_IMPORT = {
     "models.base": ["batch"],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
-    "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file"],
+    "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file", "tensor_reader"],
     "weights": ["hub", "tensor_reader"],
     **{name: [] for name in ("older_keys", "distributed", "history", "hub", "optim", "watchdog", *LEAVES)},
     "run_folder": ["history"],

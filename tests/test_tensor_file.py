@@ -187,15 +187,37 @@ def test_a_file_is_read_once_into_what_is_there(tmp_path, monkeypatch, block):
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tensor_reader, "_BLOCK", 64)
-    tensor_file.write(tmp_path / "file", {"a": torch.randn(1000)})
+    path, read_header = tmp_path / "file", tensor_reader._header
+    tensor_file.write(path, {"a": torch.randn(1000)})
 
-    class Shrinking:
-        def update(self, block):
-            os.truncate(tmp_path / "file", 1000)
+    def then_shrink(*arguments):
+        header = read_header(*arguments)
+        os.truncate(path, 1000)
+        return header
 
+    monkeypatch.setattr(tensor_reader, "_header", then_shrink)
     with pytest.raises(ValueError, match="became shorter"):
-        tensor_reader.stream(tmp_path / "file", {"a": torch.zeros(1000)}, Shrinking())
+        tensor_reader.stream(path, {"a": torch.zeros(1000)})
+
+
+def test_a_checksum_that_fails_is_not_silent(tmp_path):
+    class Broken:
+        def update(self, block):
+            raise MemoryError("no room")
+
+    tensor_file.write(tmp_path / "file", {"a": torch.randn(1000)})
+    with pytest.raises(MemoryError, match="no room"):
+        tensor_reader.stream(tmp_path / "file", {"a": torch.zeros(1000)}, Broken())
+
+
+def test_numbers_are_rounded_on_their_way(tmp_path):
+    tensors = every_type() | {"big": torch.randn(3, 5000), "one": torch.tensor(1 / 3).expand(7, 3)}
+    written = tensor_file.write(tmp_path / "file", tensors, dtype=torch.bfloat16)
+    assert written.size == tensor_file.file_size(tensors, torch.bfloat16) == (tmp_path / "file").stat().st_size
+    rounded = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in tensors.items()}
+    assert same(load_file(tmp_path / "file"), rounded)
+    tensor_file.write(tmp_path / "same", {name: tensor.contiguous() for name, tensor in rounded.items()})
+    assert (tmp_path / "file").read_bytes() == (tmp_path / "same").read_bytes()
 
 
 # ── the snapshot ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_pi0_adapter import reference
 
+from agent import tensor_file
+from agent.batch import ActionChunk, Batch, Observation
 from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
-from agent.weights import Coverage, find_weights, load_into
+from agent.weights import Coverage, account, find_weights, load_into
 
 KEY = "load_from_checkpoint"
 TINY = {"depth": 2, "mlp_dim": 24, "heads": 2, "kv_heads": 1, "head_dim": 8, "vocab_size": 20}
@@ -29,6 +32,8 @@ CONFIG = PI0Config(
     action_expert_variant=GemmaVariant(width=12, **TINY),
     vision_variant=VisionVariant(width=8, depth=2, mlp_dim=12, heads=2),
     image_resolution=(28, 28),
+    chunk_size=6,
+    input_features={"observation.images.a": FeatureSpec("VISUAL", [3, 28, 28])},
 )
 PREFIX = "model.paligemma_with_expert."
 STATE_PROJ = "model.state_proj.weight"
@@ -344,3 +349,159 @@ def test_a_cache_that_holds_only_other_files_does_not_blame_the_hub(tmp_path):
     text = on_hub("someone/some_policy", tmp_path)
     assert text.startswith(f"refused {KEY}: ") and str(folder) in text
     assert "holds no model.safetensors" in text and "hf download someone/some_policy" in text
+
+
+# ── the vintages ────────────────────────────────────────────────────────────────────────────────────────────────
+
+OLD = next(layout for layout in adapter.POLICIES if "v1" in layout.title)
+BUFFERS = {
+    "normalize_inputs.buffer_observation_state.mean": torch.zeros(5),
+    "normalize_inputs.buffer_observation_state.std": torch.ones(5),
+    "normalize_targets.buffer_action.mean": torch.zeros(4),
+    "unnormalize_outputs.buffer_action.mean": torch.zeros(4),
+}
+
+
+def vintages(published: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """The same weights as every kind of file names them."""
+    old = {OLD.theirs(name): tensor for name, tensor in model(1).state_dict().items()}
+    heads = {name: tensor for name, tensor in published.items() if "lm_head" in name}
+    old |= {name.replace("paligemma.lm_head", "paligemma.language_model.lm_head"): t for name, t in heads.items()}
+    return {
+        "LeRobot v1, of 2025": {name: tensor.contiguous() for name, tensor in (old | BUFFERS).items() if name},
+        "LeRobot 0.4 to 0.6, and this project's own": published,
+        "openpi's PyTorch export": {name.removeprefix("model."): tensor for name, tensor in published.items()},
+    }
+
+
+def batch() -> Batch:
+    """Two samples of a robot with five states and four actions."""
+    g = torch.Generator().manual_seed(5)
+    real = (torch.arange(32) < 4).expand(2, 32)
+    return Batch(
+        observation=Observation(
+            images={"observation.images.a": torch.rand(2, 3, 28, 28, generator=g)},
+            image_masks={"observation.images.a": torch.ones(2, dtype=torch.bool)},
+            state=torch.randn(2, 32, generator=g) * (torch.arange(32) < 5),
+            tokens=torch.randint(0, 20, (2, 8), generator=g),
+            token_mask=torch.ones(2, 8, dtype=torch.bool),
+        ),
+        actions=ActionChunk(
+            values=torch.randn(2, 6, 32, generator=g) * real[:, None],
+            is_pad=torch.zeros(2, 6, dtype=torch.bool),
+            dim_mask=real,
+        ),
+        noise=torch.randn(2, 6, 32, generator=g),
+        time=torch.tensor([0.2, 0.9]),
+        sample_index=torch.arange(2),
+        provenance=torch.zeros(2, 3, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("number_type", [torch.float32, torch.bfloat16], ids=str)
+def test_every_vintage_with_the_same_values_gives_the_same_loss(tmp_path, published, number_type):
+    losses = {}
+    for title, tensors in vintages(published).items():
+        folder = write(tmp_path / title.replace(" ", ""), {name: t.to(number_type) for name, t in tensors.items()})
+        policy = model(2)
+        coverage = load(policy, folder)
+        assert coverage.source.endswith(f"({title})") and not coverage.fresh and not coverage.adapted
+        losses[title] = policy(batch())
+    first, *others = losses.values()
+    assert torch.isfinite(first).all() and all(torch.equal(first, other) for other in others)
+
+
+def test_the_statistics_among_v1_weights_are_left_by_name(tmp_path, published):
+    text = load(model(2), write(tmp_path, vintages(published)["LeRobot v1, of 2025"])).table()
+    assert f"  {len(BUFFERS)} left: statistics of the data it was made with" in text
+
+
+@pytest.mark.parametrize("missing", ["both heads", "the embedding"])
+def test_tied_heads_may_be_stored_once(tmp_path, published, missing):
+    embedding = f"{PREFIX}paligemma.model.language_model.embed_tokens.weight"
+    gone = embedding.__eq__ if missing == "the embedding" else lambda name: "lm_head" in name
+    policy = model(2)
+    load(policy, write(tmp_path, {name: tensor for name, tensor in published.items() if not gone(name)}))
+    assert_same(policy, model(1))
+
+
+def other_sizes(published: dict[str, torch.Tensor], state: int, action: int) -> dict[str, torch.Tensor]:
+    cut = dict(published)
+    cut["model.state_proj.weight"] = published["model.state_proj.weight"][:, :state].contiguous()
+    cut["model.action_in_proj.weight"] = published["model.action_in_proj.weight"][:, :action].contiguous()
+    cut["model.action_out_proj.weight"] = published["model.action_out_proj.weight"][:action].contiguous()
+    cut["model.action_out_proj.bias"] = published["model.action_out_proj.bias"][:action].contiguous()
+    return cut
+
+
+def test_weights_of_fewer_dimensions_are_widened_by_zeros(tmp_path, published):
+    policy = model(2)
+    coverage = load(policy, write(tmp_path, other_sizes(published, 7, 6)))
+    assert {name: text.split(":")[0] for name, text in coverage.adapted.items()} == {
+        "state_proj.weight": "max_state_dim is 7 in the file",
+        "action_in_proj.weight": "max_action_dim is 6 in the file",
+        "action_out_proj.weight": "max_action_dim is 6 in the file",
+        "action_out_proj.bias": "max_action_dim is 6 in the file",
+    }
+    assert "  3 reshaped: max_action_dim is 6 in the file" in coverage.table()
+    weights, source = policy.state_dict(), model(1).state_dict()
+    assert torch.equal(weights["state_proj.weight"][:, :7], source["state_proj.weight"][:, :7])
+    assert torch.equal(weights["action_out_proj.weight"][:6], source["action_out_proj.weight"][:6])
+    for name, beyond in (
+        ("state_proj.weight", (slice(None), slice(7, None))),
+        ("action_out_proj.bias", slice(6, None)),
+    ):
+        assert weights[name][beyond].numel() and not weights[name][beyond].any()
+    # The added dimensions change nothing: what the model predicts for the others does not depend on them.
+    one, other = batch(), batch()
+    other.observation.state[:, 7:] += 1
+    assert torch.equal(policy(one), policy(other))
+
+
+def test_weights_of_more_dimensions_say_what_to_write(tmp_path, published):
+    wide = published | {STATE_PROJ: torch.zeros(12, 40)}
+    text = refusal(write(tmp_path, wide))
+    assert f"{STATE_PROJ}: [12, 40] in the file, [12, 32] in the model; write max_state_dim: 40" in text
+
+
+def test_a_longer_vocabulary_is_named(tmp_path, published):
+    name = f"{PREFIX}paligemma.model.language_model.embed_tokens.weight"
+    longer = torch.cat([published[name], torch.full((2, 16), 9.0)])
+    policy = model(2)
+    coverage = load(policy, write(tmp_path, published | {name: longer}))
+    assert_same(policy, model(1))
+    assert list(coverage.adapted) == [adapter.EMBEDDING] and "appended to the vocabulary" in coverage.table()
+
+
+def header_only(path: Path, shapes: dict[str, tuple[int, ...]], number_type: torch.dtype) -> Path:
+    """A file of real size that takes no space: its numbers are a hole."""
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape, dtype=number_type) for name, shape in shapes.items()}
+    path.write_bytes(tensor_file.header(tensors))
+    os.truncate(path, tensor_file.file_size(tensors))
+    return path
+
+
+@pytest.mark.parametrize("file", ["pi0_tensors_lerobot_v1.json", "pi0_tensors_lerobot_0.6.json", "openpi", "PaliGemma"])
+def test_every_vintage_at_real_size_by_its_headers(tmp_path, file):
+    config = PI0Config()
+    named = reference("pi0_tensors_lerobot_0.6.json" if file in ("openpi", "PaliGemma") else file)
+    match = adapter.from_lerobot
+    if file == "openpi":
+        named = {name.removeprefix("model."): shape for name, shape in named.items()}
+    if file == "PaliGemma":
+        start = "model.paligemma_with_expert.paligemma."
+        named = {name.removeprefix(start): shape for name, shape in named.items() if name.startswith(start)}
+        named["model.language_model.embed_tokens.weight"] = (257216, 2048)
+        match = adapter.from_paligemma
+    files = [header_only(tmp_path / "model.safetensors", named, torch.bfloat16)]
+    assert files[0].stat().st_size > 5e9
+    shapes = adapter.shapes(config)
+    coverage, places = account(shapes, files, partial(match, config=config), adapter.fit)
+    assert len(coverage.loaded) + len(coverage.fresh) == len(shapes)
+    assert bool(coverage.fresh) == bool(coverage.adapted) == (file == "PaliGemma")
+    assert sum(map(len, places.values())) == len(coverage.loaded)
+    # And what a run does with it in front of no memory at all.
+    with torch.device("meta"):
+        policy = PI0(config)
+    assert policy.state_dict().keys() == shapes.keys()

@@ -11,7 +11,7 @@ import torch
 from agent import history, optim, resuming, weights
 from agent.checkpoint import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, make_plan
-from agent.data.build import Data, build_data
+from agent.data.build import Data, GivenStatistics, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
 from agent.metrics import Metrics
@@ -117,6 +117,7 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
             normalization_mapping=model.normalization_mapping,
             tokenizer_path=model.tokenizer_path,
             task_paraphrase=config.task_paraphrase,
+            given=_given_statistics(config),
         )
     )
     for line in data.report:
@@ -129,6 +130,19 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
         )
     model.adopt_features(data.spec.camera_slots, data.spec.state_dim, data.spec.action_dim)
     return data
+
+
+def _given_statistics(config: TrainPipelineConfig) -> GivenStatistics | None:
+    reference = config.load_from_checkpoint
+    if config.data.statistics == "dataset" or reference is None:
+        return None
+    files = weights.find_weights(reference, "load_from_checkpoint")
+    try:
+        return GivenStatistics(reference, registry.adapter(config.model_cfg).read_statistics(files))
+    except ValueError as error:
+        raise ValueError(
+            f"data.statistics: checkpoint: {error}; write dataset, or another load_from_checkpoint"
+        ) from None
 
 
 def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: Any) -> None:

@@ -13,12 +13,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from agent import tensor_file
@@ -64,7 +65,12 @@ class CheckpointWriter:
         self._snapshot.prepare(share(tensor_files, shardable, self._processes.world_size)[self._processes.rank])
 
     def save(
-        self, step: int, tensor_files: TensorFiles, shardable: set[str], write_small: Callable[[Path], None]
+        self,
+        step: int,
+        tensor_files: TensorFiles,
+        shardable: set[str],
+        write_small: Callable[[Path], None],
+        stored: Mapping[str, torch.dtype] | None = None,
     ) -> float:
         """Copies the tensors and starts to write them. How that ends, :meth:`poll` and :meth:`wait` tell.
 
@@ -75,6 +81,8 @@ class CheckpointWriter:
             shardable: those of the files that may be split over the processes.
             write_small: called on rank 0, in the background, with the checkpoint's folder, for everything that is not
                 tensors. It must hold values, not objects that training changes.
+            stored: path of a file that is not split → the number type that its floating-point numbers are rounded to
+                when they are written.
 
         Returns:
             The seconds that training waited, for the previous save too if it had not ended.
@@ -83,7 +91,9 @@ class CheckpointWriter:
         while self._flight is not None:  # its outcome is for the next poll
             self._beat()
         shares = share(tensor_files, shardable, self._processes.world_size)
-        needed = sum(tensor_file.file_size(tensors) for files in shares for tensors in files.values())
+        stored = stored or {}
+        assert not set(stored) & shardable
+        needed = sum(tensor_file.file_size(some, stored.get(path)) for files in shares for path, some in files.items())
         begun: tuple[Path | None, str | None] = self._processes.main_decides(partial(self._begin, step, needed))
         folder, problem = begun
         if folder is None:
@@ -92,7 +102,7 @@ class CheckpointWriter:
             copies = self._snapshot.take(shares[self._processes.rank])
             small = write_small if self._processes.is_main else None
             cancel = threading.Event()
-            job = _Job(partial(_write_share, folder, copies, small, cancel))
+            job = _Job(partial(_write_share, folder, copies, small, cancel, stored))
             self._flight = _Flight(step, time.perf_counter(), cancel, job)
         return time.perf_counter() - begin
 
@@ -210,11 +220,17 @@ class _Job(threading.Thread):
 
 
 def _write_share(
-    folder: Path, files: TensorFiles, write_small: Callable[[Path], None] | None, cancel: threading.Event
+    folder: Path,
+    files: TensorFiles,
+    write_small: Callable[[Path], None] | None,
+    cancel: threading.Event,
+    stored: Mapping[str, torch.dtype],
 ) -> dict[str, tensor_file.Written]:
     if write_small is not None:
         write_small(folder)
-    return {name: tensor_file.write(folder / name, tensors, cancel) for name, tensors in files.items()}
+    return {
+        name: tensor_file.write(folder / name, tensors, cancel, stored.get(name)) for name, tensors in files.items()
+    }
 
 
 def _describe(error: Exception) -> str:

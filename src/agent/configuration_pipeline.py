@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import draccus
 import yaml
@@ -71,6 +71,9 @@ class TrainPipelineConfig:
     """Newest checkpoints to keep."""
     keep_training_states: int | None = None
     """Of these, how many keep what a resume needs, which is two thirds of the bytes; all when not given."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the weights in `pretrained_model`. With bfloat16 these take half the space, and the float32 weights
+    that a resume needs are kept with the training state."""
     check_replicas_every: int = 1
     """Before every N-th checkpoint, compare weights and optimizer of all processes; 0 never."""
     skip_nonfinite: int = 0
@@ -231,11 +234,11 @@ def load_config(path: str | Path, arguments: list[str], world_size: int) -> tupl
     if config.name is None:
         config.name = path.stem
     mistakes: list[str] = []
-    lines: list[str] = []
+    lines: list[str] = list(config.model_cfg.notes)
     checks: tuple[Callable[[], Any], ...] = (
         lambda: lines.extend(reconcile(config)),
         lambda: accumulation_steps(config, world_size),
-        lambda: _check_datasets(config),
+        lambda: _check_data(config),
         lambda: config.wandb.check() if config.use_wandb else None,
     )
     for check in checks:
@@ -248,9 +251,13 @@ def load_config(path: str | Path, arguments: list[str], world_size: int) -> tupl
     return config, lines
 
 
-def _check_datasets(config: TrainPipelineConfig) -> None:
+def _check_data(config: TrainPipelineConfig) -> None:
     if not config.data.train.datasets:
         raise ConfigError("data.train.datasets is empty; list at least one {repo_id: …, root: …}")
+    if config.data.statistics == "checkpoint" and config.load_from_checkpoint is None:
+        raise ConfigError(
+            "data.statistics: checkpoint needs load_from_checkpoint, whose statistics these are; or write dataset"
+        )
 
 
 def dump(config: TrainPipelineConfig) -> dict[str, Any]:
@@ -278,6 +285,7 @@ _FREE_ON_RESUME = (
     "checkpoint_interval_minutes",
     "keep_checkpoints",
     "keep_training_states",
+    "save_dtype",
     "check_replicas_every",
     "hang_timeout_minutes",
     "log_freq",

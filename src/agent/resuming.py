@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from agent import weights
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
+from agent.checkpoint import TRAINING, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
 from agent.data.build import Data
 from agent.distributed import Processes
 from agent.manifest import Verification
 from agent.models import registry
-from agent.saving import restore
+from agent.saving import exact_weights, restore
 from agent.tensor_reader import Checksums
 from agent.train_state import TrainState
 
@@ -114,7 +114,7 @@ def _load(
     adapter = registry.adapter(config.model_cfg)
     coverage = weights.load_into(
         policy.state_dict(),
-        weights.find_weights(str(path / PRETRAINED), "resume"),
+        weights.find_weights(str(exact_weights(path)), "resume"),
         partial(adapter.from_lerobot, config=config.model_cfg),
         adapter.fit,
         checksums,

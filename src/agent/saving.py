@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _FAILURES_ALLOWED = 3
 _OPTIMIZER = "optimizer"
+_WEIGHTS = "model.safetensors"
 _SHARDABLE = {f"{TRAINING}/{_OPTIMIZER}.safetensors"}
 
 
@@ -86,7 +87,7 @@ class Saver:
         self._last_step = run.state.step
         self._last_save = time.monotonic()
         files, write_small = checkpoint_contents(run)
-        self._writer.save(run.state.step, files, _SHARDABLE, write_small)
+        self._writer.save(run.state.step, files, _SHARDABLE, write_small, _stored(run))
         self.stall_s += time.perf_counter() - begin
 
     def poll(self) -> None:
@@ -141,6 +142,8 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
         run.config.model_cfg, run.policy.state_dict(), statistics, run.plan.n_updates
     )
     files = {f"{PRETRAINED}/{name}": tensors for name, tensors in pretrained.items()}
+    if _stored(run):  # rounded weights are for others; what goes on is what was
+        files[f"{TRAINING}/{_WEIGHTS}"] = pretrained[_WEIGHTS]
     files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optim.optimizer_tensors(run.optimizer, run.policy)
     details = {
         "data_fingerprint": run.data.fingerprint,
@@ -156,6 +159,16 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
         (folder / TRAINING / "config.yaml").write_text(config, encoding="utf-8")
 
     return files, write_small
+
+
+def _stored(run: Run) -> dict[str, torch.dtype]:
+    """The files whose numbers are rounded."""
+    return {f"{PRETRAINED}/{_WEIGHTS}": torch.bfloat16} if run.config.save_dtype == "bfloat16" else {}
+
+
+def exact_weights(checkpoint: Path) -> Path:
+    """The folder with the weights as they were in training."""
+    return checkpoint / (TRAINING if (checkpoint / TRAINING / _WEIGHTS).is_file() else PRETRAINED)
 
 
 def restore(

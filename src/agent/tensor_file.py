@@ -80,18 +80,39 @@ def header(tensors: Mapping[str, Tensor]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def file_size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of the file of these tensors."""
-    return len(header(tensors)) + sum(tensor.nbytes for tensor in tensors.values())
+def file_size(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
+    """Bytes of the file of these tensors, see :func:`write`."""
+    stored = _as_stored(tensors, dtype)
+    return len(header(stored)) + sum(tensor.nbytes for tensor in stored.values())
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], cancel: threading.Event | None = None) -> Written:
+def _as_stored(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> Mapping[str, Tensor]:
+    """The tensors in the number types of the file; those that change are without memory."""
+    if dtype is None:
+        return tensors
+    return {
+        name: torch.empty(tensor.shape, dtype=dtype, device="meta") if _changes(tensor, dtype) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _changes(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    cancel: threading.Event | None = None,
+    dtype: torch.dtype | None = None,
+) -> Written:
     """Writes tensors and returns when they are on the disk.
 
     Args:
         path: the file, replaced if it exists.
         tensors: on the CPU, each contiguous or one number expanded; they may share memory.
         cancel: gives the file up once it is set.
+        dtype: rounds floating-point numbers to this type on their way, block by block.
 
     Raises:
         OSError: from writing, syncing or closing; NFS reports a full disk in any of them.
@@ -100,7 +121,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], cancel: threading.Event | N
     digest, size = xxhash.xxh3_128(), 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        for block in _blocks(tensors):
+        for block in _blocks(tensors, dtype):
             if cancel is not None and cancel.is_set():
                 raise Cancelled
             digest.update(block)
@@ -116,15 +137,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], cancel: threading.Event | N
     return Written(size, digest.hexdigest())
 
 
-def _blocks(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def _blocks(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Iterator[memoryview]:
     """The bytes of the file in blocks of at most a chunk."""
-    yield memoryview(header(tensors))
-    for memory in _runs([tensors[name] for name in in_file_order(tensors)]):
+    stored = _as_stored(tensors, dtype)
+    yield memoryview(header(stored))
+    for memory in _runs([tensors[name] for name in in_file_order(stored)], dtype):
         for begin in range(0, len(memory), CHUNK):
             yield memory[begin : begin + CHUNK]
 
 
-def _runs(tensors: list[Tensor]) -> Iterator[memoryview]:
+def _runs(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Iterator[memoryview]:
     """The tensors' memory; neighbours in one storage are joined, as those of a snapshot are."""
     storage: torch.UntypedStorage | None = None
     begin = end = 0
@@ -132,11 +154,17 @@ def _runs(tensors: list[Tensor]) -> Iterator[memoryview]:
         size = tensor.nbytes
         if size == 0:
             continue
-        if is_one_number(tensor):
+        one = is_one_number(tensor)
+        if one or _changes(tensor, dtype):
             if storage is not None:
                 yield _bytes(storage, begin, end)
                 storage = None
-            yield from _repeated(tensor, size)
+            if one:
+                kept = tensor.to(dtype) if _changes(tensor, dtype) else tensor  # still one number, expanded
+                yield from _repeated(kept, kept.nbytes)
+            else:
+                for piece in tensor.view(-1).split(CHUNK // tensor.element_size()):
+                    yield memoryview(piece.to(dtype).view(torch.uint8).numpy())
             continue
         assert tensor.device.type == "cpu" and tensor.is_contiguous()
         here, offset = tensor.untyped_storage(), int(tensor.storage_offset()) * tensor.element_size()

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,10 +93,11 @@ def stream(path: Path, targets: Mapping[str, Tensor], digest: Digest | None = No
                 feed.skip(entry.end - entry.begin - used)
 
 
-def read(path: Path, digest: Digest | None = None) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own. Errors as of :func:`stream`."""
-    tensors = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in entries(path)}
-    stream(path, tensors, digest)
+def read(path: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, or those of these names, in memory of their own. Errors as of :func:`stream`."""
+    wanted = [entry for entry in entries(path) if only is None or entry.name in only]
+    tensors = {entry.name: torch.empty(entry.shape, dtype=entry.dtype) for entry in wanted}
+    stream(path, tensors)
     return tensors
 
 
@@ -189,6 +190,7 @@ class _Feed:
     def __init__(self, file: io.FileIO, path: Path, digest: Digest | None, pin: bool) -> None:
         self._file, self._path, self._digest, self._pin = file, path, digest, pin
         self._hasher = ThreadPoolExecutor(1) if digest is not None else None
+        self._hashed: list[Future[None]] = []
         self._buffers: list[_Buffer] = []
         self._turn = -1
 
@@ -200,8 +202,10 @@ class _Feed:
     ) -> None:
         if self._hasher is not None:
             self._hasher.shutdown(wait=True)
-        if kind is None:  # the copies to a GPU are still reading the buffers
-            for buffer in self._buffers:
+        if kind is None:
+            for block in self._hashed:
+                block.result()
+            for buffer in self._buffers:  # the copies to a GPU are still reading them
                 buffer.wait()
 
     def fill(self, target: Tensor, dtype: torch.dtype) -> None:
@@ -246,4 +250,7 @@ class _Feed:
             if not size:
                 raise ValueError(f"{self._path} cannot be read as safetensors, it became shorter while it was read")
             done += size
-        return self._hasher.submit(self._digest.update, block) if self._hasher and self._digest else None
+        if self._hasher is None or self._digest is None:
+            return None
+        self._hashed.append(self._hasher.submit(self._digest.update, block))
+        return self._hashed[-1]

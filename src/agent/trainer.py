@@ -224,7 +224,7 @@ def validate(run: Run) -> dict[str, float]:
         batches,
         run.processes,
         unnormalize=run.data.action_normalizer.unnormalize,
-        mean_action=run.data.action_statistics.mean,
+        mean_action=run.data.mean_action,
         thresholds=config.eval_thresholds,
         precision=partial(precision, run),
     )

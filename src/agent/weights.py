@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from agent.tensor_reader import Checksums
 
 
+# The weights, and what may hold their statistics.
+_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "assets/*norm_stats.json"]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -162,7 +164,7 @@ def _files_in(folder: Path, key: str) -> list[Path]:
 
 
 def _files_on_hub(repository: hub.Repository, key: str) -> list[Path]:
-    folder = hub.snapshot(repository, key, ["*.safetensors", "*.safetensors.index.json", "config.json"])
+    folder = hub.snapshot(repository, key, _HUB_FILES)
     files = _files_in(folder, key)
     if not files:
         # Without internet this is what the cache has, which can be less than the hub.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -13,10 +14,19 @@ from agent.data.features import check_features
 from agent.data.files import spelled
 from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
-from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, merge_statistics
+from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics, merge_statistics
 from agent.data.reader import Draw, SampleReader
 from agent.data.source import DatasetConfig, Source, open_source
 from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
+
+
+class GivenStatistics(NamedTuple):
+    """Statistics that are not of the training data."""
+
+    source: str
+    """Where they are from, for people."""
+    values: Mapping[str, Mapping[str, np.ndarray]]
+    """``state`` and ``action`` → statistic → values."""
 
 
 @dataclass
@@ -32,9 +42,11 @@ class Data:
     validation: SampleReader | None
     """Of the validation samples, or None when nothing is held out."""
     state_statistics: FeatureStatistics
-    """Of the training frames; ``to_lerobot_stats`` names them for a checkpoint."""
+    """To normalise with: of the training frames, or given; ``to_lerobot_stats`` names them for a checkpoint."""
     action_statistics: FeatureStatistics
-    """Of the training frames; its mean is the mean-action baseline."""
+    """The same of the actions."""
+    mean_action: np.ndarray
+    """(action_dim,) of the training frames, the mean-action baseline."""
     action_normalizer: Normalizer
     """To bring predicted actions back to physical units."""
     fingerprint: str
@@ -53,6 +65,7 @@ def build_data(
     normalization_mapping: Mapping[str, str],
     tokenizer_path: str,
     task_paraphrase: str | None = None,
+    given: GivenStatistics | None = None,
 ) -> Data:
     """Opens and verifies all data of a run.
 
@@ -65,6 +78,7 @@ def build_data(
         normalization_mapping: ``VISUAL``, ``STATE`` and ``ACTION`` → mode, as in the model JSON.
         tokenizer_path: folder or hub id.
         task_paraphrase: a JSON of instruction → paraphrases, for training samples.
+        given: statistics to normalise with, instead of those of the training frames.
 
     Raises:
         ValueError: on anything wrong with the data or its config, before a sample is read.
@@ -80,14 +94,21 @@ def build_data(
     report += notes
     mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
-    statistics = {}
+    statistics, mean_action = {}, np.zeros(0)
     digest = xxhash.xxh3_128()
     for name in ("state", "action"):
         columns = [_finite_columns(source, name) for source in training]
         for part in columns:
             digest.update(np.ascontiguousarray(part))
         statistics[name] = merge_statistics(columns, mixture.shares)
-        if statistics[name].clamped:
+        if name == "action":
+            mean_action = statistics[name].mean
+        if given is not None:
+            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0].shape[1])
+            for statistic in statistics[name].to_dict().values():
+                digest.update(np.ascontiguousarray(statistic))
+            report.append(f"{name} statistics are those of {given.source}")
+        elif statistics[name].clamped:
             report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
     for source in validation:
         for name in ("state", "action"):
@@ -121,10 +142,21 @@ def build_data(
         else None,
         state_statistics=statistics["state"],
         action_statistics=statistics["action"],
+        mean_action=mean_action,
         fingerprint=digest.hexdigest(),
         action_normalizer=action_normalizer,
         report=report,
     )
+
+
+def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
+    try:
+        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
+    except ValueError as error:
+        raise ValueError(
+            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
+            "load_from_checkpoint"
+        ) from None
 
 
 def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], list[Source], list[str]]:

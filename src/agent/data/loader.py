@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -58,6 +58,9 @@ class DataConfig:
     """The training data."""
     val: ValDataConfig = field(default_factory=ValDataConfig)
     """The validation data."""
+    statistics: Literal["dataset", "checkpoint"] = "dataset"
+    """What states and actions are normalised with: statistics of the training data, or those that the weights of
+    `load_from_checkpoint` were trained with, for a robot that they know."""
 
 
 @dataclass

@@ -10,7 +10,7 @@ must meet at inference the numbers it was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -42,10 +42,47 @@ class FeatureStatistics:
     q99: np.ndarray
     clamped: tuple[int, ...] = ()
     """The dimensions of which at least one statistic was replaced by a safe one."""
+    known: tuple[str, ...] = STATISTIC_NAMES
+    """The other ones are NaN: a policy that was made elsewhere brings those only that it needs."""
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Name → (dims,), as LeRobot's ``stats.json`` and processors have it."""
-        return {name: getattr(self, name) for name in STATISTIC_NAMES}
+        return {name: getattr(self, name) for name in self.known}
+
+
+def given_statistics(values: Mapping[str, np.ndarray], mode: str, dims: int) -> FeatureStatistics:
+    """Statistics that were computed elsewhere, taken as they are.
+
+    Args:
+        values: statistic → (dims,).
+        mode: the normalisation that they are for.
+        dims: of the feature.
+
+    Raises:
+        ValueError: if the mode needs others, they are of another size, not finite, or leave no room between bounds.
+    """
+    needed = {"IDENTITY": (), "MEAN_STD": ("mean", "std"), **_BOUNDS}[mode]
+    if absent := [name for name in needed if name not in values]:
+        raise ValueError(f"{mode} needs {' and '.join(absent)}, they hold {', '.join(sorted(values))}")
+    for name in needed:
+        if values[name].shape != (dims,):
+            raise ValueError(f"{name} is of {values[name].size} dimensions, the data has {dims}")
+        if not np.isfinite(values[name]).all():
+            raise ValueError(f"{name} is {values[name][~np.isfinite(values[name])][0]}: they were never filled in")
+    narrow = (
+        (values["std"] <= 0)
+        if mode == "MEAN_STD"
+        else (values[needed[1]] <= values[needed[0]])
+        if needed
+        else np.False_
+    )
+    if narrow.any():
+        raise ValueError(f"dimension {int(np.flatnonzero(narrow)[0])} has no width ({' and '.join(needed)})")
+    known = tuple(name for name in STATISTIC_NAMES if name in values and values[name].shape == (dims,))
+    unknown = np.full(dims, np.nan, np.float32)
+    filled: dict[str, Any] = {name: np.asarray(values[name], np.float32) for name in known}
+    filled |= {name: unknown for name in STATISTIC_NAMES if name not in known}
+    return FeatureStatistics(**filled, known=known)
 
 
 def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:

@@ -15,6 +15,9 @@ import torch
 
 from agent.models.pi0.configuration import PI0Config
 from agent.models.pi0.model import PI0
+from agent.models.pi0.statistics import read_statistics
+
+__all__ = ["fit", "from_lerobot", "from_paligemma", "read_statistics", "to_lerobot"]
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,14 +1,11 @@
 """Every field of π0's model JSON. Imports no torch: a configuration error must show within a second."""
 
-import logging
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from agent.models.base import ModelConfig, Reading
 from agent.models.pi0 import vintages
-
-log = logging.getLogger(__name__)
 
 STATE, ACTION = "observation.state", "action"
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -354,9 +351,7 @@ class PI0Config(ModelConfig):
         return None if spec is None else spec.shape[0]
 
     def adopt_features(self, cameras: tuple[str, ...], state_dim: int, action_dim: int) -> None:
-        """Takes over what the data set has, for a config that leaves its features open; logs how it was read."""
-        for note in self.notes:
-            log.info(note)
+        """Takes over what the data set has, for a config that leaves its features open."""
         image = FeatureSpec("VISUAL", [3, *self.image_resolution])
         self.input_features = {
             **{slot: (self.input_features or {}).get(slot, image) for slot in cameras},

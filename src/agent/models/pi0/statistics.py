@@ -1,0 +1,104 @@
+"""Reads the normalisation statistics that a published π0 policy brings, wherever its format keeps them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+Statistics = dict[str, dict[str, np.ndarray]]
+"""``state`` and ``action`` → statistic → values, (dims,) float32."""
+
+_FEATURES = {"observation.state": "state", "action": "action"}
+_V1_BUFFER = re.compile(
+    r"(?:normalize_inputs\.buffer_observation_(state)|(?:normalize_targets|unnormalize_outputs)\.buffer_(action))\.(\w+)"
+)
+_OPENPI = {"state": "state", "actions": "action"}
+
+
+def read_statistics(files: Sequence[Path]) -> Statistics:
+    """The statistics beside, or in, the weights.
+
+    LeRobot from 0.4 on, and this project, keep them in the file of the normalising step of ``policy_preprocessor.json``;
+    LeRobot v1 in buffers among the weights; openpi in ``assets/…/norm_stats.json``.
+
+    Args:
+        files: of the weights, as ``agent.weights.find_weights`` finds them.
+
+    Raises:
+        ValueError: if there are none, or they are not of one robot.
+    """
+    folder = files[0].parent
+    found = _from_processor(folder) or _from_buffers(files) or _from_openpi(folder)
+    if found is None:
+        raise ValueError(
+            f"{folder} holds no statistics: no policy_preprocessor.json with a normalising step, no buffers "
+            "normalize_inputs.* among the weights, and no assets/…/norm_stats.json"
+        )
+    if set(found) != {"state", "action"}:
+        raise ValueError(f"{folder} holds statistics of {', '.join(found) or 'nothing'}, not of state and action")
+    return found
+
+
+def _from_processor(folder: Path) -> Statistics | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    description = folder / "policy_preprocessor.json"
+    if not description.is_file():
+        return None
+    try:
+        steps = json.loads(description.read_text(encoding="utf-8"))["steps"]
+        names = [s["state_file"] for s in steps if s["registry_name"] == "normalizer_processor" and "state_file" in s]
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise ValueError(f"it names {absent[0]}, which is not there")
+        flat = {key: value for name in names for key, value in load_file(folder / name).items()}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{description} and the files it names cannot be read: {error}") from None
+    pairs = (key.rpartition(".") for key in flat)
+    return _sorted({(feature, name): flat[f"{feature}.{name}"] for feature, _, name in pairs}, _FEATURES) or None
+
+
+def _from_buffers(files: Sequence[Path]) -> Statistics | None:
+    from agent import tensor_reader
+
+    found: Statistics = {}
+    for path in files:
+        names = {e.name: m for e in tensor_reader.entries(path) if (m := _V1_BUFFER.fullmatch(e.name))}
+        if not names:
+            continue
+        for name, tensor in tensor_reader.read(path, only=set(names)).items():
+            feature = names[name][1] or names[name][2]
+            found.setdefault(feature, {})[names[name][3]] = tensor.float().numpy()
+    return found or None
+
+
+def _from_openpi(folder: Path) -> Statistics | None:
+    files = sorted(folder.glob("assets/**/norm_stats.json"))
+    if len(files) > 1:
+        listed = ", ".join(str(path.relative_to(folder)) for path in files)
+        raise ValueError(f"{folder} holds the statistics of several robots ({listed}); leave one of them there")
+    if not files:
+        return None
+    try:
+        content = json.loads(files[0].read_text(encoding="utf-8"))["norm_stats"]
+        flat = {
+            (f, name): np.asarray(v, np.float32)
+            for f, some in content.items()
+            for name, v in some.items()
+            if v is not None
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{files[0]} cannot be read as openpi's statistics: {error}") from None
+    return _sorted(flat, _OPENPI)
+
+
+def _sorted(flat: Mapping[tuple[str, str], np.ndarray], features: Mapping[str, str]) -> Statistics:
+    found: Statistics = {}
+    for (feature, name), values in flat.items():
+        if feature in features and values.ndim == 1:
+            found.setdefault(features[feature], {})[name] = values.astype(np.float32)
+    return found
