@@ -544,10 +544,14 @@ def test_an_upload_that_breaks_off_says_what_is_left(runs, tmp_path, hub, broken
     assert (out / "model.safetensors").is_file()
 
 
-def test_a_tokenizer_of_this_machine_is_not_published(runs, tmp_path, capsys):
+def test_a_tokenizer_of_this_machine_is_not_published(runs, tmp_path, hub):
+    code, said, _ = pushed(runs, tmp_path / "out", hub.url, "--push_to_hub", "me/policy", HF_TOKEN=hub.token)
+    assert code == 2 and "which others do not have" in said and f"--tokenizer {TOKENIZER}" in said
+    assert not hub.private and not hub.files
+
+
+def test_options_that_would_do_nothing_are_refused(runs, tmp_path, capsys):
     arguments = ["--checkpoint", runs.run("first"), "--to", "lerobot", "--out", tmp_path / "out"]
-    said = refusal(capsys, *arguments, "--push_to_hub", "me/policy")
-    assert "which others do not have" in said and f"--tokenizer {TOKENIZER}" in said
     assert "--private: nothing is uploaded" in refusal(capsys, *arguments, "--private")
     openpi = [*arguments[:2], "--to", "openpi", *arguments[4:]]
     assert "--tokenizer: openpi stores no tokenizer's name" in refusal(capsys, *openpi, "--tokenizer", TOKENIZER)

@@ -50,20 +50,23 @@ def export(options: argparse.Namespace) -> None:
         ValueError: for everything that the user has to put right.
         OSError: if a file cannot be written.
     """
-    import torch
-
     from agent import publishing
 
     out = Path(options.out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not an empty folder; name another, nothing is overwritten")
+    if options.push_to_hub:
+        publishing.check(options.push_to_hub, options.private)
+
+    import torch
+
     source = open_checkpoint(options.checkpoint)
     cast = getattr(torch, options.save_dtype) if options.save_dtype else None
     dtype = cast or prevailing_dtype(source.files)
     contents = _contents(options.to, source, dtype)
     small = _small_files(options, source, contents)
     if options.push_to_hub:
-        publishing.prepare(options.push_to_hub, options.private)
+        publishing.create(options.push_to_hub, options.private)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:

@@ -9,11 +9,15 @@ from typing import NoReturn
 _TIMEOUT_S = 10.0
 
 
-def prepare(repo_id: str, private: bool) -> None:
-    """Makes sure that an upload can work, and creates the model on the hub if it is not there.
+def check(repo_id: str, private: bool) -> None:
+    """Finds out whether an upload can work, before any work is done for it; changes nothing.
+
+    Args:
+        repo_id: ``owner/name``.
+        private: whether the model has to be private.
 
     Raises:
-        ValueError: without a valid name, a token, the right to write there, or the hub.
+        ValueError: without a valid name, a token, or the hub, or if a model of this name is public.
     """
     import httpx
     from huggingface_hub import HfApi, constants, get_token
@@ -27,20 +31,32 @@ def prepare(repo_id: str, private: bool) -> None:
         raise ValueError(
             "--push_to_hub: no token of the hub; run `hf auth login` with one that may write, or set HF_TOKEN"
         )
-    api = HfApi()
     try:
-        # One question with a time limit first: the others have none.
-        found = api.model_info(repo_id, timeout=_TIMEOUT_S)
-        if private and not found.private:
-            raise ValueError(
-                f"--private: {repo_id} exists and is public; make it private on its page, or take another name"
-            )
-    except RepositoryNotFoundError:
-        pass  # so it is created
+        found = HfApi().model_info(repo_id, timeout=_TIMEOUT_S)  # other questions have no time limit
+    except RepositoryNotFoundError as error:
+        if error.response is not None and error.response.status_code == 401:
+            _refuse(repo_id, error)  # the token is none of the hub's
+        return
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         _refuse(repo_id, error)
+    if private and not found.private:
+        raise ValueError(
+            f"--private: {repo_id} exists and is public; make it private on its page, or take another name"
+        )
+
+
+def create(repo_id: str, private: bool) -> None:
+    """Creates the model on the hub if it is not there.
+
+    Raises:
+        ValueError: without the right to write there, or the hub.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        HfApi().create_repo(repo_id, private=private or None, exist_ok=True)
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         _refuse(repo_id, error)
 
