@@ -106,7 +106,7 @@ def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
 
 def _tokenizer(key: str, path: str) -> Item:
     repository = None if Path(path).expanduser().is_dir() or "@" in path else hub.parse(path)
-    fetch = partial(hub.snapshot, repository, key, _TOKENIZER_FILES) if repository else None
+    fetch = partial(_fetch_tokenizer, repository, key) if repository else None
     return Item("tokenizer", key, path, partial(_look_for_tokenizer, path), fetch)
 
 
@@ -152,6 +152,15 @@ def _open(dataset: DatasetConfig, config: TrainPipelineConfig) -> Source:
 
     model: Any = config.model_cfg
     return open_source(dataset, model.chunk_size, config.data.train.video_backend, config.data.train.tolerance_s)
+
+
+def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
+    folder = hub.snapshot(repository, key, _TOKENIZER_FILES)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{key}: '{repository}' has no config.json, and without one transformers loads no tokenizer from its cache when "
+            f"there is no internet; set {key} to the folder {folder}"
+        )
 
 
 def _look_for_tokenizer(path: str) -> Found:
