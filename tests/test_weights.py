@@ -10,6 +10,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -471,6 +472,38 @@ def test_a_longer_vocabulary_is_named(tmp_path, published):
     coverage = load(policy, write(tmp_path, published | {name: longer}))
     assert_same(policy, model(1))
     assert list(coverage.adapted) == [adapter.EMBEDDING] and "appended to the vocabulary" in coverage.table()
+
+
+# Every tensor of the published π0, each a few numbers long.
+SMALL = {"depth": 18, "mlp_dim": 6, "heads": 2, "kv_heads": 1, "head_dim": 4, "vocab_size": 20}
+ALL_TENSORS = replace(
+    CONFIG,
+    paligemma_variant=GemmaVariant(width=8, **SMALL),
+    action_expert_variant=GemmaVariant(width=4, **SMALL),
+    vision_variant=VisionVariant(width=4, depth=27, mlp_dim=6, heads=2),
+)
+
+
+@pytest.mark.parametrize("file", ["pi0_tensors_lerobot_v1.json", "pi0_tensors_lerobot_0.6.json", "openpi"])
+def test_every_tensor_of_the_published_lists(tmp_path, file):
+    policies = [PI0(ALL_TENSORS), PI0(ALL_TENSORS)]
+    for seed, policy in enumerate(policies):
+        policy.init_weights(torch.Generator().manual_seed(seed))
+    names = reference("pi0_tensors_lerobot_0.6.json" if file == "openpi" else file)
+    own = adapter.to_lerobot(policies[0].state_dict(), ALL_TENSORS)
+    found = adapter.match(names, adapter.POLICIES, ALL_TENSORS)
+    values = {theirs: policies[0].state_dict()[ours] for ours, theirs in found.sources.items()}
+    values |= {name: own[next(head for head in own if head.endswith(name.split(".")[2] + ".lm_head.weight"))]
+               if "gemma_expert" in name else policies[0].state_dict()[adapter.EMBEDDING]
+               for name in found.waived}  # fmt: skip
+    assert values.keys() == names.keys() and len(values) > 770
+    prefix = "model." if file == "openpi" else ""
+    write(tmp_path, {name.removeprefix(prefix): tensor.clone().contiguous() for name, tensor in values.items()})
+    match = partial(adapter.from_lerobot, config=ALL_TENSORS)
+    coverage = load_into(policies[1].state_dict(), find_weights(str(tmp_path), KEY), match, adapter.fit)
+    assert sorted(coverage.loaded) == sorted(policies[1].state_dict())
+    assert_same(policies[1], policies[0])
+    assert torch.equal(policies[0](batch()), policies[1](batch()))
 
 
 def header_only(path: Path, shapes: dict[str, tuple[int, ...]], number_type: torch.dtype) -> Path:
