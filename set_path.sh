@@ -7,9 +7,11 @@
 #
 # ----------------------------------------------------------------------------------------------------------------
 # export HF_HOME="/scratch/$USER/huggingface"
+# export HF_HUB_OFFLINE=1
 # ----------------------------------------------------------------------------------------------------------------
 
 # The Hugging Face cache: models, tokenizers and data sets that come from the hub.
+# Where compute nodes have no internet, `python -m agent.prepare` fills it on the login node and prints what to export.
 export HF_HOME="${HF_HOME:-$HOME/.cache/huggingface}"
 export TRANSFORMERS_CACHE="${TRANSFORMERS_CACHE:-$HF_HOME/hub}"
 

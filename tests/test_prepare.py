@@ -33,7 +33,7 @@ from agent.configuration_pipeline import load_config
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
 
-ELSEWHERE = "http://192.0.2.1:1"  # an address for documentation: nobody is there
+ELSEWHERE = "http://hub.invalid"  # no such name can exist
 GUARD = r"""
 import os, sys, traceback
 
@@ -253,8 +253,10 @@ def test_no_network_is_told_in_seconds(site: Site, tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stdout.count("missing") == 3
     assert "data.train.datasets.0: cannot get 'lab/data@v3.0' from the hub: it cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "load_from_checkpoint: 'lab/policy@v2': not here either" in done.stderr
+    assert "HF_HUB_OFFLINE" not in done.stderr
     # The hook that the tests above trust does see.
-    assert "192.0.2.1" in site.attempts("unreachable")
+    assert "hub.invalid" in site.attempts("unreachable")
 
 
 def test_a_training_from_a_hub_id_without_network(site: Site, tmp_path: Path) -> None:
@@ -345,7 +347,9 @@ def test_the_cache_serves_when_the_hub_does_not(site: Site, tmp_path: Path) -> N
     for refusal in (Refusal(503), Refusal(401, "GatedRepo")):
         site.hub.refuse("models/lab/once", refusal)
         assert [found[:2] for found in look(site, "lab/once", HF_HOME=home)] == [("found", path)]
-    assert [found[:2] for found in look(site, "lab/once", HF_HOME=home, HF_ENDPOINT=ELSEWHERE)] == [("found", path)]
+    assert [found[:2] for found in look(site, "lab/once", HF_HOME=home, HF_ENDPOINT="http://127.0.0.1:9")] == [
+        ("found", path)
+    ]
 
 
 def test_a_download_that_was_cut_short(site: Site, tmp_path: Path) -> None:

@@ -66,8 +66,11 @@ class Item:
     fetch: Callable[[], Any] | None
     """Gets it from the hub; None if it is to be a local folder."""
 
-    def obtain(self) -> Found:
+    def obtain(self, away: bool) -> Found:
         """What is here, or can be had from the hub.
+
+        Args:
+            away: the hub was asked before and does not answer.
 
         Raises:
             ValueError: if it cannot be had, or does not fit.
@@ -76,9 +79,12 @@ class Item:
         try:
             with hub.offline():
                 return self.look()
-        except ValueError:
+        except ValueError as error:
             if self.fetch is None:
                 raise
+            if away:  # one wait for a hub that does not answer is enough
+                reason = "not here either" if isinstance(error, hub.Unreachable) else str(error).splitlines()[0]
+                raise hub.Unreachable(f"{self.key}: '{self.name}': {reason}") from None
         log.info("fetching %s %s", self.kind, self.name)
         self.fetch()
         with hub.offline():
@@ -236,10 +242,8 @@ def prepare(config: TrainPipelineConfig) -> list[str]:
     rows = [("what", "size", "config key", "where")]
     away = False
     for item in items(config, sources):
-        if away:
-            item.fetch = None  # one wait for a hub that does not answer is enough
         try:
-            found = item.obtain()
+            found = item.obtain(away)
         except (ValueError, hub.HubTrouble) as error:
             away = away or isinstance(error, hub.Unreachable)
             problems.append(str(error))
