@@ -98,7 +98,7 @@ def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
         for number, dataset in enumerate(datasets):
             key = f"data.{role}.datasets.{number}"
             look = partial(_look_for_dataset, dataset, config, sources)
-            download = partial(_fetch_dataset, dataset, key, config) if dataset.root is None else None
+            download = partial(_fetch_dataset, dataset, key) if dataset.root is None else None
             yield Item("data set", key, dataset.repo_id, look, download)
     yield _tokenizer("model_cfg.tokenizer_path", model.tokenizer_path)
     for key, reference in (
@@ -136,28 +136,32 @@ def _look_for_weights(config: TrainPipelineConfig, key: str, reference: str) -> 
     return Found(files[0].parent, files, coverage.table())
 
 
-def _fetch_dataset(dataset: DatasetConfig, key: str, config: TrainPipelineConfig) -> None:
+def _fetch_dataset(dataset: DatasetConfig, key: str) -> None:
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    # Asked for here, because the hub's answer is explained here; the files of the chosen episodes follow below.
+    from agent.data import files
+    from agent.data.episodes import choose_episodes
+
     repository = hub.Repository(dataset.repo_id, "dataset", dataset.revision or _DATASET_REVISION)
-    hub.snapshot(repository, key, ["meta/*"], HF_LEROBOT_HUB_CACHE)
-    _open(dataset, config)
+    folder = hub.snapshot(repository, key, ["meta/*"], HF_LEROBOT_HUB_CACHE)
+    metadata = files.read_metadata(dataset.repo_id, folder)
+    wanted = set()
+    for episode in choose_episodes(metadata, dataset.episodes, dataset.split):
+        wanted.add(metadata.data_file(episode))
+        wanted.update(metadata.video_file(episode, camera) for camera in metadata.video_keys)
+    patterns = sorted(str(path.relative_to(folder)) for path in wanted)
+    hub.snapshot(repository, key, ["meta/*", *patterns], HF_LEROBOT_HUB_CACHE)
 
 
 def _look_for_dataset(dataset: DatasetConfig, config: TrainPipelineConfig, sources: list[Source]) -> Found:
-    source = _open(dataset, config)
+    from agent.data.source import open_source
+
+    model: Any = config.model_cfg
+    source = open_source(dataset, model.chunk_size, config.data.train.video_backend, config.data.train.tolerance_s)
     sources.append(source)
     root = source.metadata.root
     note = f"{source}: {len(source.episodes)} episodes, {len(source)} frames"
     return Found(root, [path for path in root.rglob("*") if path.is_file()], note)
-
-
-def _open(dataset: DatasetConfig, config: TrainPipelineConfig) -> Source:
-    from agent.data.source import open_source
-
-    model: Any = config.model_cfg
-    return open_source(dataset, model.chunk_size, config.data.train.video_backend, config.data.train.tolerance_s)
 
 
 def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
