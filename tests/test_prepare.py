@@ -9,11 +9,13 @@ Python process notes and refuses each attempt to look up a host or to connect to
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -57,6 +59,10 @@ sys.addaudithook(_watch)
 with open(os.environ["ATTEMPTS"] + ".processes", "a") as log:
     log.write(" ".join(sys.orig_argv) + "\n")
 """
+
+
+BRIDGE = ["--wandb.mode", "offline", "--data.val.fraction", "0.2"]
+BRIDGE += ["--model_cfg.tokenizer_path", MODEL["tokenizer_path"], "--data.train.datasets", "[{repo_id: here}]"]
 
 
 @dataclass
@@ -234,6 +240,43 @@ def test_weights_that_do_not_fit_are_refused(site: Site, prepared: subprocess.Co
     assert f"the weights in {folder / 'model.safetensors'} (PaliGemma" in done.stderr and layout.title in done.stderr
     assert "do not fit this model" in done.stderr and "fc1.weight: [64, 32] in the file, [65, 32]" in done.stderr
     assert "PaliGemma has no action expert" in done.stderr
+
+
+MEASURED = r"""
+import resource, sys
+from agent import prepare
+code = prepare.main(sys.argv[1:])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+sys.exit(code)
+"""
+
+
+def test_the_full_model_is_checked_by_its_headers(site: Site, tmp_path: Path) -> None:
+    config, _ = load_config(REPOSITORY / "config/train/pi0_finetune_bridge.yaml", BRIDGE, 1)
+    model: Any = config.model_cfg
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in adapter.shapes(model).items():
+        begin, end = end, end + 4 * math.prod(shape)
+        header[adapter.LEROBOT.theirs(name)] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)  # takes no room on the disk
+    cameras = "{observation.images.image_0: observation.images.front}"
+    dataset = f"{{repo_id: here, root: {site.place.folder / 'data'}, cameras: {cameras}}}"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, "--config_path", "config/train/pi0_finetune_bridge.yaml", *BRIDGE]
+        + ["--load_from_checkpoint", str(tmp_path), "--data.train.datasets", f"[{dataset}]"],
+        env=site.environment(**site.guarded("bridge")),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{end / 1e9:.1f} GB  load_from_checkpoint" in done.stdout and end > 10e9
+    assert int(done.stdout.split("peak ")[1]) < 1500  # MB, most of it torch itself
+    assert site.attempts("bridge") == ""
 
 
 def test_a_mistake_in_the_config_answers_before_anything_heavy(site: Site) -> None:
