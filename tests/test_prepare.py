@@ -1,6 +1,6 @@
 """Jobs on nodes without internet: what ``agent.prepare`` fetches and checks, and that a job then asks nobody.
 
-Run: uv run pytest tests/test_prepare.py      (a minute and a half; needs no GPU)
+Run: uv run pytest tests/test_prepare.py      (two minutes; needs no GPU)
 
 The hub is a small server on this machine that the real client talks to. Where nothing may be asked, a hook in every
 Python process notes and refuses each attempt to look up a host or to connect to another machine.
