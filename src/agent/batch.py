@@ -5,6 +5,7 @@ Shape suffixes used all over this package:
 ====  =====================================================================
 B     samples of a micro-batch
 T     time steps of an action chunk (``chunk_size``)
+K     flow-matching draws of a sample (``flow_samples_per_observation``)
 A     action dimensions, padded to ``max_action_dim``
 S     state dimensions, padded to ``max_state_dim``
 L     language tokens, padded on the right
@@ -46,6 +47,9 @@ class Observation:
     """(B, L) int64 token ids of the instruction."""
     token_mask: Tensor
     """(B, L) bool, False on padding."""
+    padded: bool = True
+    """False if every image and every token is real, so that no mask is needed. Known where the batch is made: to look
+    for it in the masks would make the CPU wait for the GPU."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ class Batch:
     observation: Observation
     actions: ActionChunk
     noise: Tensor
-    """(B, T, A) float32, standard normal."""
+    """(B, T, A) float32, standard normal; (B, K, T, A) when there are K > 1 draws per sample."""
     time: Tensor
-    """(B,) float32 in (0, 1]; 1 is pure noise, 0 is the action (openpi's convention)."""
+    """(B,) float32 in (0, 1]; 1 is pure noise, 0 is the action (openpi's convention). (B, K) for K > 1 draws."""
     sample_index: Tensor
     """(B,) int64, the number k of each sample in the run's stream."""
     provenance: Tensor
@@ -108,6 +112,8 @@ def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True)
             moved[field.name] = to_device(value, device, non_blocking)
         elif isinstance(value, dict):
             moved[field.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+        elif isinstance(value, bool):
+            moved[field.name] = value
         else:
             moved[field.name] = value.to(device, non_blocking=non_blocking)
     return replace(tree, **moved)  # type: ignore[type-var]

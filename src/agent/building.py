@@ -107,12 +107,13 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
         scale=model.time_sampling_scale,
         offset=model.time_sampling_offset,
     )
+    pairs = config.flow_samples_per_observation
     data = processes.main_first(
         lambda: build_data(
             config.data,
             spec,
             seed=config.seed,
-            draw=draw,
+            draw=draw if pairs == 1 else partial(flow_matching.draw_several, pairs, *draw.args, **draw.keywords),
             validation_draw=partial(draw, purpose="validation"),
             normalization_mapping=model.normalization_mapping,
             tokenizer_path=model.tokenizer_path,

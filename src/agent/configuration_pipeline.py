@@ -45,6 +45,9 @@ class TrainPipelineConfig:
     """Samples per optimizer update, over all GPUs and accumulation steps."""
     per_device_batch_size: int = 32
     """Samples that one GPU holds at once. Accumulation steps = global / (per device × number of processes)."""
+    flow_samples_per_observation: int = 1
+    """Independent pairs of noise and time per observation. The action expert runs once for each, over images and
+    instruction that are computed once; a sample's loss is the mean over them."""
     n_epochs: float = 1.0
     """Passes over the training frames. Not used when `n_updates` is given."""
     n_updates: int | None = None
@@ -95,7 +98,14 @@ class TrainPipelineConfig:
     """Weights & Biases settings."""
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "per_device_batch_size", "save_model_freq", "keep_checkpoints", "log_freq"):
+        for key in (
+            "global_batch_size",
+            "per_device_batch_size",
+            "flow_samples_per_observation",
+            "save_model_freq",
+            "keep_checkpoints",
+            "log_freq",
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         for key in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def _load(
 
 
 def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:
-    saved = yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
+    # A key that is newer than the checkpoint had its default's effect then.
+    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
+    saved = defaults | yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
     changes = changes_since(saved, dump(config))
     fingerprint = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     if fingerprint != data.fingerprint:

@@ -16,8 +16,8 @@ from agent.data.transforms import SampleSpec, TaskTokens, pad_vector, paraphrase
 if TYPE_CHECKING:
     import torch
 
-Draw = Callable[[int], tuple[np.ndarray, float]]
-"""k → flow-matching noise (T, A) and time, a pure function."""
+Draw = Callable[[int], tuple[np.ndarray, float | np.ndarray]]
+"""k → flow-matching noise (T, A) and time, or K of them, (K, T, A) and (K,); a pure function."""
 
 
 @dataclass
@@ -37,8 +37,9 @@ class Sample:
     dim_mask: np.ndarray
     """(A,) bool."""
     noise: np.ndarray
-    """(T, A) float32."""
-    time: float
+    """(T, A) float32, or (K, T, A)."""
+    time: float | np.ndarray
+    """One number, or (K,) float32."""
     k: int
     provenance: tuple[int, int, int]
     raw_actions: np.ndarray
@@ -61,7 +62,7 @@ class SampleReader:
     tokens: TaskTokens
     spec: SampleSpec
     draw: Draw
-    """k → flow-matching noise (T, A) and time, a pure function."""
+    """See ``Draw``."""
     seed: int = 0
     paraphrases: dict[str, list[str]] = field(default_factory=dict)
 
@@ -122,10 +123,11 @@ def collate(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> B
             state=stacked("state"),
             tokens=torch.from_numpy(tokens),
             token_mask=torch.from_numpy(token_mask),
+            padded=not (token_mask.all() and all(bool(mask.all()) for mask in masks.values())),
         ),
         actions=ActionChunk(values=stacked("actions"), is_pad=stacked("is_pad"), dim_mask=stacked("dim_mask")),
         noise=stacked("noise"),
-        time=torch.tensor([sample.time for sample in samples], dtype=torch.float32),
+        time=torch.from_numpy(np.asarray([sample.time for sample in samples], dtype=np.float32)),
         sample_index=torch.tensor([sample.k for sample in samples], dtype=torch.int64),
         provenance=torch.tensor([sample.provenance for sample in samples], dtype=torch.int64),
     )

@@ -87,13 +87,13 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
 
 
-def sinusoidal(time_B: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
-    """Embedding of time (B, width): sines, then cosines, of periods from ``min_period`` to ``max_period``."""
-    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time_B.device)
+def sinusoidal(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
+    """Embedding of time (…, width): sines, then cosines, of periods from ``min_period`` to ``max_period``."""
+    fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     period = min_period * (max_period / min_period) ** fraction
     # float64: the shortest period makes angles of over a thousand, of which float32 would lose four digits.
-    angles = (1.0 / period * 2 * math.pi)[None, :] * time_B[:, None]
-    return torch.cat((angles.sin(), angles.cos()), dim=1).type_as(time_B)
+    angles = (1.0 / period * 2 * math.pi) * time[..., None]
+    return torch.cat((angles.sin(), angles.cos()), dim=-1).type_as(time)
 
 
 def prepare_images(images: Tensor, resolution: tuple[int, int]) -> Tensor:
@@ -250,7 +250,9 @@ class Prefix(NamedTuple):
 
     keys_values: list[KeysValues]
     rope: Rope
+    """Of the suffix."""
     mask: Tensor
+    """(B or 1, 1, 1 + K·T, N + 1 + K·T): what each token of the suffix sees."""
 
 
 class PI0(nn.Module, Policy):
@@ -278,10 +280,10 @@ class PI0(nn.Module, Policy):
         return per_sample_loss(self.velocity_errors(batch), batch.actions.is_pad, batch.actions.dim_mask)
 
     def velocity_errors(self, batch: Batch) -> Tensor:
-        """Squared error of the predicted velocity, (B, T, A) float32, padding included."""
-        noisy_BTA, target_BTA = interpolate(batch.actions.values, batch.noise, batch.time)
-        prefix = self.encode_prefix(batch.observation)
-        return (target_BTA - self.velocity(prefix, batch.observation.state, noisy_BTA, batch.time)).square()
+        """Squared error of the predicted velocity, float32, padding included: of the shape of ``batch.noise``."""
+        noisy, target = interpolate(batch.actions.values, batch.noise, batch.time)
+        prefix = self.encode_prefix(batch.observation, draws=1 if batch.time.dim() == 1 else batch.time.shape[1])
+        return (target - self.velocity(prefix, batch.observation.state, noisy, batch.time)).square()
 
     @torch.no_grad()
     def sample_actions(self, observation: Observation, noise: Tensor, num_steps: int | None = None) -> Tensor:
@@ -399,43 +401,43 @@ class PI0(nn.Module, Policy):
         # float32, also under autocast: it is the residual stream, to which every layer adds a little.
         return torch.cat([t.float() for t in tokens], dim=1), torch.cat(masks, dim=1)
 
-    def encode_prefix(self, observation: Observation) -> Prefix:
-        """Keys and values of images and instruction at every layer, and the suffix's positions and mask."""
+    def encode_prefix(self, observation: Observation, draws: int = 1) -> Prefix:
+        """Keys and values of images and instruction at every layer, and positions and mask of a suffix of K draws."""
         train = not self.config.train_expert_only
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             hidden, real_BN = self.embed_prefix(observation)
             count_BN = real_BN.cumsum(dim=1)
             rope = rotary(count_BN - 1, self.config.language.head_dim)
-            mask = real_BN[:, None, None, :]
+            mask = real_BN[:, None, None, :] if observation.padded else None
             keys_values, last = [], len(self.language.layers) - 1
             for i, layer in enumerate(self.language.layers):
                 hidden, own = self._run(layer, hidden, rope, mask, None, i == last)
                 keys_values.append(own)
-        # The suffix's positions continue after the real tokens of the prefix. The state sees the prefix and
-        # itself; the actions see the state too, and each other.
-        length = 1 + self.config.chunk_size
-        positions = count_BN[:, -1:] + torch.arange(length, device=count_BN.device)
-        block = torch.ones(length, length, dtype=torch.bool, device=count_BN.device)
-        block[0, 1:] = False
-        batch_size = len(real_BN)
-        seen = torch.cat((real_BN[:, None].expand(-1, length, -1), block[None].expand(batch_size, -1, -1)), dim=-1)
+        # The suffix: the state, then the actions of draw after draw. Its positions continue after the real tokens of
+        # the prefix, each draw's as if it were the only one. The state sees the prefix and itself, and thus is the
+        # same for all draws; the actions see the state too, and those of their own draw.
+        chunk, device = self.config.chunk_size, real_BN.device
+        draw_of = torch.arange(draws * chunk, device=device) // chunk
+        positions = count_BN[:, -1:] + F.pad(torch.arange(draws * chunk, device=device) % chunk + 1, (1, 0))
+        block = F.pad(draw_of[:, None] == draw_of, (0, 0, 1, 0))
+        block = F.pad(block, (1, 0), value=True)
+        seen = real_BN[:, None] if observation.padded else torch.ones_like(real_BN[:1, None])
+        seen = torch.cat((seen.expand(-1, len(block), -1), block.expand(len(seen), -1, -1)), dim=-1)
         return Prefix(keys_values, rotary(positions, self.config.expert.head_dim), seen[:, None])
 
-    def embed_suffix(self, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
-        """Tokens of state and of noisy actions mixed with time, (B, 1 + T, D)."""
-        width = self.config.expert.width
-        time_BD = sinusoidal(time_B, width, self.config.min_period, self.config.max_period)
-        actions_BTD = self.action_in_proj(noisy_BTA)
-        mixed = torch.cat((actions_BTD, time_BD[:, None].expand_as(actions_BTD).type_as(actions_BTD)), dim=-1)
-        actions_BTD = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
-        return torch.cat((self.state_proj(state_BS)[:, None], actions_BTD), dim=1).float()
+    def embed_suffix(self, state_BS: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """Tokens of state and of noisy actions mixed with time, (B, 1 + K·T, D)."""
+        time_D = sinusoidal(time, self.config.expert.width, self.config.min_period, self.config.max_period)
+        actions = self.action_in_proj(noisy)
+        mixed = torch.cat((actions, time_D.unsqueeze(-2).expand_as(actions).type_as(actions)), dim=-1)
+        actions = self.action_time_mlp_out(F.silu(self.action_time_mlp_in(mixed)))
+        return torch.cat((self.state_proj(state_BS)[:, None], actions.flatten(1, -2)), dim=1).float()
 
-    def velocity(self, prefix: Prefix, state_BS: Tensor, noisy_BTA: Tensor, time_B: Tensor) -> Tensor:
-        """The predicted velocity (B, T, A) float32 at the noisy actions."""
-        assert noisy_BTA.shape[1] == self.config.chunk_size, noisy_BTA.shape
-        hidden = self.embed_suffix(state_BS, noisy_BTA, time_B)
+    def velocity(self, prefix: Prefix, state_BS: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """The predicted velocity, float32, at noisy actions (B, T, A) and time (B,), or (B, K, T, A) and (B, K)."""
+        assert noisy.shape[-2] == self.config.chunk_size, noisy.shape
+        hidden = self.embed_suffix(state_BS, noisy, time)
         for layer, past in zip(self.expert.layers, prefix.keys_values, strict=True):
             hidden, _ = self._run(layer, hidden, prefix.rope, prefix.mask, past)
-        actions_BTD = self.expert.norm(hidden)[:, 1:]
-        with torch.autocast(actions_BTD.device.type, enabled=False):
-            return self.action_out_proj(actions_BTD.float())
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.action_out_proj(self.expert.norm(hidden)[:, 1:].float()).view_as(noisy)
