@@ -52,8 +52,9 @@ MAY_IMPORT = {
     "strict_config": ["config_check", "models.base"],  # the first two were one file
     "config_check": ["older_keys"],
     "parallelize": ["distributed"],
+    "sharding": ["distributed"],
     **{
-        part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "tensor_file"]
+        part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "sharding", "tensor_file"]
         for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file", "tensor_reader")
     },
     "metrics": ["distributed"],
@@ -72,14 +73,17 @@ MAY_IMPORT = {
     "evaluate": ["batch", "distributed"],
     "data.mixture": [],
     "data.normalization": [],
-    "data.transforms": ["batch", "data.normalization"],
-    "data.*": ["batch", "data.*"],
+    "data.transforms": ["batch", "data.normalization", "hub"],
+    "data.*": ["batch", "data.*", "hub"],
     "models.base": ["batch"],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
     "models.pi0.*": ["batch", "models.base", "models.flow_matching", "models.pi0.*", "tensor_file", "tensor_reader"],
-    "weights": ["hub", "tensor_reader"],
-    **{name: [] for name in ("older_keys", "distributed", "history", "hub", "optim", "watchdog", *LEAVES)},
+    "weights": ["hub", "sharding", "tensor_reader"],
+    **{name: [] for name in ("older_keys", "distributed", "history", "hub", "watchdog", *LEAVES)},
+    "optim": ["low_memory_adamw", "sharding"],
+    "low_memory_adamw": ["adamw8bit", "sharding", "stochastic_rounding"],
+    **{name: [] for name in ("adamw8bit", "stochastic_rounding")},
     "run_folder": ["history"],
 }
 

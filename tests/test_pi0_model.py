@@ -21,6 +21,7 @@ from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0, attend, prepare_images
+from agent.parallelize import recompute
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
 # LeRobot's attention assumes eight heads.
@@ -177,7 +178,7 @@ CASES = {
 @pytest.mark.parametrize(("case", "checkpointing"), [*((case, False) for case in CASES), ("all cameras", True)])
 def test_loss_gradients_and_actions_equal_lerobots(lerobot, case, checkpointing):
     ours, batch = lively_model(), make_batch(**CASES[case])
-    ours.checkpoint_blocks = checkpointing
+    recompute(ours.wrap_units(), "full" if checkpointing else "none")
     theirs = lerobot.build(ours)
 
     loss = ours(batch)
@@ -269,7 +270,7 @@ FREEZING = [
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_every_parameter_is_either_frozen_or_gets_a_gradient(changes, checkpointing):
     model = small_model(**changes)
-    model.checkpoint_blocks = checkpointing
+    recompute(model.wrap_units(), "full" if checkpointing else "none")
     frozen = model.frozen_parameters()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from agent import history, optim, resuming, weights
+from agent import history, optim, resuming, sharding, weights
 from agent.checkpoint import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, make_plan
 from agent.data.build import Data, GivenStatistics, build_data
@@ -46,14 +46,20 @@ def build(
     model_config: Any = config.model_cfg
     with torch.device("meta"):
         policy = registry.policy_class(model_config)(model_config)
-    policy.to_empty(device=processes.device)
+    if config.precision == "bfloat16_stochastic":
+        policy.to(torch.bfloat16)
     log.info(optim.freeze(policy, policy.frozen_parameters()))
+    if config.parallel == "fsdp":
+        _shard(config, policy, processes)
+    policy.to_empty(device=processes.device)
     optimizer = optim.make_optimizer(
         policy,
         lr=model_config.optimizer_lr,
         betas=tuple(model_config.optimizer_betas),
         eps=model_config.optimizer_eps,
         weight_decay=model_config.optimizer_weight_decay,
+        eight_bit=config.optimizer == "adamw8bit",
+        seed=config.seed,
     )
     learning_rate = optim.LearningRate.plan(
         model_config.optimizer_lr,
@@ -75,13 +81,22 @@ def build(
     model = parallelize(
         policy,
         processes,
-        activation_checkpointing=model_config.gradient_checkpointing,
+        activation_checkpointing=config.activation_checkpointing or "none",
         compile_mode=model_config.compile_mode if config.use_torch_compile else None,
     )
     metrics = Metrics(config.run_dir, plan.n_updates) if processes.is_main else None
     return Run(
         config, plan, processes, folder, checkpoints, data, policy, model, optimizer, learning_rate, state, metrics
     )
+
+
+def _shard(config: TrainPipelineConfig, policy: Any, processes: Processes) -> None:
+    if processes.world_size == 1:
+        log.info("parallel: fsdp has no effect on one process, which holds all there is")
+        return
+    if config.check_replicas_every:
+        log.info("check_replicas_every has no effect under parallel: fsdp, where no process has a copy to compare")
+    sharding.shard(policy, processes, torch.bfloat16 if config.use_bf16 else None)
 
 
 def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
@@ -153,13 +168,19 @@ def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: An
     if config.load_from_checkpoint is not None:
         _load(config.load_from_checkpoint, "load_from_checkpoint", adapter.from_lerobot, config, processes, policy)
         return
-    if processes.is_main:  # DDP gives rank 0's to the others; a node's memory would not hold all of them at once
+    drawn: Any = None
+    if processes.is_main:  # the others get rank 0's; a node's memory would not hold all of them at once
         # Drawn on the CPU, so that the weights do not depend on the device.
         with torch.device("meta"):
             drawn = registry.policy_class(model_config)(model_config)
         drawn.to_empty(device="cpu")
         drawn.init_weights(torch.Generator().manual_seed(config.seed))
-        policy.load_state_dict(drawn.state_dict())
+        drawn = drawn.state_dict()
+    for name, tensor in policy.state_dict().items():
+        if sharding.is_sharded(tensor):
+            sharding.fill_from_main(tensor, drawn[name] if drawn is not None else None)
+        elif drawn is not None:  # and to the others by DDP
+            sharding.fill(tensor, drawn[name])
     if model_config.paligemma_pretrained_path is not None:
         key = "model_cfg.paligemma_pretrained_path"
         _load(model_config.paligemma_pretrained_path, key, adapter.from_paligemma, config, processes, policy)

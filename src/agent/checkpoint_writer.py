@@ -99,7 +99,7 @@ class CheckpointWriter:
         if folder is None:
             self._ended.append(Outcome(step, None, problem, 0.0, 0))
         else:
-            copies = self._snapshot.take(shares[self._processes.rank])
+            copies = self._snapshot.take(shares[self._processes.rank], shares)
             small = write_small if self._processes.is_main else None
             cancel = threading.Event()
             job = _Job(partial(_write_share, folder, copies, small, cancel, stored))

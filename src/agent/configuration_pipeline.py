@@ -58,6 +58,19 @@ class TrainPipelineConfig:
     """bfloat16 autocast over float32 parameters. Not set: true when the model JSON's `dtype` is bfloat16."""
     use_torch_compile: bool | None = None
     """Compile the model's blocks. Not set: the model JSON's `compile_model`."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """How AdamW's two moments are held: float32, 8 bytes a trained number, or blocks of eight bits, 2 bytes."""
+    precision: Literal["float32_master", "bfloat16_stochastic"] = "float32_master"
+    """How weights and gradients are held: float32, or bfloat16 in half the memory. Each update is computed in float32 and
+    rounded up or down at random so that small ones are kept in the mean; the randomness follows from the seed. Implies
+    `use_bf16`, and weights are saved in bfloat16."""
+    activation_checkpointing: Literal["none", "blocks", "full"] | None = None
+    """Activations that the backward pass computes again: `full` all of a layer's, which takes least memory; `blocks` only
+    what is elementwise, not matrix products and attention; `none`. Not set: `full` when the model JSON's
+    `gradient_checkpointing` is true, else `none`."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several GPUs: `ddp`, a copy of model and optimizer on each; `fsdp`, a share of them on each, for models that do
+    not fit otherwise. Results and checkpoints are the same."""
     freeze_lm_head: bool | None = None
     """Freeze the language head, in π0 the same table as the token embedding. Not set: the model JSON's value."""
     freeze_vlm: bool | None = None
@@ -132,6 +145,10 @@ class TrainPipelineConfig:
             raise ValueError(f"name must be usable as a folder's name, got '{self.name}'")
         if self.eval_freq and self.eval_size < 1:
             raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")
+        if self.precision == "bfloat16_stochastic" and self.use_bf16 is False:
+            raise ValueError(
+                "precision: bfloat16_stochastic computes in bfloat16; write use_bf16: true, or precision: float32_master"
+            )
         if isinstance(self.model_cfg, PlaceholderConfig):
             raise ValueError(self.model_cfg.cannot_train())
 
@@ -189,13 +206,19 @@ def make_plan(config: TrainPipelineConfig, world_size: int, train_frames: int) -
     return Plan(world_size, accumulation_steps(config, world_size), train_frames, updates_per_epoch, n_updates)
 
 
-# Keys of which both the training YAML and the model JSON have a say: (YAML, JSON, YAML value → JSON value).
+# Keys of which both the training YAML and the model JSON have a say: (YAML, JSON, YAML value → JSON value, and back).
 _SHARED_KEYS = (
-    ("max_grad_norm", "optimizer_grad_clip_norm", float),
-    ("freeze_vlm", "train_expert_only", bool),
-    ("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32"),
-    ("use_torch_compile", "compile_model", bool),
-    ("freeze_lm_head", "freeze_lm_head", bool),
+    ("max_grad_norm", "optimizer_grad_clip_norm", float, float),
+    ("freeze_vlm", "train_expert_only", bool, bool),
+    ("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32", lambda dtype: dtype == "bfloat16"),
+    ("use_torch_compile", "compile_model", bool, bool),
+    (
+        "activation_checkpointing",
+        "gradient_checkpointing",
+        lambda how: how != "none",
+        lambda on: "full" if on else "none",
+    ),
+    ("freeze_lm_head", "freeze_lm_head", bool, bool),
 )
 
 
@@ -203,10 +226,12 @@ def reconcile(config: TrainPipelineConfig) -> list[str]:
     """Makes YAML and model JSON agree, in place; the YAML wins where it sets a value. Returns lines for the log."""
     model: Any = config.model_cfg
     lines = []
-    for key, model_key, to_model in _SHARED_KEYS:
+    if config.use_bf16 is None and config.precision == "bfloat16_stochastic":
+        config.use_bf16 = True
+    for key, model_key, to_model, from_model in _SHARED_KEYS:
         chosen, stated = getattr(config, key), getattr(model, model_key)
         if chosen is None:
-            setattr(config, key, stated == "bfloat16" if model_key == "dtype" else stated)
+            setattr(config, key, from_model(stated))
         elif to_model(chosen) != stated:
             lines.append(f"{key}: {chosen} of the training config wins over {model_key}: {stated} of the model config")
             setattr(model, model_key, to_model(chosen))
@@ -290,6 +315,8 @@ _FREE_ON_RESUME = (
     "load_from_checkpoint",
     "per_device_batch_size",
     "use_torch_compile",
+    "activation_checkpointing",
+    "parallel",
     "deterministic",
     "save_model_freq",
     "checkpoint_interval_minutes",

@@ -57,6 +57,8 @@ def evaluate(
             last = np.where(item.has_previous[:, None], item.previous_action, mean_action)
             valid = ~item.batch.actions.is_pad.numpy()
             for place, index in enumerate(item.index.tolist()):
+                if index < 0:
+                    continue
                 truth = item.actions[place][valid[place]]
                 error = np.abs(predicted[place][valid[place]] - truth).astype(np.float64)
                 row = [float(losses[place]), float(error.size), float(error.sum())]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from agent import tensor_file
+from agent import sharding, tensor_file
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +67,12 @@ class HostSnapshot:
         self._layout = layout
         self._copies = {path: {place.name: self._view(place) for place in places} for path, places in layout.items()}
 
-    def take(self, files: TensorFiles) -> TensorFiles:
-        """Copies the tensors; the copies are valid until the next call.
+    def take(self, files: TensorFiles, everyones: Sequence[TensorFiles] = ()) -> TensorFiles:
+        """Copies the tensors; the copies are valid until the next call. A collective if some are sharded.
 
         Args:
             files: the tensors, which may be changed as soon as this returns.
+            everyones: what each process copies, for those that are gathered for it; not needed where none is sharded.
         """
         self.prepare(files)
         seen: set[int] = set()
@@ -81,7 +82,7 @@ class HostSnapshot:
             for path, copies in self._copies.items():
                 for name, copy in copies.items():
                     tensor = files[path][name]
-                    if tensor.numel() == 0 or copy.data_ptr() in seen:
+                    if tensor.numel() == 0 or copy.data_ptr() in seen or sharding.is_sharded(tensor):
                         continue
                     seen.add(copy.data_ptr())
                     if tensor_file.is_one_number(tensor):
@@ -95,9 +96,26 @@ class HostSnapshot:
                     else:
                         pieces.append((copy, tensor))
             self._run(pieces)
+            device = self._gather(files, everyones) or device
             if device is not None:
                 torch.cuda.current_stream(device).synchronize()
         return self._copies
+
+    def _gather(self, mine: TensorFiles, everyones: Sequence[TensorFiles]) -> torch.device | None:
+        """Gathers one sharded tensor after the other, for the process that copies it; the GPU that is still at it."""
+        device = None
+        for files in everyones:
+            seen: set[int] = set()
+            for path, tensors in files.items():
+                for name, tensor in tensors.items():
+                    if id(tensor) in seen or not sharding.is_sharded(tensor):
+                        continue
+                    seen.add(id(tensor))
+                    whole = sharding.whole(tensor)
+                    if files is mine:
+                        self._copies[path][name].copy_(whole, non_blocking=True)
+                        device = whole.device if whole.is_cuda else None
+        return device
 
     def release(self) -> None:
         """Gives the memory back."""
@@ -163,13 +181,18 @@ def _plan(files: TensorFiles) -> tuple[dict[str, list[_Place]], int]:
             tensor = tensors[name]
             one_number = tensor_file.is_one_number(tensor)
             # Two tensors are the same memory only if they also read it in the same way.
-            memory = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            memory = (_address(tensor), tensor.dtype, tensor.shape, tensor.stride())
             if memory not in known:
                 begin = used + -used % tensor.element_size()
                 used = begin + (tensor.element_size() if one_number else tensor.nbytes)
                 known[memory] = (begin, used)
             plan[path].append(_Place(name, tensor.dtype, tensor.shape, one_number, *known[memory]))
     return plan, used
+
+
+def _address(tensor: Tensor) -> tuple[str, int]:
+    """What two tensors have in common that share memory; of sharded ones, which may have none here, the object."""
+    return ("sharded", id(tensor)) if sharding.is_sharded(tensor) else ("at", tensor.data_ptr())
 
 
 def _one(tensor: Tensor) -> Tensor:

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
-
-
 @dataclass(frozen=True)
 class LearningRate:
     """Linear warm-up, then cosine decay, as LeRobot's ``CosineDecayWithWarmupSchedulerConfig`` computes it."""
@@ -85,16 +82,64 @@ def freeze(module: nn.Module, frozen: dict[str, str]) -> str:
 
 
 def make_optimizer(
-    module: nn.Module, *, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> torch.optim.AdamW:
+    module: nn.Module,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    eight_bit: bool = False,
+    seed: int = 0,
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
 
     One group, as LeRobot and openpi have it: the weight decay of the model config holds for all of them.
+
+    Args:
+        module: the policy. Parameters of bfloat16 are rounded stochastically.
+        lr: learning rate of the first update.
+        betas: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+        eight_bit: hold the moments in eight bits a number.
+        seed: of the bits that round weights of bfloat16.
     """
     import torch
 
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    if eight_bit or any(p.dtype == torch.bfloat16 for _, p in named):
+        from agent.low_memory_adamw import LowMemoryAdamW
+
+        return LowMemoryAdamW(
+            named, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, seed=seed
+        )
+    parameters = [p for _, p in named]
     return torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """Scales the gradients for the coming update to at most this norm.
+
+    Returns:
+        The norm before that, one number on the device, the same on every process. A collective if the gradients are
+        sharded.
+    """
+    from agent import low_memory_adamw, sharding
+
+    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+        return optimizer.clip(max_norm)
+    return sharding.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+
+
+def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> None:
+    """One update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
+    from agent import low_memory_adamw
+
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+        optimizer.update = number
+    optimizer.step()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
@@ -124,8 +169,6 @@ def allocate_state(
     Raises:
         ValueError: if the tensors are not exactly those of this model's trained parameters.
     """
-    import torch
-
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     seen = {key.split("/", 1)[1] for key in shapes}
     if seen != set(trained):
@@ -133,14 +176,37 @@ def allocate_state(
             f"the checkpoint's optimizer state is of other parameters: missing {sorted(set(trained) - seen)[:5]}, "
             f"extra {sorted(seen - set(trained))[:5]}; what is frozen must not change on a resume"
         )
-    holes = {f"{kind}/{name}" for kind in _STATE for name in trained} - set(shapes)
+    states = {name: _new_state(optimizer, parameter) for name, parameter in trained.items()}
+    expected = {f"{kind}/{name}": tensor for name, state in states.items() for kind, tensor in state.items()}
+    holes, unknown = sorted(set(expected) - set(shapes)), sorted(set(shapes) - set(expected))
+    if unknown:
+        raise ValueError(
+            f"the checkpoint's optimizer state is of another kind: {unknown[:5]} is not of this optimizer; write the "
+            "`optimizer` and `precision` that the checkpoint was made with"
+        )
     if holes:
-        raise ValueError(f"the checkpoint's optimizer state is incomplete: missing {sorted(holes)[:5]}")
-    tensors = {}
+        raise ValueError(f"the checkpoint's optimizer state is incomplete: missing {holes[:5]}")
     for key, (shape, dtype) in shapes.items():
-        kind, name = key.split("/", 1)
-        parameter = trained[name]
-        if kind != "step" and shape != tuple(parameter.shape):
-            raise ValueError(f"optimizer state {key} has shape {shape}, the model has {tuple(parameter.shape)}")
-        tensors[key] = optimizer.state[parameter][kind] = torch.empty(shape, dtype=dtype, device=parameter.device)
-    return tensors
+        if shape != tuple(expected[key].shape):
+            raise ValueError(f"optimizer state {key} has shape {shape}, the model has {tuple(expected[key].shape)}")
+        if dtype != expected[key].dtype:
+            raise ValueError(
+                f"optimizer state {key} is {dtype}, this optimizer's is {expected[key].dtype}; write the `optimizer` and "
+                "`precision` that the checkpoint was made with"
+            )
+    for name, state in states.items():
+        optimizer.state[trained[name]] = state
+    return expected
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """What the optimizer keeps of a parameter, before the first update."""
+    import torch
+
+    from agent import low_memory_adamw
+
+    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+        return optimizer.new_state(parameter)
+    moments = ("exp_avg", "exp_avg_sq")
+    empty = {kind: torch.empty_like(parameter, requires_grad=False) for kind in moments}
+    return {"step": torch.zeros((), device=parameter.device), **empty}

@@ -21,6 +21,7 @@ from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
 from agent.models import registry
+from agent.parallelize import is_sharded_module
 from agent.replicas import check_replicas
 from agent.tensor_reader import Checksums
 from agent.train_state import Run, TrainState
@@ -79,7 +80,7 @@ class Saver:
         if self._preparing is not None:
             self._preparing.join()
         every = run.config.check_replicas_every
-        if every and self._saves % every == 0:
+        if every and self._saves % every == 0 and not is_sharded_module(run.policy):
             check_replicas(run.policy, run.optimizer, run.processes)
         if run.metrics is not None:
             run.metrics.sync()
@@ -162,8 +163,9 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
 
 
 def _stored(run: Run) -> dict[str, torch.dtype]:
-    """The files whose numbers are rounded."""
-    return {f"{PRETRAINED}/{_WEIGHTS}": torch.bfloat16} if run.config.save_dtype == "bfloat16" else {}
+    """The files whose numbers are rounded. Weights that are bfloat16 in training are written as they are."""
+    rounded = run.config.save_dtype == "bfloat16" and run.config.precision == "float32_master"
+    return {f"{PRETRAINED}/{_WEIGHTS}": torch.bfloat16} if rounded else {}
 
 
 def exact_weights(checkpoint: Path) -> Path:

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agent.sharding import rows
 from agent.tensor_file import TYPES
 
 _BLOCK = 1 << 22  # stays in the processor's cache until it is hashed; a multiple of every element's size
@@ -70,7 +71,8 @@ def stream(path: Path, targets: Mapping[str, Tensor], digest: Digest | None = No
     Args:
         path: a safetensors file.
         targets: name in the file → the tensor to fill, contiguous, on any device, of any number type, in the shape of
-            the file's or with fewer rows: the first ones are taken then. What is not named is not read.
+            the file's or with fewer rows: the first ones are taken then. Of a sharded tensor this process's rows are
+            read. What is not named is not read.
         digest: fed with the whole file, with what is not named too.
 
     Raises:
@@ -86,10 +88,13 @@ def stream(path: Path, targets: Mapping[str, Tensor], digest: Digest | None = No
             for entry in listed:
                 used = 0
                 if (target := targets.get(entry.name)) is not None:
-                    assert target.is_contiguous() and target.shape[1:] == entry.shape[1:]
-                    used = target.numel() * entry.dtype.itemsize
-                    assert used <= entry.end - entry.begin
-                    feed.fill(target, entry.dtype)
+                    assert target.shape[1:] == entry.shape[1:] and target.shape[:1] <= entry.shape[:1]
+                    local, first = rows(target)
+                    assert local.is_contiguous()
+                    before = first * ((entry.end - entry.begin) // entry.shape[0]) if first else 0
+                    feed.skip(before)
+                    feed.fill(local, entry.dtype)
+                    used = before + local.numel() * entry.dtype.itemsize
                 feed.skip(entry.end - entry.begin - used)
 
 

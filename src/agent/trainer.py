@@ -14,11 +14,13 @@ from functools import partial
 
 import torch
 
+from agent import optim
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump, dump_yaml
 from agent.data.loader import TrainLoader, validation_batches
 from agent.distributed import StopRequest
 from agent.evaluate import evaluate
+from agent.parallelize import accumulating, agree_on_compilation, is_sharded_module
 from agent.run_folder import write_atomically
 from agent.saving import Saver
 from agent.train_state import Run
@@ -85,13 +87,16 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, after one pass over the first whose gradients are thrown away.
 
     DDP sorts its gradient buckets after the first backward pass, so without this the first update of every start
-    would add in another order than the same update of a run that was not interrupted.
+    would add in another order than the same update of a run that was not interrupted. With a static graph that pass
+    must be a synchronised one, which the first of several micro-batches is not. And blocks that cannot be compiled
+    show it here.
     """
     first = next(batches)
     with precision(run):
         loss = run.model(to_device(first, run.processes.device)).sum()
     loss.backward()
     run.optimizer.zero_grad(set_to_none=True)
+    agree_on_compilation(run.policy, run.processes)
     return itertools.chain([first], batches)
 
 
@@ -127,21 +132,17 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
     for micro in range(steps):
         with clock.waiting_for_data():
             batch = next(batches)
-        postpone = micro < steps - 1 and run.processes.world_size > 1
-        with run.model.no_sync() if postpone else contextlib.nullcontext():
+        with accumulating(run.model, last=micro == steps - 1):
             with precision(run):
                 losses = run.model(to_device(batch, run.processes.device))
             (losses.sum() * scale).backward()
         seen.append((batch, losses.detach()))
     max_norm = config.max_grad_norm or math.inf
-    parameters = [p for p in run.policy.parameters() if p.requires_grad]
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    grad_norm = float(optim.clip_gradients(run.optimizer, max_norm))
     lr = run.learning_rate.at(state.step)
     # DDP has summed the gradients, so the norm is the same number on every process, and so is what follows from it.
     if math.isfinite(grad_norm):
-        for group in run.optimizer.param_groups:
-            group["lr"] = lr
-        run.optimizer.step()
+        optim.apply_update(run.optimizer, lr, state.step)
         state.skipped_in_a_row = 0
     else:
         problem = _name_the_samples(run, seen, grad_norm)
@@ -218,6 +219,7 @@ def validate(run: Run) -> dict[str, float]:
         batch=config.per_device_batch_size,
         rank=run.processes.rank,
         world=run.processes.world_size,
+        in_step=is_sharded_module(run.policy),
     )
     return evaluate(
         run.policy,

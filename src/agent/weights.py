@@ -202,7 +202,7 @@ def load_into(
     """
     import torch
 
-    from agent import tensor_reader
+    from agent import sharding, tensor_reader
 
     coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
     for path, sources in places.items():
@@ -215,8 +215,9 @@ def load_into(
         with torch.no_grad():
             for ours, source in aside.items():
                 common = tuple(slice(min(sizes)) for sizes in zip(source.shape, tensors[ours].shape, strict=True))
-                tensors[ours].zero_()
-                tensors[ours][common] = source[common].to(tensors[ours].device)
+                whole = source.new_zeros(tensors[ours].shape)
+                whole[common] = source[common]
+                sharding.fill(tensors[ours], whole)
     return coverage
 
 

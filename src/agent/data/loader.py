@@ -203,7 +203,7 @@ class TrainLoader(Iterator[Batch]):
 
 
 def validation_batches(
-    reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
+    reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1, in_step: bool = False
 ) -> Iterator[ValidationBatch]:
     """One rank's part of a fixed set of validation samples: every ``world``-th, so that all together are the set.
 
@@ -214,14 +214,16 @@ def validation_batches(
         reader: of sources opened with the previous action.
         size: samples of the set over all ranks; all frames when there are fewer, or when 0.
         batch: samples per batch; the last may be smaller.
+        in_step: give all ranks the same number of batches, because their passes are collectives. One that is left
+            with nothing gets the first sample, with the index -1: it does not count.
     """
     lengths = [len(source) for source in reader.sources]
     frames, starts = sum(lengths), np.cumsum([0, *lengths])
     size = min(size, frames) if size > 0 else frames
     mine = range(rank, size, world)
-    for begin in range(0, len(mine), batch):
+    for begin in range(0, -(-size // world) if in_step else len(mine), batch):
         samples = []
-        for index in mine[begin : begin + batch]:
+        for index in mine[begin : begin + batch] or [0]:
             pooled = (2 * index + 1) * frames // (2 * size)
             dataset = int(np.searchsorted(starts, pooled, side="right")) - 1
             samples.append(reader.sample(index, dataset, pooled - int(starts[dataset])))
@@ -229,7 +231,7 @@ def validation_batches(
         assert len(previous) == len(samples), "validation sources are opened with the previous action"
         yield ValidationBatch(
             batch=collate(samples, reader.spec, reader.tokens.pad_token_id),
-            index=np.asarray([sample.k for sample in samples]),
+            index=np.asarray([sample.k if begin < len(mine) else -1 for sample in samples]),
             actions=np.stack([sample.raw_actions for sample in samples]),
             previous_action=np.stack(previous),
             has_previous=np.asarray([not sample.previous_is_pad for sample in samples]),

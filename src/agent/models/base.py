@@ -56,8 +56,6 @@ class Policy(ABC):
     """
 
     config: Any
-    checkpoint_blocks: bool
-    """The trainer's switch: compute each wrap unit's activations again in the backward pass instead of keeping them."""
 
     @abstractmethod
     def sample_actions(self, observation: Observation, noise: Tensor) -> Tensor:
@@ -73,7 +71,14 @@ class Policy(ABC):
 
     @abstractmethod
     def wrap_units(self) -> list[nn.Module]:
-        """The repeated blocks, in order of execution: units of activation checkpointing, compile and sharding."""
+        """The repeated blocks, in order of execution: units of activation checkpointing, compile and sharding.
+
+        Each is called with positional arguments, and what it returns depends on these and its parameters alone.
+        """
+
+    def shard_units(self) -> list[nn.Module]:
+        """The modules whose parameters FSDP gathers together; only such as are called, none within another."""
+        return self.wrap_units()
 
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:

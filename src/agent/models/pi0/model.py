@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from agent.batch import Batch, Observation
 from agent.models.base import Policy
@@ -261,7 +260,6 @@ class PI0(nn.Module, Policy):
     def __init__(self, config: PI0Config) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # the trainer's switch for activation checkpointing
         language, expert = config.language, config.expert
         self.vision = Vision(config.vision, config.image_resolution[0])
         self.projector = Linear(config.vision.width, language.width)
@@ -322,6 +320,10 @@ class PI0(nn.Module, Policy):
         """See ``Policy``."""
         return [*self.vision.layers, *self.language.layers, *self.expert.layers]
 
+    def shard_units(self) -> list[nn.Module]:
+        """See ``Policy``: the token embedding is the largest tensor of all."""
+        return [self.language.embedding, *self.wrap_units()]
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """See ``Policy``. The distributions are those of Hugging Face's SigLIP and Gemma, and torch's ``Linear``."""
@@ -361,20 +363,15 @@ class PI0(nn.Module, Policy):
         """The camera slots that can hold an image."""
         return [slot for slot in self.config.camera_slots if not slot.startswith(EMPTY_CAMERA)]
 
-    def _run(self, layer: nn.Module, *args: Any) -> Any:
-        """A layer, its activations kept or computed again in the backward pass."""
-        if self.checkpoint_blocks and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
-        return layer(*args)
-
     def embed_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] → tokens (B, P, D)."""
         train = not (self.config.freeze_vision_encoder or self.config.train_expert_only)
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             hidden = self.vision.patch_embedding(images).flatten(2).transpose(1, 2)
-            hidden = hidden + self.vision.position_embedding.weight
+            # float32 under autocast, also over weights of bfloat16: it is the residual stream.
+            hidden = hidden + self.vision.position_embedding.weight.float()
             for layer in self.vision.layers:
-                hidden = self._run(layer, hidden)
+                hidden = layer(hidden)
             hidden = self.vision.post_layernorm(hidden)
         return self.projector(hidden)
 
@@ -396,7 +393,7 @@ class PI0(nn.Module, Policy):
                 masks.append(observation.image_masks[slot][:, None].expand(-1, patches_BPD.shape[1]))
         width = self.language.embedding.embedding_dim
         # Gemma scales its token embeddings; image tokens stay as they are.
-        tokens.append(self.language.embedding(observation.tokens) * width**0.5)
+        tokens.append(self.language.embedding(observation.tokens).float() * width**0.5)
         masks.append(observation.token_mask)
         # float32, also under autocast: it is the residual stream, to which every layer adds a little.
         return torch.cat([t.float() for t in tokens], dim=1), torch.cat(masks, dim=1)
@@ -411,7 +408,7 @@ class PI0(nn.Module, Policy):
             mask = real_BN[:, None, None, :] if observation.padded else None
             keys_values, last = [], len(self.language.layers) - 1
             for i, layer in enumerate(self.language.layers):
-                hidden, own = self._run(layer, hidden, rope, mask, None, i == last)
+                hidden, own = layer(hidden, rope, mask, None, i == last)
                 keys_values.append(own)
         # The suffix: the state, then the actions of draw after draw. Its positions continue after the real tokens of
         # the prefix, each draw's as if it were the only one. The state sees the prefix and itself, and thus is the
@@ -438,6 +435,8 @@ class PI0(nn.Module, Policy):
         assert noisy.shape[-2] == self.config.chunk_size, noisy.shape
         hidden = self.embed_suffix(state_BS, noisy, time)
         for layer, past in zip(self.expert.layers, prefix.keys_values, strict=True):
-            hidden, _ = self._run(layer, hidden, prefix.rope, prefix.mask, past)
+            hidden, _ = layer(hidden, prefix.rope, prefix.mask, past)
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.action_out_proj(self.expert.norm(hidden)[:, 1:].float()).view_as(noisy)
+            out = self.action_out_proj
+            actions = self.expert.norm(hidden)[:, 1:].float()
+            return F.linear(actions, out.weight.float(), out.bias.float()).view_as(noisy)

@@ -1,0 +1,136 @@
+"""Parameters of which every process holds some rows (FSDP2), and how to read, fill and gather them a tensor at a time.
+
+A sharded tensor is a ``DTensor``, split along its first dimension as ``torch.chunk`` splits: the processes hold
+successive rows, the last ones perhaps fewer or none. Outside of a forward and backward pass all parameters are in this
+state, and so are their gradients and the optimizer's state. Nothing here ever holds more than one tensor as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import Tensor
+
+    from agent.distributed import Processes
+
+log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """What this process holds of a tensor."""
+
+    local: Tensor
+    """Successive rows, contiguous; the memory is the tensor's own. All rows of one that is not sharded."""
+    first: int
+    """Number of the first of them."""
+
+
+def shard(policy: Any, processes: Processes, reduced: torch.dtype | None) -> None:
+    """Splits a policy's parameters over the processes, in place, before they have memory.
+
+    Each of ``policy.shard_units()`` is gathered when it is called and given back after; what is in none of them is the
+    root's. The policy stays the object it was, but ``forward`` and ``sample_actions`` are collectives from now on.
+
+    Args:
+        policy: on the ``meta`` device, with ``requires_grad`` as it shall be.
+        processes: more than one.
+        reduced: the type to which ``policy.wrap_units()`` are gathered, None for the parameters' own. What is outside
+            of them is small, or computes in float32 by itself, and is gathered as it is.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(processes.device.type, (processes.world_size,))
+    # Inputs stay as they are: the residual stream is float32, and autocast chooses each operation's type as under DDP.
+    as_it_is = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    lowered = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    blocks = set(policy.wrap_units())
+    units = policy.shard_units()
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=lowered if unit in blocks else as_it_is, reshard_after_forward=True)
+    # The root too gives back what it gathered, so that nobody ever meets a whole parameter between two passes.
+    fully_shard(policy, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True)
+    register_fsdp_forward_method(policy, "sample_actions")
+    log.info("parameters split over %d processes (FSDP2), gathered in %d units", processes.world_size, len(units) + 1)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the processes hold parts of this tensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # as long as nobody has imported it there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def rows(tensor: Tensor) -> Rows:
+    """This process's part of a tensor."""
+    if not is_sharded(tensor):
+        return Rows(tensor.detach(), 0)
+    sharded: Any = tensor.detach()
+    mesh, placements = sharded.device_mesh, sharded.placements
+    assert len(placements) == 1 and placements[0].is_shard(0), f"split in an unforeseen way: {placements}"
+    each = -(-sharded.shape[0] // mesh.size())
+    first = min(mesh.get_local_rank() * each, sharded.shape[0])
+    local = sharded.to_local()
+    assert local.shape[0] == min(each, sharded.shape[0] - first)
+    return Rows(local, first)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with the rows of all processes, on its device; a collective if it is sharded."""
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
+
+
+def fill(tensor: Tensor, source: Tensor) -> None:
+    """Copies the rows of ``source``, which has the whole tensor's shape, that this process holds; no collective."""
+    local, first = rows(tensor)
+    local.copy_(source[first : first + len(local)] if is_sharded(tensor) else source)
+
+
+def fill_from_main(tensor: Tensor, source: Tensor | None) -> None:
+    """Fills a tensor with what rank 0 has, which passes through the memory of its device; a collective.
+
+    Args:
+        tensor: sharded.
+        source: the whole tensor, on any device; None on the other ranks.
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_device = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    if source is not None:
+        on_device.copy_(source)
+    dist.broadcast(on_device, src=0)
+    fill(tensor, on_device)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of the same shape, split in the same way."""
+    import torch
+
+    return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+
+
+def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """``torch.nn.utils.clip_grad_norm_``, also for sharded parameters: the norm is that of all rows.
+
+    One number is summed over the processes, instead of one per parameter. All parameters are sharded, or none is.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.nn.utils import clip_grad_norm_, get_total_norm
+
+    parameters = [p for p in parameters if p.grad is not None]
+    if not parameters or not is_sharded(parameters[0]):
+        return clip_grad_norm_(parameters, max_norm)
+    gradients = [rows(p.grad).local for p in parameters if p.grad is not None]
+    square = get_total_norm(gradients).double().square()
+    dist.all_reduce(square)
+    norm = square.sqrt().float()
+    torch._foreach_mul_(gradients, torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+    return norm
