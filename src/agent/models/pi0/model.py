@@ -45,6 +45,13 @@ class LayerNorm(nn.LayerNorm):
         """See ``Linear``."""
 
 
+class Float32Linear(Linear):
+    """Computes in float32, whatever the weights are held in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
 class RMSNorm(nn.Module):
     """Gemma's: the weight is an offset from one, and the arithmetic is float32."""
 
@@ -269,7 +276,7 @@ class PI0(nn.Module, Policy):
         self.action_in_proj = Linear(config.max_action_dim, expert.width)
         self.action_time_mlp_in = Linear(2 * expert.width, expert.width)
         self.action_time_mlp_out = Linear(expert.width, expert.width)
-        self.action_out_proj = Linear(expert.width, config.max_action_dim)
+        self.action_out_proj = Float32Linear(expert.width, config.max_action_dim)
 
     # ---- contract
 
@@ -437,6 +444,4 @@ class PI0(nn.Module, Policy):
         for layer, past in zip(self.expert.layers, prefix.keys_values, strict=True):
             hidden, _ = layer(hidden, prefix.rope, prefix.mask, past)
         with torch.autocast(hidden.device.type, enabled=False):
-            out = self.action_out_proj
-            actions = self.expert.norm(hidden)[:, 1:].float()
-            return F.linear(actions, out.weight.float(), out.bias.float()).view_as(noisy)
+            return self.action_out_proj(self.expert.norm(hidden)[:, 1:].float()).view_as(noisy)
