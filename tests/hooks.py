@@ -51,7 +51,7 @@ def infinite_gradient() -> None:
     parallelize, at = building.parallelize, json.loads(os.environ["BREAK_AT"])
 
     def broken(policy: Any, *arguments: Any, **keywords: Any) -> Any:
-        calls = [int(os.environ.get("FIRST", "0")) - 1]  # the pass before the first update counts as none
+        calls = [int(os.environ.get("FIRST", "0")) - 2]  # the passes before the first update count as none
 
         def spoil(gradient: Any) -> Any:
             calls[0] += 1

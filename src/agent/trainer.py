@@ -84,18 +84,18 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
 
 
 def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, after one pass over the first whose gradients are thrown away.
+    """The same batches, after passes over the first whose gradients are thrown away.
 
-    DDP sorts its gradient buckets after the first backward pass, so without this the first update of every start
-    would add in another order than the same update of a run that was not interrupted. With a static graph that pass
-    must be a synchronised one, which the first of several micro-batches is not. And blocks that cannot be compiled
-    show it here.
+    In the first synchronised backward pass DDP learns the graph, in the second the order of the gradients, by which it
+    then sorts its buckets. Without these passes the first updates of every start would add in another order than the
+    same updates of a run that was not interrupted. And blocks that cannot be compiled show it here.
     """
     first = next(batches)
-    with precision(run):
-        loss = run.model(to_device(first, run.processes.device)).sum()
-    loss.backward()
-    run.optimizer.zero_grad(set_to_none=True)
+    for _ in range(1 if run.model is run.policy else 2):
+        with precision(run):
+            loss = run.model(to_device(first, run.processes.device)).sum()
+        loss.backward()
+        run.optimizer.zero_grad(set_to_none=True)
     agree_on_compilation(run.policy, run.processes)
     return itertools.chain([first], batches)
 
