@@ -292,7 +292,7 @@ def test_a_mistake_in_the_config_answers_before_anything_heavy(site: Site) -> No
 def test_no_network_is_told_in_seconds(site: Site, tmp_path: Path) -> None:
     begin = time.monotonic()
     done = site.prepare(HF_HOME=str(tmp_path), **site.guarded("unreachable"))
-    assert time.monotonic() - begin < 40  # most of it is imports
+    assert time.monotonic() - begin < 90  # most of it is imports
     assert done.returncode == 2 and done.stdout.count("missing") == 3
     assert "data.train.datasets.0: cannot get 'lab/data@v3.0' from the hub: it cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
@@ -315,11 +315,24 @@ def test_a_training_from_a_hub_id_without_network(site: Site, tmp_path: Path) ->
         VLA_ATTEMPT="1",
         **site.guarded("nobody"),
     )
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 90
     assert code == 2, output
     assert "load_from_checkpoint: cannot get 'nobody/nothing' from the hub: it cannot be reached" in output
     assert "python -m agent.prepare" in output and "https://huggingface.co/nobody/nothing" in output
     assert json.loads(status.read_text())["error_kind"] == "config"
+
+
+def test_what_is_in_the_cache_is_enough_without_network(site: Site, prepared: subprocess.CompletedProcess[str]) -> None:
+    # Nobody has said that there is none: weights, data set and a tokenizer of 100,000 entries are looked for here first.
+    assert prepared.returncode == 0, prepared.stderr
+    code, output = site.place.run(
+        *("--name", "cached", "--n_updates", "1", "--eval_freq", "0"),
+        HF_HOME=str(site.home),
+        HF_HUB_OFFLINE="0",
+        **site.guarded("cached"),
+    )
+    assert code == 0, output
+    assert "taking the copy in the cache" in output
 
 
 LOOK = r"""

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from agent import hub
+
 logger = logging.getLogger(__name__)
 
-_HUB_TIMEOUT_S = 10
 _VERSION = "v3.0"
 
 
@@ -53,6 +55,14 @@ class Metadata:
             for key, feature in self.features.items()
             if feature["dtype"] in ("video", "image") and not _is_depth(feature)
         ]
+
+    def data_places(self) -> np.ndarray:
+        """(episodes,) a number for each one's parquet file, the same for episodes in one file."""
+        return self.places("data")
+
+    def places(self, kind: str) -> np.ndarray:
+        """(episodes,) a number for each one's file of a kind: ``data`` or ``videos/<key>``."""
+        return self.episodes[f"{kind}/chunk_index"].astype(np.int64) << 32 | self.episodes[f"{kind}/file_index"]
 
     def data_file(self, episode: int) -> Path:
         """The parquet file that holds an episode."""
@@ -111,8 +121,10 @@ def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
 
 def fetch_missing(metadata: Metadata, episodes: np.ndarray, revision: str | None) -> Metadata:
     """Downloads what the selected episodes of a data set on the hub still lack; returns the metadata there."""
-    wanted = {metadata.data_file(episode) for episode in episodes}
-    wanted |= {metadata.video_file(episode, key) for key in metadata.video_keys for episode in episodes}
+    wanted = {path for path, _ in files_of(metadata, episodes, "data", metadata.data_file)}
+    for key in metadata.video_keys:
+        found = files_of(metadata, episodes, f"videos/{key}", partial(metadata.video_file, key=key))
+        wanted |= {path for path, _ in found}
     if all(path.is_file() for path in wanted):
         return metadata
     patterns = sorted(str(path.relative_to(metadata.root)) for path in wanted)
@@ -120,46 +132,16 @@ def fetch_missing(metadata: Metadata, episodes: np.ndarray, revision: str | None
 
 
 def _from_hub(repo_id: str, revision: str | None, patterns: list[str]) -> Path:
-    import httpx
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    wanted: dict[str, Any] = {
-        "repo_id": repo_id,
-        "repo_type": "dataset",
-        "revision": revision or _VERSION,
-        "cache_dir": HF_LEROBOT_HUB_CACHE,
-        "allow_patterns": patterns,
-    }
-    try:
-        # One question with a time limit first: a download retries for minutes when there is no network.
-        HfApi().dataset_info(repo_id, revision=wanted["revision"], timeout=_HUB_TIMEOUT_S)
-    except HfHubHTTPError as error:
-        _refuse(repo_id, wanted["revision"], error)
-    except (httpx.HTTPError, OSError) as error:  # no network, or offline mode: what is cached may do
-        try:
-            return _with_metadata(Path(snapshot_download(**wanted, local_files_only=True)))
-        except (LocalEntryNotFoundError, FileNotFoundError):
-            _refuse(repo_id, wanted["revision"], error)
-    logger.info("downloading data set %s", repo_id)
-    return Path(snapshot_download(**wanted))
-
-
-def _with_metadata(folder: Path) -> Path:
+    repository = hub.Repository(repo_id, "dataset", revision or _VERSION)
+    folder = hub.snapshot(repository, f"data set {repo_id}", patterns, HF_LEROBOT_HUB_CACHE)
     if not (folder / "meta" / "info.json").is_file():
-        raise FileNotFoundError(f"no meta/info.json in {folder}")
+        raise ValueError(
+            f"data set {repo_id}: {repository.page} has no meta/info.json, so it is no LeRobot data set; check the "
+            f"spelling of `repo_id`, or get it with {repository.command}"
+        )
     return folder
-
-
-def _refuse(repo_id: str, revision: str, error: Exception) -> NoReturn:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    raise ValueError(
-        f"data set {repo_id} is not on this machine and cannot be had from the Hugging Face hub at revision "
-        f"{revision!r} ({type(error).__name__}: {reason[0]}). Either set `root` to a local folder that holds it, or "
-        f"run `hf download --repo-type dataset {repo_id} --revision {revision} --local-dir DIR` where there is "
-        "network (`hf auth login` first if it is private) and set `root: DIR`; check the spelling of `repo_id`."
-    ) from error
 
 
 def read_metadata(repo_id: str, root: Path) -> Metadata:
@@ -187,9 +169,11 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
     for path in episode_files:
         try:
             # Statistics per episode are most of the file and not needed.
-            names = [n for n in pq.read_schema(path).names if n != "tasks" and not n.startswith("stats/")]
-            for name, column in pq.read_table(path, columns=names).to_pydict().items():
-                columns.setdefault(name, []).append(np.asarray(column))
+            with pq.ParquetFile(path, memory_map=True) as file:
+                names = [n for n in file.schema_arrow.names if n != "tasks" and not n.startswith("stats/")]
+                table = file.read(columns=names, use_threads=False)
+            for name in names:
+                columns.setdefault(name, []).append(table[name].to_numpy())
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
     episodes = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -220,27 +204,24 @@ def verify_files(metadata: Metadata, episodes: np.ndarray) -> None:
         ValueError: on the first file that is missing, empty, cut short or holds too few rows or frames, naming
             the file and the selected episodes that it holds.
     """
-    for path, members in _files(metadata, episodes, "data", metadata.data_file):
-        # Rows of episodes that are not selected are in the file, too.
-        of_file = _same_file(metadata, "data", members[0])
-        _verify_parquet(metadata.repo_id, path, members, int(metadata.episodes["length"][of_file].sum()))
+    _, number = np.unique(metadata.data_places(), return_inverse=True)
+    # Rows of episodes that are not selected are in the file, too.
+    rows = np.bincount(number, weights=metadata.episodes["length"]).astype(np.int64)
+    for path, members in files_of(metadata, episodes, "data", metadata.data_file):
+        _verify_parquet(metadata.repo_id, path, members, int(rows[number[members[0]]]))
     for key in metadata.video_keys:
         place = f"videos/{key}"
-        for path, members in _files(metadata, episodes, place, lambda e, key=key: metadata.video_file(e, key)):
+        for path, members in files_of(metadata, episodes, place, partial(metadata.video_file, key=key)):
             last = float(metadata.episodes[f"{place}/to_timestamp"][members].max())
             _verify_video(metadata.repo_id, path, members, last, float(metadata.info["fps"]))
 
 
-def _same_file(metadata: Metadata, place: str, episode: int) -> np.ndarray:
-    chunks, files = (metadata.episodes[f"{place}/{name}"] for name in ("chunk_index", "file_index"))
-    return (chunks == chunks[episode]) & (files == files[episode])
-
-
-def _files(metadata: Metadata, episodes: np.ndarray, place: str, path_of: Any) -> list[tuple[Path, np.ndarray]]:
+def files_of(
+    metadata: Metadata, episodes: np.ndarray, place: str, path_of: Callable[[int], Path]
+) -> list[tuple[Path, np.ndarray]]:
     """Each file of one kind with the selected episodes in it."""
-    chunks, files = (metadata.episodes[f"{place}/{name}"][episodes] for name in ("chunk_index", "file_index"))
-    _, group = np.unique(np.stack([chunks, files]), axis=1, return_inverse=True)
-    members = [episodes[group.ravel() == number] for number in range(group.max() + 1)]
+    _, number = np.unique(metadata.places(place)[episodes], return_inverse=True)
+    members = np.split(episodes[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
     return [(path_of(int(part[0])), part) for part in members]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from agent import hub
 from agent.reproducibility import stream
 
 if TYPE_CHECKING:
@@ -144,7 +145,9 @@ def load_tokenizer(tokenizer_path: str) -> Any:
         except (OSError, ValueError, KeyError, TypeError) as error:
             _refuse_tokenizer(tokenizer_path, "the folder holds no tokenizer that transformers reads", error)
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
+        # For a large vocabulary transformers asks the hub even with local_files_only, unless it is offline as a whole.
+        with hub.offline():
+            return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
     except (OSError, ValueError):
         pass  # not in the cache
     if not _hub_answers():
