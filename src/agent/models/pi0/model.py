@@ -44,6 +44,10 @@ class LayerNorm(nn.LayerNorm):
     def reset_parameters(self) -> None:
         """See ``Linear``."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """In float32, whatever the weights are held in."""
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+
 
 class Float32Linear(Linear):
     """Computes in float32, whatever the weights are held in."""
