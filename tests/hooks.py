@@ -15,9 +15,10 @@ def _rank() -> int:
 
 def record() -> None:
     """Writes, before each update, a digest of weights and optimizer, and with it the samples of each micro-batch."""
+    import torch
     import xxhash
 
-    from agent import optim, trainer
+    from agent import optim, sharding, trainer
 
     target = Path(os.environ["RECORD"] + f".{_rank()}")
     train_step = trainer.train_step
@@ -26,7 +27,8 @@ def record() -> None:
         digest = xxhash.xxh3_128()
         tensors = {**dict(run.policy.named_parameters()), **optim.optimizer_tensors(run.optimizer, run.policy)}
         for name in sorted(tensors):
-            digest.update(tensors[name].detach().contiguous().numpy())
+            local = sharding.rows(tensors[name]).local.contiguous()
+            digest.update(local.view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
         seen: list[list[int]] = []
 
         def watched() -> Any:

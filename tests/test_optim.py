@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from agent.optim import LearningRate, freeze, make_optimizer, optimizer_tensors, restore_optimizer
+from agent.optim import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
 
 PEAK, FINAL = 5e-5, 2.5e-6
 
@@ -80,6 +80,12 @@ def make(frozen: dict[str, str] | None = None) -> tuple[Model, torch.optim.Optim
     model = Model()
     freeze(model, FROZEN if frozen is None else frozen)
     return model, make_optimizer(model, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, model: Model, tensors: dict[str, torch.Tensor]) -> None:
+    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for name, room in allocate_state(optimizer, model, shapes).items():
+        room.copy_(tensors[name])
 
 
 def train(model: Model, optimizer: torch.optim.Optimizer, updates: range) -> None:
