@@ -198,8 +198,7 @@ def test_hold_out():
 
 def test_a_failing_frame_is_named(video, monkeypatch):
     source = opened(video)
-    source.open()
-    monkeypatch.setattr(type(source.open()), "__getitem__", lambda self, row: 1 / 0)
+    monkeypatch.setattr(source_module, "decode_frame", lambda *where: 1 / 0)
     with pytest.raises(RuntimeError, match=r"data set test/data, episode 2, frame 1 .*by zero.*file-000.mp4"):
         source.read(25)
 

@@ -77,14 +77,14 @@ def test_near_constant_dimensions_are_clamped(columns):
 
 
 def test_merge_without_weights_is_the_pool(columns):
-    merged = merge_statistics([columns[:100], columns[100:]], [0.2, 0.8])
+    merged = merge_statistics([[columns[:30], columns[30:100]], [columns[100:]]], [0.2, 0.8])
     for name, value in compute_statistics(columns).to_dict().items():
         np.testing.assert_array_equal(merged.to_dict()[name], value)
 
 
 def test_merge_with_weights_counts_frames_by_share(columns):
     few, many = columns[:100], columns[100:] + 7
-    merged = merge_statistics([few, many], [0.5, 0.5])
+    merged = merge_statistics([[few], [many[:1], many[1:]]], [0.5, 0.5])
     repeated = compute_statistics(np.concatenate([np.repeat(few, 4, axis=0), many]))
     for name, value in repeated.to_dict().items():
         np.testing.assert_allclose(merged.to_dict()[name], value, rtol=1e-5)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
+from agent.data.columns import cache_folders
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
 from agent.data.files import spelled
+from agent.data.frame_store import PREPARE, WantedStore
 from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
-from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics, merge_statistics
+from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
 from agent.data.reader import Draw, SampleReader
 from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.statistics_cache import cached_statistics
 from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
 
 
@@ -91,20 +95,20 @@ def build_data(
         start_fork_server()
     training, validation, report = _open_sources(config, spec)
     spec, notes = check_features([*training, *validation], spec)
-    report += notes
+    report += notes + _stores([*training, *validation], _wanted(config, spec))
     mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
     statistics, mean_action = {}, np.zeros(0)
     digest = xxhash.xxh3_128()
     for name in ("state", "action"):
         columns = [_finite_columns(source, name) for source in training]
-        for part in columns:
-            digest.update(np.ascontiguousarray(part))
-        statistics[name] = merge_statistics(columns, mixture.shares)
+        for block in chain.from_iterable(columns):
+            digest.update(np.ascontiguousarray(block))
+        statistics[name] = cached_statistics(columns, mixture.shares, cache_folders(training[0].metadata.root))
         if name == "action":
             mean_action = statistics[name].mean
         if given is not None:
-            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0].shape[1])
+            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0][0].shape[1])
             for statistic in statistics[name].to_dict().values():
                 digest.update(np.ascontiguousarray(statistic))
             report.append(f"{name} statistics are those of {given.source}")
@@ -113,8 +117,6 @@ def build_data(
     for source in validation:
         for name in ("state", "action"):
             _finite_columns(source, name)
-    for source in [*training, *validation]:
-        source.open()
     tasks = sorted({task for source in [*training, *validation] for task in source.tasks()})
     paraphrases: dict[str, list[str]] = {}
     if task_paraphrase is not None:
@@ -127,6 +129,10 @@ def build_data(
     report += tokens.warnings()
     for source in training:
         digest.update(np.ascontiguousarray(source.episodes))
+        if (
+            source.store is not None and source.store.encoding.kind == "jpeg"
+        ):  # other stores hold the very same pictures
+            digest.update(str(source.store.encoding).encode())
     for text in sorted(set(texts)):
         digest.update(tokens(text))
     state_normalizer, action_normalizer = (
@@ -163,7 +169,11 @@ def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], l
     """Training and validation sources, and a line of the log for each."""
 
     def opened(dataset: DatasetConfig) -> Source:
-        return open_source(dataset, spec.chunk_size, config.train.video_backend, config.train.tolerance_s)
+        return open_source(
+            dataset, spec.chunk_size, config.train.video_backend, config.train.tolerance_s, wanted=wanted
+        )
+
+    wanted = _wanted(config, spec)
 
     training = [opened(dataset) for dataset in config.train.datasets]
     if config.val.datasets:
@@ -179,12 +189,34 @@ def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], l
     return training, validation, report
 
 
+def _wanted(config: DataConfig, spec: SampleSpec) -> WantedStore:
+    return WantedStore(config.train.frame_store, config.train.frame_quality, spec.image_resolution)
+
+
 def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
     try:
         train, held = hold_out(source.episodes, fraction)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return source.view(train), source.view(held, with_previous_action=True)
+
+
+def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
+    """Lines for the log: where pictures are read from."""
+    lines, without = [], []
+    for source in sources:
+        if source.store is not None:
+            source.store.require(list(source.cameras.values()), wanted)
+            lines.append(f"{source}: pictures from {source.store} ({source.store.manifest.encoding})")
+        elif wanted.setting != "off":
+            without.append(str(source))
+    if without:
+        names = ", ".join(dict.fromkeys(without))
+        lines.append(
+            f"{names}: pictures are decoded from the data set as they are needed. A frame store is read many times as "
+            f"fast: {PREPARE} makes one"
+        )
+    return list(dict.fromkeys(lines))
 
 
 def _described(role: str, sources: Sequence[Source]) -> list[str]:
@@ -207,15 +239,17 @@ def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[
     return lines
 
 
-def _finite_columns(source: Source, name: str) -> np.ndarray:
-    """The state or action column of a source, refused if a value is not finite."""
+def _finite_columns(source: Source, name: str) -> list[np.ndarray]:
+    """The state or action column of a source in pieces, refused if a value is not finite."""
     key = source.config.state if name == "state" else source.config.action
-    columns = source.columns(key)
-    if (bad := first_non_finite(columns)) is not None:
-        row, dim = bad
-        episode, frame = source.frame(row)
-        raise ValueError(
-            f"{source}: {key} is {columns[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
-            "the data set, or leave this episode out with `episodes`"
-        )
-    return columns
+    blocks, before = source.blocks(key), 0
+    for block in blocks:
+        if (bad := first_non_finite(block)) is not None:
+            row, dim = bad
+            episode, frame = source.frame(before + row)
+            raise ValueError(
+                f"{source}: {key} is {block[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
+                "the data set, or leave this episode out with `episodes`"
+            )
+        before += len(block)
+    return blocks

@@ -94,15 +94,8 @@ def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:
     return row, int(bad[row].argmax())
 
 
-def compute_statistics(columns: np.ndarray, weights: np.ndarray | None = None) -> FeatureStatistics:
-    """Exact statistics of (frames, dims), in float64.
-
-    Quantiles are values that occur: the smallest one at which the (weighted) share of the frames reaches q. So a
-    merge over data sets equals the statistics of the pooled frames.
-
-    Args:
-        columns: (frames, dims) of any number type.
-        weights: (frames,) relative weights, or None for equal ones.
+def compute_statistics(columns: np.ndarray) -> FeatureStatistics:
+    """Exact statistics of (frames, dims), in float64; see ``merge_statistics``.
 
     Raises:
         ValueError: if there is no frame, or a value is not finite (named by dimension and row).
@@ -112,32 +105,41 @@ def compute_statistics(columns: np.ndarray, weights: np.ndarray | None = None) -
     if (bad := first_non_finite(columns)) is not None:
         row, dim = bad
         raise ValueError(f"dimension {dim} is {columns[row, dim]} at row {row}: every value must be finite")
-    values = columns.astype(np.float64)
-    mean = np.average(values, axis=0, weights=weights)
-    quantiles = np.quantile(values, [0.01, 0.1, 0.9, 0.99], axis=0, weights=weights, method="inverted_cdf")
-    raw = {
-        "mean": mean,
-        "std": np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights)),
-        "min": values.min(axis=0),
-        "max": values.max(axis=0),
-        **dict(zip(("q01", "q10", "q90", "q99"), quantiles, strict=True)),
-    }
-    return _made_safe(raw)
+    return merge_statistics([[columns]], [1.0])
 
 
-def merge_statistics(columns: Sequence[np.ndarray], shares: Sequence[float]) -> FeatureStatistics:
-    """Statistics of several data sets pooled, each one's frames together weighing its share of the stream.
+def merge_statistics(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float]) -> FeatureStatistics:
+    """Exact statistics of several data sets pooled, each one's frames together weighing its share of the stream.
+
+    Every frame counts. Quantiles are values that occur: the smallest one at which the (weighted) share of the frames
+    reaches q. So a merge over data sets equals the statistics of the pooled frames. One dimension after the other is
+    held in memory.
 
     Args:
-        columns: one (frames, dims) per data set, all of the same dims.
+        columns: for each data set the pieces, each (frames, dims) of any finite numbers, all of the same dims. How they
+            are cut makes no difference.
         shares: each data set's fraction of the samples (``Mixture.shares``).
     """
-    counts = [len(part) for part in columns]
-    pooled = np.concatenate(columns)
-    if np.allclose(np.asarray(counts) / sum(counts), shares, rtol=1e-12):
-        return compute_statistics(pooled)
-    per_frame = [np.full(count, share / count) for count, share in zip(counts, shares, strict=True)]
-    return compute_statistics(pooled, np.concatenate(per_frame))
+    counts = np.asarray([sum(len(block) for block in blocks) for blocks in columns])
+    weights = None
+    if not np.allclose(counts / counts.sum(), shares, rtol=1e-12):
+        weights = np.repeat(np.asarray(shares) / counts, counts)
+    pieces = [block for blocks in columns for block in blocks]
+    dims = pieces[0].shape[1]
+    each = [_of_dimension(np.concatenate([piece[:, dim] for piece in pieces]), weights) for dim in range(dims)]
+    return _made_safe({name: np.asarray([values[name] for values in each]) for name in STATISTIC_NAMES})
+
+
+def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, float]:
+    """Statistics of (frames,); weights are (frames,) or None for equal ones."""
+    values = column.astype(np.float64)
+    mean = np.average(values, weights=weights)
+    quantiles = np.quantile(values, [0.01, 0.1, 0.9, 0.99], weights=weights, method="inverted_cdf")
+    low, high = values.min(), values.max()
+    values -= mean
+    values *= values
+    deviation = np.sqrt(np.average(values, weights=weights))
+    return dict(zip(STATISTIC_NAMES, (mean, deviation, low, high, *quantiles), strict=True))
 
 
 def _made_safe(raw: dict[str, np.ndarray]) -> FeatureStatistics:

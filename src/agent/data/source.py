@@ -1,7 +1,7 @@
 """One data set: which of its episodes are used, and its raw samples.
 
-A :class:`Source` knows its frames from the metadata alone. LeRobot's reader is opened for the first sample and
-travels to the workers with the source.
+A :class:`Source` knows its frames from the metadata alone. Low-dimensional columns are mapped into memory, videos are
+decoded as LeRobot decodes them, and pictures in data files are read through LeRobot.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.data import files
+from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
+from agent.data.frame_store import FrameStore, WantedStore, find_store
+from agent.data.video import decode_frame
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +46,9 @@ class DatasetConfig:
     """Key of the robot's state in the data set."""
     action: str = "action"
     """Key of the actions in the data set."""
+    frames: str | None = None
+    """Folder of this data set's frame stores; ``frames`` in its own when not given. For a fast disk, or a data set that
+    cannot be written to."""
     revision: str | None = None
     """Revision on the hub: a branch, tag or commit; LeRobot's v3.0 tag when not given."""
 
@@ -75,19 +81,23 @@ class Source:
     config: DatasetConfig
     metadata: files.Metadata
     chosen: np.ndarray
-    """The episodes that the config selects; LeRobot's reader is opened on these."""
+    """The episodes that the config selects."""
     episodes: np.ndarray
     """The episodes of this source: the chosen ones, or what a hold-out leaves of them."""
     chunk_size: int
     video_backend: str
     tolerance_s: float
+    table: ColumnTable
+    """The low-dimensional columns, shared with the other views of the data set."""
     cameras: dict[str, str] = field(default_factory=dict)
     """Model camera → key in the data set."""
     with_previous_action: bool = False
+    store: FrameStore | None = None
+    """Where pictures are read from instead of being decoded from videos."""
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.metadata.episodes["length"][self.episodes])
-        self._dataset: Any = None
+        self._pictures: Any = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -109,25 +119,15 @@ class Source:
 
     def columns(self, name: str) -> np.ndarray:
         """A low-dimensional column over this source's frames, (frames, dims), read without decoding any image."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        return np.concatenate(list(self.blocks(name)))
 
-        paths = dict.fromkeys(self.metadata.data_file(int(episode)) for episode in self.episodes)
-        parts, owners, frames = [], [], []
-        for path in paths:
-            table = pq.read_table(path, columns=list(dict.fromkeys([name, "episode_index", "frame_index"])))
-            values = table[name].combine_chunks()
-            while pa.types.is_nested(values.type):
-                values = values.flatten()
-            parts.append(values.to_numpy(zero_copy_only=False).reshape(len(table), -1))
-            owners.append(table["episode_index"].to_numpy())
-            frames.append(table["frame_index"].to_numpy())
-        owner, frame = np.concatenate(owners), np.concatenate(frames)
-        wanted = np.flatnonzero(np.isin(owner, self.episodes))
-        order = wanted[np.lexsort((frame[wanted], owner[wanted]))]
-        if len(order) != len(self):
-            raise ValueError(f"{self}: its files hold {len(order)} of the {len(self)} frames of the metadata")
-        return np.concatenate(parts)[order]
+    def blocks(self, name: str) -> list[np.ndarray]:
+        """The same in pieces, views of what is mapped into memory: consecutive episodes are one piece."""
+        column, begins = self.table[name], self.table.begins(self.episodes)
+        ends = begins + self.metadata.episodes["length"][self.episodes]
+        first = np.append(True, begins[1:] != ends[:-1])
+        last = np.append(first[1:], True)
+        return [column[begin:end] for begin, end in zip(begins[first], ends[last], strict=True)]
 
     def tasks(self) -> list[str]:
         """The instructions that occur in this source.
@@ -135,10 +135,12 @@ class Source:
         Raises:
             ValueError: if a frame has no instruction or an empty one, naming its episode.
         """
-        indices = self.columns("task_index")[:, 0]
-        for index in (used := np.unique(indices)):
+        blocks = self.blocks("task_index")
+        used = np.unique(np.concatenate([np.unique(block) for block in blocks]))
+        for index in used:
             known = 0 <= index < len(self.metadata.tasks)
             if not known or not self.metadata.tasks[index].strip():
+                indices = np.concatenate(blocks)[:, 0]
                 episode, frame = self.frame(int(np.flatnonzero(indices == index)[0]))
                 raise ValueError(
                     f"{self}: the instruction of episode {episode}, frame {frame} is {'empty' if known else 'missing'} "
@@ -147,11 +149,14 @@ class Source:
                 )
         return [self.metadata.tasks[index] for index in used]
 
-    def open(self) -> Any:
-        """LeRobot's reader, opened once."""
-        if self._dataset is None:
-            self._dataset = self._opened()
-        return self._dataset
+    def open(self) -> None:
+        """Reads once what workers take over."""
+        self.table.load()
+        if self.store is not None:
+            self.store.open()
+            return
+        if self._pictures is None and self._image_keys():
+            self._pictures = self._open_pictures()
 
     def read(self, position: int) -> RawSample:
         """The sample at a position; decodes one frame of every mapped camera.
@@ -161,9 +166,7 @@ class Source:
         """
         episode, frame = self.frame(position)
         try:
-            item = self.open()[self._row(episode) + frame]
-            assert (int(item["episode_index"]), int(item["frame_index"])) == (episode, frame), "rows are out of order"
-            return self._sample(item, episode, frame)
+            return self._sample(episode, frame)
         except Exception as error:
             used = [self.metadata.data_file(episode)]
             used += [self.metadata.video_file(episode, key) for key in self._mapped_videos()]
@@ -173,62 +176,79 @@ class Source:
                 f"its files: {names}"
             ) from error
 
-    def _sample(self, item: dict[str, Any], episode: int, frame: int) -> RawSample:
-        actions, is_pad = item[self.config.action].numpy(), item[f"{self.config.action}_is_pad"].numpy()
-        actions = actions.astype(np.float32).reshape(len(actions), -1)
+    def _sample(self, episode: int, frame: int) -> RawSample:
+        first = int(self.table.begins(np.asarray(episode)))
+        last = first + int(self.metadata.episodes["length"][episode]) - 1
+        row = first + frame
+        steps = np.arange(row - 1 if self.with_previous_action else row, row + self.chunk_size)
+        inside = steps.clip(first, last)
+        actions, is_pad = self.table[self.config.action][inside].astype(np.float32), inside != steps
         previous, previous_is_pad = None, False
         if self.with_previous_action:
             previous, actions = actions[0], actions[1:]
             previous_is_pad, is_pad = bool(is_pad[0]), is_pad[1:]
         return RawSample(
-            images={slot: _as_uint8(item[key]) for slot, key in self.cameras.items()},
-            state=item[self.config.state].numpy().astype(np.float32).reshape(-1),
+            images=self._images(episode, frame, row),
+            state=self.table[self.config.state][row].astype(np.float32),
             actions=actions,
             action_is_pad=is_pad,
             previous_action=previous,
             previous_is_pad=previous_is_pad,
-            task=item["task"],
+            task=self.metadata.tasks[int(self.table["task_index"][row, 0])],
             episode=episode,
             frame=frame,
         )
 
+    def _images(self, episode: int, frame: int, row: int) -> dict[str, torch.Tensor]:
+        """Model camera → (3, H, W) uint8."""
+        if self.store is not None:
+            return self._stored(self.store, episode, frame)
+        stamp, images = float(self.table["timestamp"][row, 0]), {}
+        for key in self._mapped_videos():
+            seconds = float(self.metadata.episodes[f"videos/{key}/from_timestamp"][episode]) + stamp
+            path = self.metadata.video_file(episode, key)
+            images[key] = decode_frame(path, seconds, self.tolerance_s, self.video_backend)
+        if self._image_keys():
+            self.open()
+            item = self._pictures[self._picture_row(episode) + frame]
+            assert (int(item["episode_index"]), int(item["frame_index"])) == (episode, frame), "rows are out of order"
+            images |= {key: _as_uint8(item[key]) for key in self._image_keys()}
+        return {slot: images[key] for slot, key in self.cameras.items()}
+
+    def _stored(self, store: FrameStore, episode: int, frame: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        return {slot: torch.from_numpy(store.image(key, episode, frame)) for slot, key in self.cameras.items()}
+
     def _mapped_videos(self) -> list[str]:
         return [key for key in self.metadata.video_keys if key in self.cameras.values()]
 
-    def _row(self, episode: int) -> int:
-        """Where an episode begins in LeRobot's table of the chosen episodes."""
+    def _image_keys(self) -> list[str]:
+        """The mapped cameras whose pictures are in the data files."""
+        return [key for key in dict.fromkeys(self.cameras.values()) if key not in self.metadata.video_keys]
+
+    def _picture_row(self, episode: int) -> int:
+        """Where an episode begins in the table of the chosen episodes' pictures."""
         if "_starts" not in self.__dict__:
             lengths = self.metadata.episodes["length"][self.chosen]
             self._starts = np.cumsum(lengths) - lengths
         return int(self._starts[np.searchsorted(self.chosen, episode)])
 
-    def _opened(self) -> Any:
-        from lerobot.datasets.lerobot_dataset import LeRobotDataset
+    def _open_pictures(self) -> Any:
+        """LeRobot's table of the chosen episodes, a copy of the data files in the cache of ``datasets``."""
+        from lerobot.datasets.feature_utils import get_hf_features_from_features
+        from lerobot.datasets.io_utils import hf_transform_to_torch, load_info, load_nested_dataset
 
-        steps = range(-1 if self.with_previous_action else 0, self.chunk_size)
-        fps = self.metadata.info["fps"]
         every = len(self.chosen) == self.metadata.total_episodes
-        dataset = LeRobotDataset(
-            self.config.repo_id,
-            root=self.metadata.root,
-            # "all" costs LeRobot no table of indices
+        pictures = load_nested_dataset(
+            self.metadata.root / "data",
+            features=get_hf_features_from_features(load_info(self.metadata.root).features),
+            # "all" costs no filter
             episodes=None if every else [int(episode) for episode in self.chosen],
-            delta_timestamps={self.config.action: [step / fps for step in steps]},
-            tolerance_s=self.tolerance_s,
-            video_backend=self.video_backend,
-            return_uint8=True,
         )
-        # LeRobot decodes every camera that its metadata lists; forget those that the model does not see.
-        unused = [
-            key
-            for key, feature in dataset.meta.info.features.items()
-            if feature["dtype"] in ("video", "image") and key not in self.cameras.values()
-        ]
-        table = dataset.reader.hf_dataset
-        dataset.reader.hf_dataset = table.remove_columns([key for key in unused if key in table.column_names])
-        for key in unused:
-            del dataset.meta.info.features[key]
-        return dataset
+        pictures = pictures.select_columns([*self._image_keys(), "episode_index", "frame_index"])
+        pictures.set_transform(hf_transform_to_torch)
+        return pictures
 
 
 def _as_uint8(image: torch.Tensor) -> torch.Tensor:
@@ -240,7 +260,15 @@ def _as_uint8(image: torch.Tensor) -> torch.Tensor:
     return image.expand(3, -1, -1) if image.shape[0] == 1 else image
 
 
-def open_source(config: DatasetConfig, chunk_size: int, video_backend: str | None, tolerance_s: float) -> Source:
+def open_source(
+    config: DatasetConfig,
+    chunk_size: int,
+    video_backend: str | None,
+    tolerance_s: float,
+    *,
+    wanted: WantedStore | None = None,
+    verify_videos: bool = True,
+) -> Source:
     """Finds a data set, chooses its episodes and verifies their files.
 
     Args:
@@ -248,17 +276,28 @@ def open_source(config: DatasetConfig, chunk_size: int, video_backend: str | Non
         chunk_size: T, actions per sample.
         video_backend: ``"torchcodec"``, ``"pyav"``, or None for the faster one that works here.
         tolerance_s: how far a video's time stamp may be from the asked one.
+        wanted: the frame store to read from, if the config asks for one or one is there; None to do without.
+        verify_videos: whether videos must be whole; they need not be where a store holds their frames.
 
     Raises:
-        ValueError: if the data set or one of its files is missing or damaged, or no episode is chosen.
+        ValueError: if the data set or one of its files is missing or damaged, no episode is chosen, or the frame store
+            does not fit.
     """
     root = files.locate(config.repo_id, config.root, config.revision)
     metadata = files.read_metadata(config.repo_id, root)
     chosen = choose_episodes(metadata, config.episodes, config.split)
     if config.root is None:
         metadata = files.fetch_missing(metadata, chosen, config.revision)
-    files.verify_files(metadata, chosen)
-    return Source(config, metadata, chosen, chosen, chunk_size, choose_video_backend(video_backend), tolerance_s)
+    store = find_store(metadata, config.frames, wanted, chosen) if wanted is not None else None
+    if store is not None:
+        chosen, warning = store.without_bad(chosen)
+        if warning is not None:
+            logger.warning("data set %s: %s", config.repo_id, warning)
+    files.verify_files(metadata, chosen, videos=verify_videos and store is None)
+    names = dict.fromkeys([config.state, config.action, "task_index", "timestamp"])
+    table = ColumnTable(metadata, chosen, tuple(names))
+    backend = choose_video_backend(video_backend)
+    return Source(config, metadata, chosen, chosen, chunk_size, backend, tolerance_s, table, store=store)
 
 
 @cache

@@ -1,0 +1,186 @@
+"""The low-dimensional columns of a data set as arrays mapped into memory: one copy for all processes of a machine.
+
+A large data set has tens of thousands of row groups, which take seconds to read and hundreds of megabytes to hold. They
+are read once, and kept as plain arrays beside the data set, or in the user's cache where that cannot be written. The
+arrays hold what the files hold, bit for bit, and are made anew when a file has another size or time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from agent.data.files import Metadata, files_of
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_FOLDER = "agent_cache"
+
+
+def cache_folders(root: Path) -> list[Path]:
+    """Where something computed from the data set at ``root`` may be kept: beside it, else in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return [root / _FOLDER, home / "agent"]
+
+
+@dataclass
+class ColumnTable:
+    """The columns of some episodes, read when first asked for; travels to workers as a path.
+
+    Rows are in order of episode and frame. Episodes that are not wanted but share a file with one that is are there, too.
+    """
+
+    metadata: Metadata
+    episodes: np.ndarray
+    """The wanted ones, ascending."""
+    names: tuple[str, ...]
+    """Keys of the columns."""
+    _arrays: dict[str, np.ndarray] | None = field(default=None, repr=False)
+    _folder: Path | None = field(default=None, repr=False)
+    _begins: np.ndarray | None = field(default=None, repr=False)
+
+    def __getstate__(self) -> dict:
+        state = dict(vars(self))
+        if self._folder is not None:  # an array mapped into memory would travel as a copy
+            state["_arrays"] = None
+        return state
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """(rows, dims) of a column, read-only.
+
+        Raises:
+            ValueError: if a file does not hold the frames that the metadata count.
+            KeyError: if the column is not one of ``names``.
+        """
+        return self.load()[name]
+
+    def load(self) -> dict[str, np.ndarray]:
+        """All columns; see ``__getitem__``."""
+        if self._arrays is None:
+            if self._folder is None:
+                self._arrays, self._folder = self._load()
+            else:
+                self._arrays = _mapped(self._folder, self.names)
+        return self._arrays
+
+    def begins(self, episodes: np.ndarray) -> np.ndarray:
+        """The row of the first frame of each of these episodes."""
+        if self._begins is None:
+            lengths = np.where(self._held(), self.metadata.episodes["length"], 0)
+            self._begins = np.cumsum(lengths) - lengths
+        return self._begins[episodes]
+
+    def _held(self) -> np.ndarray:
+        """(all episodes,) bool: those in the files of the wanted ones."""
+        place = self.metadata.data_places()
+        return np.isin(place, place[self.episodes])
+
+    def _files(self) -> list[tuple[Path, np.ndarray]]:
+        """Each data file with the episodes in it."""
+        return files_of(self.metadata, np.flatnonzero(self._held()), "data", self.metadata.data_file)
+
+    def _load(self) -> tuple[dict[str, np.ndarray], Path | None]:
+        files = self._files()
+        name = f"columns-{self._fingerprint([path for path, _ in files])}"
+        places = [folder / name for folder in cache_folders(self.metadata.root)]
+        for place in places:
+            if (place / "columns.json").is_file():
+                return _mapped(place, self.names), place
+        arrays = self._read(files)
+        for place in places:
+            try:
+                _save(place, arrays)
+            except OSError as error:
+                logger.info("columns are not kept in %s (%s)", place.parent, error)
+                continue
+            return _mapped(place, self.names), place
+        return arrays, None
+
+    def _fingerprint(self, paths: Sequence[Path]) -> str:
+        digest = xxhash.xxh3_64()
+        known: list = [_VERSION, *self.names]
+        for path in paths:
+            status = path.stat()
+            known.append([str(path.relative_to(self.metadata.root)), status.st_size, status.st_mtime_ns])
+        digest.update(json.dumps(known).encode())
+        digest.update(np.ascontiguousarray(self.metadata.episodes["length"]))
+        digest.update(np.ascontiguousarray(self.metadata.data_places()))
+        return digest.hexdigest()
+
+    def _read(self, files: Sequence[tuple[Path, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Every row at its place, whatever the order of the rows in the files."""
+        rows = int(self.metadata.episodes["length"][self._held()].sum())
+        arrays: dict[str, np.ndarray] = {}
+        seen = np.zeros(rows, dtype=bool)
+        for path, members in files:
+            owner, frame, values = _columns_of(path, self.names)
+            known = np.isin(owner, members) & (frame >= 0)
+            known &= frame < self.metadata.episodes["length"][np.where(known, owner, 0)]
+            place = self.begins(owner[known]) + frame[known]
+            seen[place] = True
+            for name, value in values.items():
+                if name not in arrays:
+                    arrays[name] = np.empty((rows, value.shape[1]), dtype=value.dtype)
+                arrays[name][place] = value[known]
+        if not seen.all():
+            row = int(np.flatnonzero(~seen)[0])
+            held = np.flatnonzero(self._held())
+            episode = int(held[np.searchsorted(self.begins(held), row, side="right") - 1])
+            raise ValueError(
+                f"data set {self.metadata.repo_id}: its files hold {int(seen.sum())} of the {rows} frames of the metadata; "
+                f"the first that is missing is frame {row - int(self.begins(np.array([episode]))[0])} of episode {episode} "
+                f"in {self.metadata.data_file(episode)}. Copy the file again, or leave the episode out with `episodes`."
+            )
+        return arrays
+
+
+def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Episode and frame of each row of a parquet file, and columns as (rows, dims)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # ParquetFile reads many small row groups several times faster than read_table, which goes through a scanner.
+    with pq.ParquetFile(path, memory_map=True) as file:
+        table = file.read(columns=list(dict.fromkeys([*names, "episode_index", "frame_index"])), use_threads=False)
+    values = {}
+    for name in names:
+        column = table[name].combine_chunks()
+        while pa.types.is_nested(column.type):
+            column = column.flatten()
+        values[name] = column.to_numpy(zero_copy_only=False).reshape(len(table), -1)
+    return table["episode_index"].to_numpy(), table["frame_index"].to_numpy(), values
+
+
+def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the arrays; the folder is there whole or not at all, also when several processes write it."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        for number, array in enumerate(arrays.values()):
+            with (partial / f"{number}.npy").open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        (partial / "columns.json").write_text(json.dumps(list(arrays)))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not (folder / "columns.json").is_file():  # another process has not written the same
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _mapped(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    numbers = {name: number for number, name in enumerate(json.loads((folder / "columns.json").read_text()))}
+    # as plain arrays: a slice of a memmap costs ten times that of one
+    return {name: np.asarray(np.load(folder / f"{numbers[name]}.npy", mmap_mode="r")) for name in names}
