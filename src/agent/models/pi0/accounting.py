@@ -1,0 +1,86 @@
+"""What a π0 costs: the arithmetic of a training step, from the sizes of its config alone.
+
+A multiplication and an addition are two FLOP. A matrix product with a trained parameter costs 2 FLOP per number of the
+matrix and token in the forward pass and 4 in the backward pass, half of them for the gradient of its input. Norms,
+activation functions and rotations are not counted: they are below a hundredth.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.models.pi0.configuration import GemmaVariant, PI0Config
+
+
+def flop_per_sample(
+    config: PI0Config, cameras_present: int, language_tokens: int | None = None, draws: int = 1
+) -> float:
+    """FLOP of forward and backward pass for one sample, recomputed activations not counted.
+
+    Args:
+        config: the model.
+        cameras_present: cameras that the sample has; absent ones are not computed.
+        language_tokens: of its instruction; all ``tokenizer_max_length`` when not given.
+        draws: flow-matching draws of an observation.
+    """
+    return sum(flop_by_part(config, cameras_present, language_tokens, draws).values())
+
+
+def flop_by_part(
+    config: PI0Config, cameras_present: int, language_tokens: int | None = None, draws: int = 1
+) -> dict[str, float]:
+    """The same by part: ``vision``, ``language``, ``expert`` and their attention. Arguments as above."""
+    patches = cameras_present * patches_per_camera(config)
+    language_tokens = config.tokenizer_max_length if language_tokens is None else language_tokens
+    prefix, suffix = patches + language_tokens, 1 + draws * config.chunk_size
+    vision, language, expert = config.vision, config.language, config.expert
+    # Passes per matrix product: forward, gradient of the weights, gradient of the input.
+    prefix_passes = 1 if config.train_expert_only else 3
+    vision_passes = 1 if config.train_expert_only or config.freeze_vision_encoder else 3
+    projector_passes = 1 if config.train_expert_only else 2 if config.freeze_vision_encoder else 3
+
+    per_patch = 3 * vision.patch_size**2 * vision.width
+    vision_layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
+    vision_flop = 2.0 * patches * vision.depth * vision_layer * vision_passes
+    vision_flop += 2.0 * patches * per_patch * min(vision_passes, 2)  # an image wants no gradient
+    vision_flop += 2.0 * patches * vision.width * language.width * projector_passes
+    seen = patches_per_camera(config)
+    vision_attention = 4.0 * patches * seen * vision.width * vision.depth * vision_passes
+
+    # Of the last prefix layer only keys and values are computed.
+    language_numbers = language.depth * _keys_values(language) + (language.depth - 1) * _rest(language)
+    language_flop = 2.0 * prefix * language_numbers * prefix_passes
+    heads = language.heads * language.head_dim
+    language_attention = 4.0 * prefix * prefix * heads * (language.depth - 1) * prefix_passes
+
+    actions = suffix - 1
+    expert_flop = 6.0 * suffix * expert.depth * (_keys_values(expert) + _rest(expert))
+    expert_flop += 6.0 * actions * (2 * config.max_action_dim * expert.width + 3 * expert.width**2)
+    expert_flop += 6.0 * config.max_state_dim * expert.width
+    # The state sees the prefix and itself, an action the state and its own draw's actions too.
+    seen_by_all = prefix + 1 + actions * (prefix + 1 + config.chunk_size)
+    expert_attention = 4.0 * seen_by_all * expert.heads * expert.head_dim * expert.depth * 3
+    return {
+        "vision": vision_flop,
+        "vision attention": vision_attention,
+        "language": language_flop,
+        "language attention": language_attention,
+        "expert": expert_flop,
+        "expert attention": expert_attention,
+    }
+
+
+def patches_per_camera(config: PI0Config) -> int:
+    """Tokens of an image."""
+    return (config.image_resolution[0] // config.vision.patch_size) ** 2
+
+
+def _keys_values(table: GemmaVariant) -> int:
+    """Numbers of a layer's key and value projections."""
+    return 2 * table.width * table.kv_heads * table.head_dim
+
+
+def _rest(table: GemmaVariant) -> int:
+    """Numbers of a layer's other matrices."""
+    return 2 * table.width * table.heads * table.head_dim + 3 * table.width * table.mlp_dim
