@@ -46,7 +46,18 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """In float32, whatever the weights are held in."""
-        return F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        normed = F.layer_norm(x, self.normalized_shape, self.weight.float(), self.bias.float(), self.eps)
+        return normed.to(product_dtype(x))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which matrix products of ``x`` are computed: autocast's, where it is on.
+
+    Norms give this type, so that the products after them share one rounded copy. Autocast itself would make, and keep
+    for the backward pass, one for each of them.
+    """
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 class Float32Linear(Linear):
@@ -64,7 +75,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden.float(), self.weight.shape, 1.0 + self.weight.float(), eps=1e-6).type_as(hidden)
+        normed = F.rms_norm(hidden.float(), self.weight.shape, 1.0 + self.weight.float(), eps=1e-6)
+        return normed.to(product_dtype(hidden))
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
@@ -73,6 +85,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     ``mask`` is broadcastable to (B, heads, N, M), True where a query may look; None lets all look everywhere.
     """
     groups = queries.shape[1] // keys.shape[1]
+    if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
+        return _attend_with_products(queries, keys, values, mask)
     if mask is not None and groups > 1:
         # With a mask, enable_gqa leaves only the kernel that writes out all scores. A view that repeats the heads
         # keeps the fused kernels; of a single key-value head it copies nothing.
@@ -82,11 +96,22 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     return out.transpose(1, 2).flatten(2)
 
 
+def _attend_with_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """``attend`` as plain matrix products, for bfloat16 on a CPU, whose fused kernel is several times slower there."""
+    groups, length = queries.shape[1] // keys.shape[1], queries.shape[2]
+    # The heads that share keys and values are one longer sequence of queries.
+    grouped = (queries * queries.shape[-1] ** -0.5).unflatten(1, (-1, groups)).flatten(2, 3)
+    scores = (grouped @ keys.transpose(2, 3)).unflatten(2, (groups, length))
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill(~mask, -torch.inf).unsqueeze(2)
+    out = scores.softmax(dim=-1).to(values.dtype).flatten(2, 3) @ values
+    return out.unflatten(2, (groups, length)).permute(0, 3, 1, 2, 4).flatten(2)
+
+
 def rotary(positions_BN: Tensor, head_dim: int) -> Rope:
-    """Cosine and sine (B, 1, N, head_dim) of rotary position embedding (https://arxiv.org/abs/2104.09864)."""
+    """Cosine and sine (B, 1, N, head_dim / 2) of rotary position embedding (https://arxiv.org/abs/2104.09864)."""
     exponents = torch.arange(0, head_dim, 2, device=positions_BN.device, dtype=torch.float32) / head_dim
     angles = positions_BN[:, None, :, None].float() * (1.0 / 10_000.0**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 
@@ -94,7 +119,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Queries or keys (B, heads, N, head_dim) turned by their positions, in float32."""
     first, second = x.float().chunk(2, dim=-1)
     cos, sin = rope
-    return (x.float() * cos + torch.cat((-second, first), dim=-1) * sin).type_as(x)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 
 
 def sinusoidal(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
