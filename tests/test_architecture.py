@@ -22,6 +22,7 @@ MODULES = {
     if path.name != "__init__.py"
 }
 COMMANDS = ["run", "command_line", "describe_config", "requeue", "sync_wandb", "prepare", "export", "report", "serve"]
+COMMANDS += ["data.prepare"]
 LEAVES = [
     "batch",
     "reproducibility",

@@ -197,8 +197,8 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
     )
 
 
-def verify_files(metadata: Metadata, episodes: np.ndarray) -> None:
-    """Opens every data and video file of the selected episodes.
+def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) -> None:
+    """Opens every data file of the selected episodes, and every video unless ``videos`` is false.
 
     Raises:
         ValueError: on the first file that is missing, empty, cut short or holds too few rows or frames, naming
@@ -209,7 +209,7 @@ def verify_files(metadata: Metadata, episodes: np.ndarray) -> None:
     rows = np.bincount(number, weights=metadata.episodes["length"]).astype(np.int64)
     for path, members in files_of(metadata, episodes, "data", metadata.data_file):
         _verify_parquet(metadata.repo_id, path, members, int(rows[number[members[0]]]))
-    for key in metadata.video_keys:
+    for key in metadata.video_keys if videos else []:
         place = f"videos/{key}"
         for path, members in files_of(metadata, episodes, place, partial(metadata.video_file, key=key)):
             last = float(metadata.episodes[f"{place}/to_timestamp"][members].max())

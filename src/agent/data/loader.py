@@ -26,12 +26,19 @@ class TrainDataConfig:
     """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
     prefetch_factor: int = 2
     """Micro-batches that each worker keeps ready."""
+    frame_store: Literal["auto", "off", "jpeg", "lossless", "raw"] = "auto"
+    """Where pictures come from: a store that `python -m agent.data.prepare` made of this kind; `auto` for whichever is
+    there, and the videos themselves when there is none; `off` for the videos."""
+    frame_quality: int = 92
+    """Quality of the JPEGs in a store, 1 to 100."""
     video_backend: str | None = None
     """``torchcodec`` or ``pyav``; when not given, torchcodec where it loads and otherwise pyav."""
     tolerance_s: float = 1e-4
     """How far a video frame's time stamp may be from the one asked for, in seconds."""
 
     def __post_init__(self) -> None:
+        if not 1 <= self.frame_quality <= 100:
+            raise ValueError(f"data.train.frame_quality must be 1 to 100, got {self.frame_quality}")
         if self.num_workers < 0 or self.prefetch_factor < 1 or self.tolerance_s <= 0:
             raise ValueError(
                 f"data.train: num_workers must be at least 0 (is {self.num_workers}), prefetch_factor at least 1 "

@@ -1,0 +1,332 @@
+"""Decoding, resizing and writing the parts of a frame store, in processes of their own."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.data.frame_encoding import Encoding
+from agent.data.frame_store import SourceFile
+from agent.data.transforms import resize_with_pad
+
+if TYPE_CHECKING:
+    from multiprocessing.sharedctypes import Synchronized
+
+    import av
+
+_BATCH = 256  # pictures of one Arrow record batch
+
+_done: Synchronized[int] | None = None  # frames written by all processes, for the progress bar
+
+
+@dataclass
+class FileIndex:
+    """A source file, and where its frames are."""
+
+    path: Path
+    source: SourceFile
+    times: np.ndarray | None
+    """Presentation times of a video's frames in units of ``unit``, ascending; None for a data file."""
+    unit: float = 0.0
+    """Seconds."""
+    trouble: str | None = None
+    """Why it cannot be read as a video."""
+
+
+@dataclass
+class Part:
+    """Consecutive episodes of one source file, to be written as one file."""
+
+    camera: str
+    source: Path
+    target: Path
+    episodes: dict[int, np.ndarray]
+    """Episode → presentation times of its frames in a video, or row numbers in a data file."""
+    encoding: Encoding
+    resolution: tuple[int, int]
+    video: bool
+
+
+@dataclass
+class Written:
+    """What has become of a part."""
+
+    frames: int
+    bad: dict[int, str] = field(default_factory=dict)
+    """Episode → why it could not be read."""
+
+
+def start_worker(done: Synchronized[int]) -> None:
+    """Runs first in a new process."""
+    from multiprocessing import connection, parent_process
+
+    import cv2
+    import torch
+
+    global _done
+    _done = done
+    torch.set_num_threads(1)  # there is a process for every core
+    cv2.setNumThreads(1)
+    parent = parent_process()
+    assert parent is not None, "called in a worker only"
+
+    def end_with_parent() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def index_file(path: Path, video: bool) -> FileIndex:
+    """Reads a source file once, without decoding."""
+    import av
+
+    source = SourceFile.of(path)
+    if not video:
+        return FileIndex(path, source, None)
+    times: list[int] = []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            unit = float(stream.time_base or 0)
+            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+    except (av.FFmpegError, IndexError) as error:
+        if not times:
+            return FileIndex(path, source, np.zeros(0, np.int64), 1.0, f"cannot be opened as a video ({error})")
+    return FileIndex(path, source, np.sort(np.asarray(times, dtype=np.int64)), unit)
+
+
+class FrameMissing(Exception):
+    """A frame that the file's index lists does not come."""
+
+
+def write_part(part: Part) -> Written:
+    """Writes a part; the file is there whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written, for instance because the disk is full.
+    """
+    import pyarrow as pa
+
+    bad: dict[int, str] = {}
+    temporary = part.target.with_name(f".{part.target.name}.tmp")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file, _Writer(file, part) as writer:
+            pictures = _from_video if part.video else _from_data_file
+            pictures(part, writer, bad)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(part.target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Written(writer.frames, bad)
+
+
+class _Writer:
+    """Collects pictures into record batches."""
+
+    def __init__(self, file: Any, part: Part) -> None:
+        import pyarrow as pa
+
+        self.frames = 0
+        self._part = part
+        self._rows: tuple[list[int], list[int], list[bytes]] = ([], [], [])
+        height, width = part.resolution
+        picture = pa.binary(3 * height * width) if part.encoding.kind == "raw" else pa.binary()
+        fields = {"episode_index": pa.int32(), "frame_index": pa.int32(), "image": picture}
+        notes = {"encoding": str(part.encoding), "height": str(height), "width": str(width)}
+        self._schema = pa.schema(list(fields.items()), metadata=notes)
+        self._writer = pa.ipc.new_file(file, self._schema)
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._flush()
+            self._writer.close()
+
+    def add(self, episode: int, frame: int, data: bytes) -> None:
+        """An encoded picture."""
+        episodes, frames, pictures = self._rows
+        episodes.append(episode)
+        frames.append(frame)
+        pictures.append(data)
+        self.frames += 1
+        if len(self._rows[0]) == _BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        if self._rows[0]:
+            self._writer.write_batch(pa.record_batch(list(self._rows), schema=self._schema))
+            if _done is not None:
+                with _done.get_lock():
+                    _done.value += len(self._rows[0])
+            self._rows = ([], [], [])
+
+
+def encoded(part: Part, frame: av.VideoFrame) -> bytes:
+    """A decoded frame as the part keeps it."""
+    halved_colours = frame.format.name in ("yuv420p", "yuvj420p", "nv12")
+    return _resized(part, frame.to_ndarray(format="rgb24"), halved_colours)
+
+
+def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes:
+    """A picture (h, w, 3) uint8 of any size as the part keeps it."""
+    import torch
+
+    if image.shape[:2] != part.resolution:
+        # A view with the colours behind: torch has a faster kernel for that, with the same result.
+        resized = resize_with_pad(torch.from_numpy(image).permute(2, 0, 1), *part.resolution)
+        image, halved_colours = resized.permute(1, 2, 0).numpy(), False
+    return part.encoding.encode(image, halved_colours)
+
+
+def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
+    import av
+
+    episodes = list(part.episodes)
+    while episodes:
+        times = np.concatenate([part.episodes[episode] for episode in episodes])
+        owners = [(episode, frame) for episode in episodes for frame in range(len(part.episodes[episode]))]
+        done = 0
+        try:
+            for picture in decode(part.source, times):
+                writer.add(*owners[done], encoded(part, picture))
+                done += 1
+            return
+        except (av.FFmpegError, FrameMissing) as error:
+            episode, frame = owners[done]
+            bad[episode] = f"{part.source} cannot be decoded at frame {frame} of the episode ({error})"
+            episodes = episodes[episodes.index(episode) + 1 :]  # what is behind the damage may be whole
+
+
+def decode(path: Path, times: np.ndarray) -> Iterator[av.VideoFrame]:
+    """The frames of a video at ascending presentation times, decoded in one pass.
+
+    Raises:
+        av.FFmpegError: if the stream is damaged.
+        FrameMissing: if one of them does not come.
+    """
+    import av
+
+    wanted = iter(times.tolist())
+    next_one = next(wanted)
+    for from_start in (False, True):
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            # Without this, FFmpeg paints over what it cannot read and says nothing.
+            stream.codec_context.options = {"err_detect": "explode"}
+            if not from_start:
+                container.seek(next_one, stream=stream, backward=True)
+            first = True
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.pts < next_one:
+                    first = False
+                    continue
+                if frame.pts > next_one:
+                    if first and not from_start:
+                        break  # seeking went too far, as it can where frames are reordered
+                    raise FrameMissing(f"no frame at time {next_one}, the next is at {frame.pts}")
+                if frame.is_corrupt:
+                    raise FrameMissing("the decoder calls it corrupt")
+                first = False
+                yield frame
+                following = next(wanted, None)
+                if following is None:
+                    return
+                next_one = following
+            else:
+                raise FrameMissing("the file ends before it")
+
+
+def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        column = pq.read_table(part.source, columns=[part.camera])[part.camera]
+    except (pa.ArrowInvalid, OSError) as error:
+        bad.update(dict.fromkeys(part.episodes, f"{part.source} cannot be read ({error})"))
+        return
+    for episode, rows in part.episodes.items():
+        for frame, row in enumerate(rows.tolist()):
+            try:
+                picture = column[row].as_py()
+                data = io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
+                with Image.open(data) as image:
+                    pixels = np.asarray(image)
+            except (UnidentifiedImageError, OSError, SyntaxError) as error:
+                bad[episode] = f"the picture of frame {frame} in {part.source} cannot be read ({error})"
+                break
+            if pixels.ndim == 2:
+                pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+            writer.add(episode, frame, _resized(part, pixels, halved_colours=False))
+
+
+def places(path: Path, encoding: Encoding) -> dict[str, np.ndarray]:
+    """Of every picture in a part: episode, frame, byte where it begins in the file, length."""
+    import pyarrow as pa
+
+    columns: dict[str, list[np.ndarray]] = {"episode": [], "frame": [], "offset": [], "size": []}
+    with pa.memory_map(str(path)) as file:
+        begin = file.read_buffer(file.size()).address
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            images = batch["image"]
+            _, *buffers = images.buffers()
+            if encoding.kind == "raw":
+                ends = np.arange(len(batch) + 1, dtype=np.int64) * images.type.byte_width
+            else:
+                ends = np.frombuffer(buffers[0], dtype=np.int32)[: len(batch) + 1].astype(np.int64)
+            columns["episode"].append(batch["episode_index"].to_numpy())
+            columns["frame"].append(batch["frame_index"].to_numpy())
+            columns["offset"].append(ends[:-1] + (buffers[-1].address - begin))
+            columns["size"].append(np.diff(ends))
+    empty = np.zeros(0, dtype=np.int64)
+    return {name: np.concatenate([empty, *parts]) for name, parts in columns.items()}
+
+
+def times_of_episodes(
+    index: FileIndex, starts: Sequence[float], lengths: Sequence[int], fps: float
+) -> list[np.ndarray | str]:
+    """Which frames of a video belong to its episodes, in order of their start.
+
+    A video with as many frames as its episodes has them one after the other, whatever its clock says. In any other
+    one the frame nearest to each time is taken, at most half a frame away.
+
+    Returns:
+        For each episode the presentation times of its frames, or what is wrong with it.
+    """
+    times = index.times
+    assert times is not None
+    if index.trouble is not None:
+        return [f"{index.path} {index.trouble}"] * len(starts)
+    if len(times) == sum(lengths):
+        return np.split(times, np.cumsum(lengths)[:-1])  # type: ignore[return-value]
+    found: list[np.ndarray | str] = []
+    seconds = times * index.unit
+    for start, length in zip(starts, lengths, strict=True):
+        asked = start + np.arange(length) / fps
+        places = np.searchsorted(seconds, asked - 0.5 / fps)
+        there = (places < len(seconds)) & (np.abs(seconds[np.minimum(places, len(seconds) - 1)] - asked) < 0.5 / fps)
+        if there.all():
+            found.append(times[places])
+        else:
+            found.append(
+                f"{index.path} holds {int(there.sum())} of its {length} frames "
+                f"({len(times)} frames in all where the metadata count {sum(lengths)})"
+            )
+    return found

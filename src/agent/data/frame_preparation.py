@@ -1,0 +1,236 @@
+"""What a frame store needs, what of it is there, and its index: the plan of ``agent.data.prepare``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.data.frame_parts import FileIndex, Part, places, times_of_episodes
+from agent.data.frame_store import (
+    VERSION,
+    Manifest,
+    SourceFile,
+    WantedStore,
+    describe_metadata,
+    frames_folder,
+    read_index,
+    write_whole,
+)
+
+if TYPE_CHECKING:
+    from agent.data.source import Source
+
+PART_FRAMES = 4096  # at least, unless the file ends: many enough for all cores, few enough files
+
+
+@dataclass
+class Job:
+    """One source file of one camera."""
+
+    camera: str
+    path: Path
+    video: bool
+    episodes: np.ndarray
+    """All episodes in the file, in order."""
+    parts: list[tuple[Path, np.ndarray]]
+    """Target → its episodes, of those that are wanted."""
+    source: SourceFile | None = None
+    done: set[Path] = field(default_factory=set)
+    bad: dict[int, str] = field(default_factory=dict)
+
+
+class Preparation:
+    """The making of one store.
+
+    Args:
+        source: the data set, its cameras known.
+        wanted: what the config asks for.
+    """
+
+    def __init__(self, source: Source, wanted: WantedStore) -> None:
+        self.source, self.metadata, self.wanted = source, source.metadata, wanted
+        self.encoding = wanted.encoding()
+        self.folder = wanted.folder(frames_folder(source.metadata, source.config.frames))
+        self.cameras = sorted(set(source.cameras.values()))
+        self.episodes = source.episodes
+        self._keep_what_is_there()
+        self.jobs = [job for camera in self.cameras for job in self._jobs(camera)]
+
+    def _keep_what_is_there(self) -> None:
+        """Cameras and episodes of the store as it is, if it is of this data set, stay in it."""
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return
+        before = Manifest.read(path)
+        known = [key for key in before.cameras if key in self.metadata.camera_keys]
+        if before.version != VERSION or before.metadata != describe_metadata(self.metadata, known):
+            return
+        stored = np.unique(read_index(self.folder / "index.arrow")["episode_index"])
+        self.cameras = sorted({*self.cameras, *known})
+        self.episodes = np.union1d(self.episodes, stored)
+
+    def _jobs(self, camera: str) -> Iterator[Job]:
+        metadata, video = self.metadata, camera in self.metadata.video_keys
+        place = f"videos/{camera}" if video else "data"
+        chunks, files = (metadata.episodes[f"{place}/{name}"] for name in ("chunk_index", "file_index"))
+        for chunk, file in sorted({(int(chunks[e]), int(files[e])) for e in self.episodes}):
+            members = np.flatnonzero((chunks == chunk) & (files == file))
+            if video:
+                members = members[np.argsort(metadata.episodes[f"{place}/from_timestamp"][members], kind="stable")]
+            path = metadata.video_file(members[0], camera) if video else metadata.data_file(members[0])
+            # Always the same groups, whichever episodes are wanted, so that parts can be used again.
+            group = np.cumsum(metadata.episodes["length"][members]) // PART_FRAMES
+            parts = []
+            for number in np.unique(group):
+                together = members[group == number]
+                target = f"chunk-{chunk:03d}-file-{file:03d}-episode-{together[0]:06d}.arrow"
+                if len(wanted := together[np.isin(together, self.episodes)]):
+                    parts.append((self.folder / camera / target, wanted))
+            yield Job(camera, path, video, members, parts)
+
+    def frames(self, episodes: np.ndarray | Sequence[int]) -> int:
+        """How many frames episodes have, by the metadata."""
+        return int(self.metadata.episodes["length"][np.asarray(episodes, dtype=np.int64)].sum())
+
+    # ---- what is done already
+
+    def look(self) -> list[Job]:
+        """Finds what an earlier preparation left; returns the jobs that need a closer look."""
+        unsure = []
+        for job in self.jobs:
+            if not job.path.is_file():
+                raise ValueError(f"{self.source}: {job.path} is missing; copy it again")
+            status = job.path.stat()
+            notes = [read_note(target) for target, _ in job.parts]
+            for note, (target, episodes) in zip(notes, job.parts, strict=True):
+                if note is None or not set(episodes.tolist()) <= set(note["episodes"]):
+                    break
+                source = SourceFile(**note["source"])
+                if (source.size, source.mtime_ns) != (status.st_size, status.st_mtime_ns):
+                    break
+                job.source = source
+                self._take(job, target, note)
+            else:
+                continue
+            job.done.clear()
+            job.bad.clear()
+            unsure.append(job)
+        return unsure
+
+    def _take(self, job: Job, target: Path, note: dict[str, Any]) -> None:
+        job.done.add(target)
+        job.bad.update({int(episode): why for episode, why in note["bad"].items()})
+
+    def parts(self, job: Job, index: FileIndex) -> list[Part]:
+        """The parts of a file that are still to be written."""
+        job.source = index.source
+        lengths = self.metadata.episodes["length"]
+        if job.video:
+            starts = self.metadata.episodes[f"videos/{job.camera}/from_timestamp"][job.episodes]
+            found = times_of_episodes(index, starts, lengths[job.episodes], float(self.metadata.info["fps"]))
+        else:
+            # Rows of a data file are in the order of its episodes.
+            found = list(np.split(np.arange(self.frames(job.episodes)), np.cumsum(lengths[job.episodes])[:-1]))
+        of_episode = dict(zip(job.episodes.tolist(), found, strict=True))
+        todo = []
+        for target, episodes in job.parts:
+            note = read_note(target)
+            same = note is not None and note["source"]["xxh3"] == index.source.xxh3
+            if note is not None and same and set(episodes.tolist()) <= set(note["episodes"]):
+                self._take(job, target, note)
+                continue
+            times = {int(e): times for e in episodes if not isinstance(times := of_episode[int(e)], str)}
+            job.bad.update({int(e): why for e in episodes if isinstance(why := of_episode[int(e)], str)})
+            todo.append(Part(job.camera, job.path, target, times, self.encoding, self.wanted.resolution, job.video))
+        return todo
+
+    # ---- the end
+
+    def bad(self) -> dict[int, str]:
+        """Episode → why it could not be read, over all cameras."""
+        found: dict[int, str] = {}
+        for job in self.jobs:
+            for episode, why in sorted(job.bad.items()):
+                found.setdefault(episode, f"{job.camera}: {why}")
+        return dict(sorted(found.items()))
+
+    def finish(self) -> None:
+        """Writes ``index.arrow`` and ``manifest.json`` and removes what belongs to neither."""
+        bad = self.bad()
+        good = np.setdiff1d(self.episodes, list(bad))
+        if not len(good):
+            raise ValueError(f"{self.source}: none of its episodes could be read")
+        lengths = self.metadata.episodes["length"][good]
+        begins = np.cumsum(lengths) - lengths
+        index = {
+            "episode_index": np.repeat(good, lengths).astype(np.int32),
+            "frame_index": (np.arange(lengths.sum()) - np.repeat(begins, lengths)).astype(np.int32),
+        }
+        cameras = {
+            camera: [t.name for j in self.jobs if j.camera == camera for t, _ in j.parts] for camera in self.cameras
+        }
+        first = np.full(self.metadata.total_episodes, -1, dtype=np.int64)
+        first[good] = begins
+        for camera, parts in cameras.items():
+            index |= self._places(camera, parts, first, int(lengths.sum()))
+        _write_index(self.folder / "index.arrow", index)
+        sources = {job.path: job.source for job in self.jobs}
+        import av
+
+        names = {str(path.relative_to(self.metadata.root)): source for path, source in sources.items() if source}
+        Manifest(
+            version=VERSION,
+            resolution=self.wanted.resolution,
+            encoding=str(self.encoding),
+            decoder=f"PyAV {av.__version__}",
+            metadata=describe_metadata(self.metadata, self.cameras),
+            cameras=cameras,
+            sources=dict(sorted(names.items())),
+            left_out=bad,
+            frames=int(lengths.sum()),
+        ).write(self.folder / "manifest.json")
+        known = {self.folder / camera / part for camera, parts in cameras.items() for part in parts}
+        for path in self.folder.glob("*/*"):
+            if path not in known and path.with_suffix(".arrow") not in known:
+                path.unlink()
+
+    def _places(self, camera: str, parts: list[str], first: np.ndarray, rows: int) -> dict[str, np.ndarray]:
+        """Where each row's picture is; ``first`` is the first row of each episode, -1 for those without."""
+        columns: dict[str, np.ndarray] = {
+            "part": np.full(rows, -1, dtype=np.int32),
+            "offset": np.zeros(rows, dtype=np.int64),
+            "size": np.zeros(rows, dtype=np.int32),
+        }
+        for number, part in enumerate(parts):
+            found = places(self.folder / camera / part, self.encoding)
+            kept = first[found["episode"]] >= 0  # not of an episode that is bad
+            there = first[found["episode"][kept]] + found["frame"][kept]
+            columns["part"][there] = number
+            for name in ("offset", "size"):
+                columns[name][there] = found[name][kept]
+        assert (columns["part"] >= 0).all(), "every frame of a good episode was written"
+        return {f"{camera}/{name}": values for name, values in columns.items()}
+
+
+def note_of(target: Path) -> Path:
+    return target.with_suffix(".json")
+
+
+def read_note(target: Path) -> dict[str, Any] | None:
+    note = note_of(target)
+    return json.loads(note.read_text()) if note.is_file() and target.is_file() else None
+
+
+def _write_index(path: Path, columns: dict[str, np.ndarray]) -> None:
+    import pyarrow as pa
+
+    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    write_whole(path, memoryview(sink.getvalue()))

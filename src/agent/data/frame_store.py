@@ -1,0 +1,336 @@
+"""A store of decoded, resized frames beside a data set: one read per picture instead of decoding a video.
+
+A store is a folder ``frames/<height>x<width>-<encoding>`` in the data set's own:
+
+====================================  ==================================================================================
+``manifest.json``                     what the store was made of and how; written last
+``index.arrow``                       one row per frame, in order of episode and frame: for each camera the part, the
+                                      byte and the length of its picture
+``<camera>/<video>-<episode>.arrow``  a part: the pictures of consecutive episodes, readable by any Arrow library
+====================================  ==================================================================================
+
+A picture is found by the integer number of its frame; no time stamp is compared. ``index.arrow`` is mapped into memory,
+one copy for all processes of a machine; pictures are read, not mapped, so that a process does not seem to grow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+
+from agent.data.files import Metadata, files_of, spelled
+from agent.data.frame_encoding import Encoding
+
+Setting = Literal["auto", "off", "jpeg", "lossless", "raw"]
+
+VERSION = 1
+_OPEN_FILES = 128  # per process; a limit of 1024 is usual, and torch needs many
+PREPARE = "uv run python -m agent.data.prepare --config_path CONFIG"
+
+
+@dataclass(frozen=True)
+class WantedStore:
+    """What the config asks for."""
+
+    setting: Setting
+    quality: int
+    """Of JPEG."""
+    resolution: tuple[int, int]
+    """Height and width."""
+
+    def encoding(self) -> Encoding:
+        """Of a store to be made; JPEG unless the config names another one."""
+        if self.setting == "lossless" or self.setting == "raw":
+            return Encoding(self.setting)
+        return Encoding("jpeg", self.quality)
+
+    def folder(self, frames: Path) -> Path:
+        """Of a store to be made."""
+        height, width = self.resolution
+        return frames / f"{height}x{width}-{self.encoding()}"
+
+    def command(self) -> str:
+        """That makes a store."""
+        setting = "" if self.setting in ("auto", "off") else f" --data.train.frame_store {self.setting}"
+        return PREPARE + setting
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that frames were taken from, as it was then."""
+
+    size: int
+    mtime_ns: int
+    xxh3: str
+    """Of the whole contents."""
+
+    @classmethod
+    def of(cls, path: Path) -> SourceFile:
+        """Reads the whole file."""
+        status, digest = path.stat(), xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
+
+
+@dataclass
+class Manifest:
+    """``manifest.json``."""
+
+    version: int
+    resolution: tuple[int, int]
+    encoding: str
+    decoder: str
+    """Program and version that decoded the videos."""
+    metadata: str
+    """Fingerprint of what the metadata say of episodes and cameras."""
+    cameras: dict[str, list[str]]
+    """Key of the data set → its parts."""
+    sources: dict[str, SourceFile]
+    """Path in the data set → the file it was: videos, or data files with pictures."""
+    left_out: dict[int, str]
+    """Episode that could not be stored → why."""
+    frames: int
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises ValueError if the file is not one."""
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            values["resolution"] = tuple(values["resolution"])
+            values["sources"] = {name: SourceFile(**source) for name, source in values["sources"].items()}
+            values["left_out"] = {int(episode): why for episode, why in values["left_out"].items()}
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is no manifest that this version reads ({error})") from error
+
+    def write(self, path: Path) -> None:
+        """Replaces the file in one step."""
+        write_whole(path, json.dumps(asdict(self), indent=1).encode())
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file that is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def describe_metadata(metadata: Metadata, cameras: Sequence[str]) -> str:
+    """A fingerprint of what decides which picture belongs to which frame."""
+    digest = xxhash.xxh3_128(json.dumps([metadata.info["fps"], metadata.info["data_path"]]).encode())
+    names = ["length", "data/chunk_index", "data/file_index"]
+    for key in sorted(cameras):
+        digest.update(json.dumps([key, metadata.features[key]["dtype"], metadata.features[key]["shape"]]).encode())
+        if key in metadata.video_keys:
+            names += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    for name in names:
+        digest.update(np.ascontiguousarray(metadata.episodes[name], dtype=np.float64))
+    return digest.hexdigest()
+
+
+def frames_folder(metadata: Metadata, frames: str | None) -> Path:
+    """Where the stores of a data set are."""
+    return Path(frames).expanduser() if frames is not None else metadata.root / "frames"
+
+
+def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, episodes: np.ndarray) -> FrameStore | None:
+    """The store to read the chosen episodes from; None if videos are to be decoded instead.
+
+    Args:
+        metadata: of the data set.
+        frames: the config's folder of stores.
+        wanted: what the config asks for.
+        episodes: the chosen ones.
+
+    Raises:
+        ValueError: if a store is asked for and not there, or one is there that does not fit, with the command that
+            makes it anew.
+    """
+    if wanted.setting == "off":
+        return None
+    place = frames_folder(metadata, frames)
+    there = [path.parent.name for path in sorted(place.glob("*/manifest.json"))]
+    size = "{}x{}-".format(*wanted.resolution)
+    if wanted.setting == "auto":
+        order = {"raw": 0, "lossless": 1}
+        fitting = sorted(
+            (name for name in there if name.startswith(size)), key=lambda name: order.get(name[len(size) :], 2)
+        )
+        name = fitting[0] if fitting else ""
+        # Of several JPEG stores, the one of the stated quality.
+        if f"{size}jpeg{wanted.quality}" in fitting and "jpeg" in name:
+            name = f"{size}jpeg{wanted.quality}"
+    else:
+        name = wanted.folder(place).name
+    if name in there and name:
+        store = FrameStore(place / name, Manifest.read(place / name / "manifest.json"))
+        store.verify(metadata, episodes, wanted)
+        return store
+    if wanted.setting == "auto" and not there:
+        return None
+    raise ValueError(
+        f"data set {metadata.repo_id}: {place} holds "
+        + (f"the frame store {' and '.join(there)}, not {name or size.rstrip('-')}" if there else "no frame store")
+        + f". Make it with\n  {wanted.command()}\nor set data.train.frame_store: off to decode the videos while training."
+    )
+
+
+class FrameStore:
+    """A complete store, opened when it is first read; travels to the workers closed.
+
+    Args:
+        folder: of the store.
+        manifest: what is in the folder's ``manifest.json``.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.encoding = Encoding.parse(manifest.encoding)
+        self._index: dict[str, np.ndarray] | None = None
+        self._first_row: dict[int, int] = {}
+        self._files: OrderedDict[tuple[str, int], int] = OrderedDict()
+
+    def __str__(self) -> str:
+        return f"the frame store {self.folder}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+    # ---- does it fit?
+
+    def verify(self, metadata: Metadata, episodes: np.ndarray, wanted: WantedStore) -> None:
+        """Compares the store with the data set and the config.
+
+        A file whose length and time of change are the recorded ones is taken for unchanged; with another time, as
+        after a copy, its contents are compared.
+
+        Raises:
+            ValueError: with what changed and the command that makes the store anew.
+        """
+        manifest = self.manifest
+        anew = f"Make it anew with\n  {wanted.command()}\nor set data.train.frame_store: off to decode the videos while training."
+        if manifest.version != VERSION:
+            raise ValueError(f"{self} is of version {manifest.version}, this program reads {VERSION}. {anew}")
+        if manifest.resolution != wanted.resolution:
+            sizes = ("{} × {}".format(*size) for size in (manifest.resolution, wanted.resolution))
+            raise ValueError("{} holds frames of {}, the model wants {}. {}".format(self, *sizes, anew))
+        missing = [key for key in manifest.cameras if key not in metadata.features]
+        if missing or manifest.metadata != describe_metadata(metadata, list(manifest.cameras)):
+            raise ValueError(f"{self} was made of other metadata than {metadata.root / 'meta'} now holds. {anew}")
+        moved: dict[str, SourceFile] = {}
+        for name in self._sources(metadata, episodes):
+            path = metadata.root / name
+            recorded = manifest.sources.get(name)
+            if recorded is None:
+                raise ValueError(f"{self} lacks the frames of {path}. {anew}")
+            if not path.is_file():
+                raise ValueError(f"{self} was made of {path}, which is missing. Copy the file again.")
+            status = path.stat()
+            if status.st_size == recorded.size and status.st_mtime_ns == recorded.mtime_ns:
+                continue
+            now = SourceFile.of(path) if status.st_size == recorded.size else None
+            if now is None or now.xxh3 != recorded.xxh3:
+                raise ValueError(f"{self} no longer matches its data set: {path} has changed. {anew}")
+            moved[name] = now
+        if moved and os.access(self.folder, os.W_OK):  # so that the next start need not read them again
+            manifest.sources.update(moved)
+            manifest.write(self.folder / "manifest.json")
+
+    def _sources(self, metadata: Metadata, episodes: np.ndarray) -> list[str]:
+        """The files of the data set that the pictures of the chosen episodes come from."""
+        paths: set[Path] = set()
+        for key in self.manifest.cameras:
+            video = key in metadata.video_keys
+            place = f"videos/{key}" if video else "data"
+            path_of = partial(metadata.video_file, key=key) if video else metadata.data_file
+            paths |= {path for path, _ in files_of(metadata, episodes, place, path_of)}
+        return sorted(str(path.relative_to(metadata.root)) for path in paths)
+
+    def without_bad(self, episodes: np.ndarray) -> tuple[np.ndarray, str | None]:
+        """The episodes that the store holds, and a line for the log on those that preparing left out."""
+        bad = np.intersect1d(episodes, np.asarray(sorted(self.manifest.left_out), dtype=np.int64))
+        if not len(bad):
+            return episodes, None
+        return np.setdiff1d(episodes, bad), (
+            f"WARNING: episodes {spelled(bad)} are left out: they could not be read when {self} was prepared "
+            f"({self.manifest.left_out[int(bad[0])]})"
+        )
+
+    def require(self, cameras: Sequence[str], wanted: WantedStore) -> None:
+        """Raises ValueError if the store lacks a camera."""
+        lacking = [key for key in cameras if key not in self.manifest.cameras]
+        if lacking:
+            raise ValueError(
+                f"{self} lacks the camera {', '.join(lacking)}; it has {', '.join(self.manifest.cameras)}. Add it with\n"
+                f"  {wanted.command()}\nor set data.train.frame_store: off"
+            )
+
+    # ---- reading
+
+    def open(self) -> None:
+        """Maps the index into memory."""
+        if self._index is None:
+            self._index = read_index(self.folder / "index.arrow")
+            episodes = self._index["episode_index"]
+            firsts = np.flatnonzero(np.diff(episodes, prepend=-1))
+            self._first_row = dict(zip(episodes[firsts].tolist(), firsts.tolist(), strict=True))
+
+    def image(self, camera: str, episode: int, frame: int) -> np.ndarray:
+        """A picture, (3, H, W) uint8.
+
+        Raises:
+            ValueError: if it cannot be decoded, or its file is cut short.
+        """
+        self.open()
+        assert self._index is not None
+        row = self._first_row[episode] + frame
+        part, offset, size = (int(self._index[f"{camera}/{name}"][row]) for name in ("part", "offset", "size"))
+        data = bytearray(size)
+        if os.preadv(self._descriptor(camera, part), [data], offset) != size:
+            raise ValueError(f"{self._part(camera, part)} is cut short; make the store anew")
+        return self.encoding.decode(data, *self.manifest.resolution)
+
+    def _part(self, camera: str, part: int) -> Path:
+        return self.folder / camera / self.manifest.cameras[camera][part]
+
+    def _descriptor(self, camera: str, part: int) -> int:
+        key = (camera, part)
+        descriptor = self._files.get(key)
+        if descriptor is None:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+            descriptor = self._files[key] = os.open(self._part(camera, part), os.O_RDONLY)
+        else:
+            self._files.move_to_end(key)
+        return descriptor
+
+
+def read_index(path: Path) -> dict[str, np.ndarray]:
+    """Column → its values (rows,), mapped into memory."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    return {name: table[name].chunk(0).to_numpy() for name in table.column_names}

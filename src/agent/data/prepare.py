@@ -1,0 +1,303 @@
+"""Decodes every video of a training's data sets once, into a store that is read many times as fast:
+``uv run python -m agent.data.prepare --config_path config/train/X.yaml [--skip_bad_episodes] [--workers N] [--KEY VALUE …]``
+
+Takes the arguments of the training itself; ``--data.train.frame_store lossless`` or ``raw`` make another kind than JPEG.
+Interrupt it whenever you like: the same command goes on with what is not done. Exit codes: 0 done, 2 something has to be
+put right first.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.data.files import spelled
+from agent.data.frame_parts import Part, index_file, start_worker, write_part
+from agent.data.frame_preparation import Preparation, note_of
+from agent.data.frame_store import WantedStore, write_whole
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.source import Source
+
+log = logging.getLogger("agent.data.prepare")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuses a second preparation of the same store."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            raise ValueError(f"another preparation is at work in {folder}; wait for it, or end it") from error
+        yield
+
+
+def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, workers: int) -> None:
+    """Makes the frame store of one data set, or completes it.
+
+    Raises:
+        ValueError: if a file is missing, the disk is too small or full, or an episode cannot be read.
+    """
+    work = Preparation(source, wanted)
+    try:
+        for camera in work.cameras:
+            (work.folder / camera).mkdir(parents=True, exist_ok=True)
+        with _alone(work.folder):
+            _prepare(work, skip_bad_episodes, workers)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(work.folder).free
+            raise ValueError(
+                f"{source}: the disk of {work.folder} is full ({_readable(free)} free). What is finished stays: make room "
+                "and run the same command again, or name another place with `frames: FOLDER` in the data set's entry."
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise ValueError(
+                f"{source}: {work.folder} cannot be written ({error.strerror}); name another place with `frames: FOLDER` "
+                "in the data set's entry"
+            ) from error
+        raise
+
+
+def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
+    for leftover in work.folder.glob("*/.*.tmp"):  # of a preparation that was killed
+        leftover.unlink()
+    unsure = work.look()
+    if unsure:
+        with _Pool(workers) as pool:
+            log.info("%s: looking through %d of %d files", work.source, len(unsure), len(work.jobs))
+            indices = pool.run(index_file, [(job.path, job.video) for job in unsure])
+            owners = [
+                (job, part) for job, index in zip(unsure, indices, strict=True) for part in work.parts(job, index)
+            ]
+            _announce(work, [part for _, part in owners])
+            total = sum(len(times) for _, part in owners for times in part.episodes.values())
+            for number, written in pool.each(write_part, [(part,) for _, part in owners], total):
+                job, part = owners[number]
+                job.done.add(part.target)
+                job.bad.update(written.bad)
+                assert job.source is not None
+                episodes = dict(job.parts)[part.target].tolist()
+                unread = {str(episode): job.bad[episode] for episode in episodes if episode in job.bad}
+                note = {"source": asdict(job.source), "episodes": episodes, "frames": written.frames, "bad": unread}
+                write_whole(note_of(part.target), json.dumps(note).encode())
+    bad = work.bad()
+    for episode, why in bad.items():
+        log.warning("%s: episode %d is bad: %s", work.source, episode, why)
+    if bad and not skip_bad_episodes:
+        raise ValueError(
+            f"{work.source}: episodes {spelled(list(bad))} cannot be read. The first: {next(iter(bad.values()))}. Copy the "
+            "files again; or leave these episodes out of store and training with --skip_bad_episodes. The others are done."
+        )
+    work.finish()
+    size = sum(path.stat().st_size for path in work.folder.rglob("*") if path.is_file())
+    log.info("%s: the frame store %s is complete, %s", work.source, work.folder, _readable(size))
+
+
+def _announce(work: Preparation, parts: list[Part]) -> None:
+    """Says how large the store will be, and refuses a disk that is too small for it."""
+    frames = sum(len(times) for part in parts for times in part.episodes.values())
+    height, width = work.wanted.resolution
+    if work.encoding.kind == "raw":
+        each, basis = 3.0 * height * width, "exact"
+    else:
+        samples = [part for part in parts if part.episodes]
+        samples = samples[:: max(1, len(samples) // 8)][:8]
+        sizes = [size for part in samples for size in _sampled(part, 16 // len(samples) + 1)]
+        each, basis = float(np.mean(sizes or [0])), f"from {len(sizes)} frames"
+    need = frames * (each + 100)
+    free = shutil.disk_usage(work.folder).free
+    log.info(
+        "%s: %d pictures to decode (%s) into %s, about %s (%s; %s free)",
+        *(work.source, frames, ", ".join(work.cameras), work.folder, _readable(need), basis, _readable(free)),
+    )
+    if need > free:
+        raise ValueError(
+            f"{work.source}: the frame store takes about {_readable(need)} more, {work.folder} has {_readable(free)} free. "
+            "Make room, or name another place with `frames: FOLDER` in the data set's entry"
+            + ("" if work.encoding.kind == "jpeg" else ", or take --data.train.frame_store jpeg")
+        )
+
+
+def _sampled(part: Part, count: int) -> list[int]:
+    """The sizes of a few encoded pictures; what is bad is left to the real pass."""
+    import av
+
+    from agent.data.frame_parts import FrameMissing, decode, encoded
+
+    times = np.concatenate(list(part.episodes.values()))
+    times = times[: min(count, len(times))]
+    if not part.video:
+        return []
+    try:
+        return [len(encoded(part, picture)) for picture in decode(part.source, times)]
+    except (av.FFmpegError, FrameMissing):
+        return []
+
+
+class _Pool:
+    """Processes for the work, and a progress bar."""
+
+    def __init__(self, workers: int) -> None:
+        import multiprocessing
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["agent.data.frame_parts", "torch", "cv2", "av", "simplejpeg", "pyarrow.parquet"]
+        )
+        self._written = context.Value("q", 0)
+        self._pool = ProcessPoolExecutor(workers, context, start_worker, (self._written,))
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, function: Any, arguments: list[tuple]) -> list[Any]:
+        """The results in order."""
+        return [future.result() for future in [self._pool.submit(function, *each) for each in arguments]]
+
+    def each(self, function: Any, arguments: list[tuple], frames: int) -> Iterator[tuple[int, Any]]:
+        """Number and result of each as it is done."""
+        from tqdm import tqdm
+
+        pending: dict[Future, int] = {self._pool.submit(function, *each): n for n, each in enumerate(arguments)}
+        with tqdm(total=frames, unit="frame", disable=None, smoothing=0.1) as bar:
+            while pending:
+                done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                bar.update(self._written.value - bar.n)
+                for future in done:
+                    number = pending.pop(future)
+                    try:
+                        yield number, future.result()
+                    except BrokenProcessPool as error:
+                        raise ValueError(
+                            "a process that decodes was killed, most often by the system when memory runs out; take fewer "
+                            "with --workers, or ask for more memory. What is finished stays."
+                        ) from error
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def prepare_all(
+    config: TrainPipelineConfig, *, skip_bad_episodes: bool = False, workers: int | None = None
+) -> list[str]:
+    """Makes the frame stores of all data sets of a run.
+
+    Returns:
+        What is wrong, one entry per data set; empty if all stores are complete.
+    """
+    from agent.data.features import check_features
+    from agent.data.source import open_source
+    from agent.data.transforms import SampleSpec
+
+    model: Any = config.model_cfg
+    values: dict[str, Any] = {item.name: getattr(model, item.name) for item in fields(SampleSpec)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    spec = SampleSpec(**values)
+    train = config.data.train
+    wanted = WantedStore(train.frame_store, train.frame_quality, spec.image_resolution)
+    try:
+        sources = [
+            open_source(dataset, spec.chunk_size, "pyav", train.tolerance_s, verify_videos=False)
+            for dataset in [*train.datasets, *config.data.val.datasets]
+        ]
+        check_features(sources, spec)
+    except ValueError as error:
+        return [str(error)]
+    problems = []
+    for source in _each_once(sources):
+        try:
+            prepare(source, wanted, skip_bad_episodes=skip_bad_episodes, workers=workers or _cores())
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _each_once(sources: list[Source]) -> list[Source]:
+    """Entries of the same data set, such as two splits of it, as one."""
+    merged: dict[tuple, Source] = {}
+    for source in sources:
+        source.cameras = {key: key for key in source.cameras.values()}
+        key = (source.metadata.root.resolve(), source.config.frames)
+        if key in merged:
+            other = merged[key]
+            both = np.union1d(other.episodes, source.episodes)
+            merged[key] = replace(other, episodes=both, chosen=both, cameras={**other.cameras, **source.cameras})
+        else:
+            merged[key] = source
+    return list(merged.values())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for what the user has to put right."""
+    from agent import command_line
+
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\nThe other arguments are those of run.py:\n")
+    try:
+        rest, skip, workers = _own(arguments)
+        parsed = command_line.parse(rest, 1)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if parsed is None:  # --help
+        return 0
+    config, notes = parsed
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    for note in notes:
+        log.info(note)
+    problems = prepare_all(config, skip_bad_episodes=skip, workers=workers)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if problems else 0
+
+
+def _own(arguments: list[str]) -> tuple[list[str], bool, int | None]:
+    """The arguments that are not the training's: the rest, ``--skip_bad_episodes``, ``--workers``."""
+    rest, skip, workers = [], False, None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--skip_bad_episodes":
+            skip = True
+        elif argument == "--workers":
+            value = next(remaining, "")
+            if not value.isdigit() or int(value) < 1:
+                raise ValueError(f"--workers takes a number of processes, got '{value}'")
+            workers = int(value)
+        else:
+            rest.append(argument)
+    return rest, skip, workers
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
