@@ -28,6 +28,9 @@ export VLA_WANDB_ENTITY="${VLA_WANDB_ENTITY:-}"
 export UV_CACHE_DIR="${UV_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/uv}"
 export UV_PYTHON_INSTALL_DIR="${UV_PYTHON_INSTALL_DIR:-${XDG_DATA_HOME:-$HOME/.local/share}/uv/python}"
 
+# What use_torch_compile has compiled: a restart finds it there and compiles nothing anew.
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torchinductor}"
+
 # Singularity (Apptainer): the image file, and an overlay that is mounted read-only. No image means no Singularity.
 export SINGULARITY_IMAGE="${SINGULARITY_IMAGE:-}"
 export OVERLAY_EXT3="${OVERLAY_EXT3:-}"

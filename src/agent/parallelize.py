@@ -34,9 +34,13 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
         The policy itself, or DDP around it when there are several processes with a copy each. Its first backward pass
         must be one that is synchronised.
     """
-    recompute(policy.wrap_units(), activation_checkpointing)
+    units = policy.wrap_units()
+    plain = [unit.forward for unit in units]
+    recompute(units, activation_checkpointing)
     if compile_mode is not None:
-        compile_units(policy.wrap_units(), _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode))
+        # The compiler chooses by itself which elementwise operations the backward pass computes again.
+        bodies = plain if activation_checkpointing == "blocks" else [unit.forward for unit in units]
+        compile_units(units, bodies, _WITHOUT_CUDA_GRAPHS.get(compile_mode, compile_mode))
     if processes.world_size == 1 or is_sharded_module(policy):
         return policy
     from torch.nn.parallel import DistributedDataParallel
@@ -140,11 +144,11 @@ class _Compiled:
     processes agree between two passes.
     """
 
-    def __init__(self, eager: Callable[..., Any], mode: str, shared: _Compilation) -> None:
+    def __init__(self, eager: Callable[..., Any], body: Callable[..., Any], mode: str, shared: _Compilation) -> None:
         import torch
 
         self.shared = shared
-        self._eager, self._compiled = eager, torch.compile(eager, mode=mode)
+        self._eager, self._compiled = eager, torch.compile(body, mode=mode)
         self._has_run = self._failed = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -167,8 +171,14 @@ class _Compiled:
         return result
 
 
-def compile_units(units: list[nn.Module], mode: str) -> None:
-    """Compiles each unit at its first call."""
+def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode: str) -> None:
+    """Compiles each unit at its first call.
+
+    Args:
+        units: their ``forward`` is replaced, and called where compiling fails.
+        bodies: for each unit the function that is compiled.
+        mode: torch.compile's.
+    """
     import torch._dynamo.config
     import torch._functorch.config
 
@@ -179,8 +189,8 @@ def compile_units(units: list[nn.Module], mode: str) -> None:
     # A compiler that fails does so in the forward pass, where a unit can still run eagerly.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     shared = _Compilation()
-    for unit in units:
-        unit.forward = _Compiled(unit.forward, mode, shared)  # type: ignore[method-assign, assignment]
+    for unit, body in zip(units, bodies, strict=True):
+        unit.forward = _Compiled(unit.forward, body, mode, shared)  # type: ignore[method-assign, assignment]
 
 
 def agree_on_compilation(policy: Any, processes: Processes) -> None:
