@@ -129,3 +129,91 @@ def record_and_break() -> None:
     """Both."""
     record()
     infinite_gradient()
+
+
+def count_waits() -> None:
+    """Writes, for each update, what waits for the device in its micro-batches, and what waits after them."""
+    import itertools
+    import warnings
+
+    import torch
+
+    from agent import optim, trainer
+    from agent.models.pi0.model import PI0
+
+    target = Path(os.environ["WAITS"] + f".{_rank()}")
+    train_step, clip, forward = trainer.train_step, optim.clip_gradients, PI0.forward
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.set_warn_always(True)
+
+    def marked(*arguments: Any, **keywords: Any) -> Any:
+        with torch.profiler.record_function(END_OF_MICRO_BATCHES):
+            warnings.warn(END_OF_MICRO_BATCHES, stacklevel=1)
+            return clip(*arguments, **keywords)
+
+    def watched(run: Any, batches: Any, clock: Any) -> Any:
+        share = list(itertools.islice(batches, run.plan.accumulation_steps))  # reading data may wait for what it likes
+        if gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught, torch.profiler.profile() as profile:
+            warnings.simplefilter("always")
+            result = train_step(run, iter(share), clock)
+        if gpu:
+            torch.cuda.set_sync_debug_mode("default")
+            events = [str(w.message) for w in caught]
+            waits = [e for e in events if "synchronizing" in e or e == END_OF_MICRO_BATCHES]
+        else:
+            ordered = sorted(profile.events(), key=lambda event: event.time_range.start)
+            waits = [e.name for e in ordered if e.name in (*WAITS, END_OF_MICRO_BATCHES)]
+        end = waits.index(END_OF_MICRO_BATCHES)
+        with open(target, "a") as stream:
+            stream.write(json.dumps({"within": waits[:end], "after": waits[end + 1 :]}) + "\n")
+        return result
+
+    def looking(model: Any, batch: Any) -> Any:
+        losses = forward(model, batch)
+        assert float(losses.detach().sum()) >= 0
+        return losses
+
+    trainer.train_step, optim.clip_gradients = watched, marked
+    if "LOOK" in os.environ:
+        PI0.forward = looking  # type: ignore[method-assign]
+
+
+END_OF_MICRO_BATCHES = "end of the micro-batches"
+# Every read of a tensor's value, or of a shape that depends on one, is among these. On a GPU each of them waits.
+WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+
+
+def report_compilations() -> None:
+    """Says at the end of training how many graphs were looked up among those that earlier starts compiled."""
+    from torch._dynamo.utils import counters
+
+    from agent import trainer
+
+    train = trainer.train
+
+    def reporting(*arguments: Any, **keywords: Any) -> Any:
+        result = train(*arguments, **keywords)
+        found = {key: counters["inductor"][f"fxgraph_cache_{key}"] for key in ("hit", "miss", "bypass")}
+        whole = {key: counters["aot_autograd"][f"autograd_cache_{key}"] for key in ("hit", "miss", "bypass")}
+        print("compiled " + json.dumps({"graphs": counters["stats"]["unique_graphs"], "inductor": found, "aot": whole}))
+        return result
+
+    trainer.train = reporting
+
+
+def compile_on_rank_0_alone() -> None:
+    """The compiler of rank 1 fails."""
+    import torch
+
+    compiler = torch.compile
+
+    def failing(function: Any, **keywords: Any) -> Any:
+        def backend(graph: Any, inputs: Any) -> Any:
+            raise RuntimeError("this compiler is broken")
+
+        return compiler(function, backend=backend if _rank() == 1 else "aot_eager")
+
+    torch.compile = failing  # type: ignore[assignment]

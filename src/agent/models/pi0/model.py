@@ -10,7 +10,7 @@ not computed. Shape suffixes are explained in ``agent.batch``.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
