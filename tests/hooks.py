@@ -217,3 +217,10 @@ def compile_on_rank_0_alone() -> None:
         return compiler(function, backend=backend if _rank() == 1 else "aot_eager")
 
     torch.compile = failing  # type: ignore[assignment]
+
+
+def no_compiler() -> None:
+    """There is no C++ compiler. (Its name has been read from the environment when this process was forked.)"""
+    import torch._inductor.config
+
+    torch._inductor.config.cpp.cxx = (None, "/nowhere/g++")
