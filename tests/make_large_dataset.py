@@ -108,10 +108,20 @@ def _write_meta(root: Path, table: dict[str, np.ndarray]) -> None:
         f"videos/{CAMERA}/from_timestamp": (table["start"] - first) / FPS,
         f"videos/{CAMERA}/to_timestamp": (table["end"] - first) / FPS,
     }
-    vector = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(episodes * DIMS)), DIMS).cast(pa.list_(pa.float64()))
-    for key in ("observation.state", "action"):
-        for name in ("min", "max", "mean", "std", "q01", "q10", "q50", "q90", "q99"):
-            columns[f"stats/{key}/{name}"] = vector
+    for key in (
+        "observation.state",
+        "action",
+        CAMERA,
+        "timestamp",
+        "frame_index",
+        "episode_index",
+        "index",
+        "task_index",
+    ):
+        dims = {"observation.state": DIMS, "action": DIMS, CAMERA: 3}.get(key, 1)
+        vector = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(episodes * dims)), dims)
+        for name in ("min", "max", "mean", "std", "count", "q01", "q10", "q50", "q90", "q99"):
+            columns[f"stats/{key}/{name}"] = vector.cast(pa.list_(pa.float64()))
     columns |= {f"meta/episodes/{name}": zeros for name in ("chunk_index", "file_index")}
     pq.write_table(pa.table(columns), _numbered(root / "meta" / "episodes", 0, "parquet"), row_group_size=10)
     tasks = pd.DataFrame(

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from agent.data.columns import cache_folders
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
 from agent.data.files import spelled
@@ -98,22 +97,9 @@ def build_data(
     report += notes + _stores([*training, *validation], _wanted(config, spec))
     mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
-    statistics, mean_action = {}, np.zeros(0)
     digest = xxhash.xxh3_128()
-    for name in ("state", "action"):
-        columns = [_finite_columns(source, name) for source in training]
-        for block in chain.from_iterable(columns):
-            digest.update(np.ascontiguousarray(block))
-        statistics[name] = cached_statistics(columns, mixture.shares, cache_folders(training[0].metadata.root))
-        if name == "action":
-            mean_action = statistics[name].mean
-        if given is not None:
-            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0][0].shape[1])
-            for statistic in statistics[name].to_dict().values():
-                digest.update(np.ascontiguousarray(statistic))
-            report.append(f"{name} statistics are those of {given.source}")
-        elif statistics[name].clamped:
-            report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
+    statistics, mean_action, notes = _statistics(training, mixture.shares, normalization_mapping, given, digest)
+    report += notes
     for source in validation:
         for name in ("state", "action"):
             _finite_columns(source, name)
@@ -124,6 +110,8 @@ def build_data(
         paraphrases, missing = load_paraphrases(task_paraphrase, trained)
         if missing:
             report.append(f"{len(missing)} of {len(trained)} instructions have no paraphrase: {missing[:5]}")
+    for source in [*training, *validation]:
+        source.table.release()  # every page was touched
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
     tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
     report += tokens.warnings()
@@ -153,6 +141,35 @@ def build_data(
         action_normalizer=action_normalizer,
         report=report,
     )
+
+
+def _statistics(
+    training: Sequence[Source],
+    shares: Sequence[float],
+    normalization_mapping: Mapping[str, str],
+    given: GivenStatistics | None,
+    digest: xxhash.xxh3_128,
+) -> tuple[dict[str, FeatureStatistics], np.ndarray, list[str]]:
+    """Statistics of state and action to normalise with, the mean action of the data, and lines for the log.
+
+    What is trained on goes into the digest.
+    """
+    statistics, mean_action, report = {}, np.zeros(0), []
+    for name in ("state", "action"):
+        columns = [_finite_columns(source, name) for source in training]
+        for block in chain.from_iterable(columns):
+            digest.update(np.ascontiguousarray(block))
+        statistics[name] = cached_statistics(columns, shares, training[0].metadata.root)
+        if name == "action":
+            mean_action = statistics[name].mean
+        if given is not None:
+            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0][0].shape[1])
+            for statistic in statistics[name].to_dict().values():
+                digest.update(np.ascontiguousarray(statistic))
+            report.append(f"{name} statistics are those of {given.source}")
+        elif statistics[name].clamped:
+            report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
+    return statistics, mean_action, report
 
 
 def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:

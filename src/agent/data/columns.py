@@ -8,28 +8,20 @@ arrays hold what the files hold, bit for bit, and are made anew when a file has 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
+from agent.data import cache
 from agent.data.files import Metadata, files_of
 
-logger = logging.getLogger(__name__)
-
 _VERSION = 1
-_FOLDER = "agent_cache"
-
-
-def cache_folders(root: Path) -> list[Path]:
-    """Where something computed from the data set at ``root`` may be kept: beside it, else in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return [root / _FOLDER, home / "agent"]
 
 
 @dataclass
@@ -72,6 +64,11 @@ class ColumnTable:
                 self._arrays = _mapped(self._folder, self.names)
         return self._arrays
 
+    def release(self) -> None:
+        """Forgets what is mapped, and with it the memory that it seems to take; the next access maps it again."""
+        if self._folder is not None:
+            self._arrays = None
+
     def begins(self, episodes: np.ndarray) -> np.ndarray:
         """The row of the first frame of each of these episodes."""
         if self._begins is None:
@@ -89,29 +86,19 @@ class ColumnTable:
         return files_of(self.metadata, np.flatnonzero(self._held()), "data", self.metadata.data_file)
 
     def _load(self) -> tuple[dict[str, np.ndarray], Path | None]:
-        files = self._files()
+        files, root = self._files(), self.metadata.root
         name = f"columns-{self._fingerprint([path for path, _ in files])}"
-        places = [folder / name for folder in cache_folders(self.metadata.root)]
-        for place in places:
-            if (place / "columns.json").is_file():
-                return _mapped(place, self.names), place
-        arrays = self._read(files)
-        for place in places:
-            try:
-                _save(place, arrays)
-            except OSError as error:
-                logger.info("columns are not kept in %s (%s)", place.parent, error)
-                continue
-            return _mapped(place, self.names), place
-        return arrays, None
+        place = cache.find(root, name)
+        if place is None:
+            arrays = self._read(files)
+            place = cache.keep(root, name, partial(_save, arrays=arrays))
+            if place is None:
+                return arrays, None
+        return _mapped(place, self.names), place
 
     def _fingerprint(self, paths: Sequence[Path]) -> str:
-        digest = xxhash.xxh3_64()
-        known: list = [_VERSION, *self.names]
-        for path in paths:
-            status = path.stat()
-            known.append([str(path.relative_to(self.metadata.root)), status.st_size, status.st_mtime_ns])
-        digest.update(json.dumps(known).encode())
+        known = [_VERSION, *self.names, *cache.describe(self.metadata.root, paths)]
+        digest = xxhash.xxh3_64(json.dumps(known).encode())
         digest.update(np.ascontiguousarray(self.metadata.episodes["length"]))
         digest.update(np.ascontiguousarray(self.metadata.data_places()))
         return digest.hexdigest()
@@ -121,7 +108,8 @@ class ColumnTable:
         rows = int(self.metadata.episodes["length"][self._held()].sum())
         arrays: dict[str, np.ndarray] = {}
         seen = np.zeros(rows, dtype=bool)
-        for path, members in files:
+
+        def fill(path: Path, members: np.ndarray) -> None:
             owner, frame, values = _columns_of(path, self.names)
             known = np.isin(owner, members) & (frame >= 0)
             known &= frame < self.metadata.episodes["length"][np.where(known, owner, 0)]
@@ -131,6 +119,11 @@ class ColumnTable:
                 if name not in arrays:
                     arrays[name] = np.empty((rows, value.shape[1]), dtype=value.dtype)
                 arrays[name][place] = value[known]
+
+        fill(*files[0])  # alone, because it makes the arrays; the others write to rows of their own
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            for done in [pool.submit(fill, *file) for file in files[1:]]:
+                done.result()
         if not seen.all():
             row = int(np.flatnonzero(~seen)[0])
             held = np.flatnonzero(self._held())
@@ -161,23 +154,10 @@ def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
 
 
 def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes the arrays; the folder is there whole or not at all, also when several processes write it."""
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    try:
-        partial.mkdir(parents=True)
-        for number, array in enumerate(arrays.values()):
-            with (partial / f"{number}.npy").open("wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-        (partial / "columns.json").write_text(json.dumps(list(arrays)))
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "columns.json").is_file():  # another process has not written the same
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder.mkdir()
+    for number, array in enumerate(arrays.values()):
+        np.save(folder / f"{number}.npy", array)
+    (folder / "columns.json").write_text(json.dumps(list(arrays)))
 
 
 def _mapped(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

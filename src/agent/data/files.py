@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from agent import hub
+from agent.data.episode_table import read_episodes
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +151,6 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
     Raises:
         ValueError: if a file there is missing or damaged, or the format is not v3.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     info_file, tasks_file = root / "meta" / "info.json", root / "meta" / "tasks.parquet"
     try:
         info = json.loads(info_file.read_text())
@@ -165,26 +163,32 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
             f"data set {repo_id}: {root / 'meta'} lacks its episodes/ or tasks.parquet. A recording that was not "
             "closed with finalize() looks like this; otherwise copy the folder again."
         )
-    columns: dict[str, list[np.ndarray]] = {}
-    for path in episode_files:
-        try:
-            # Statistics per episode are most of the file and not needed.
-            with pq.ParquetFile(path, memory_map=True) as file:
-                names = [n for n in file.schema_arrow.names if n != "tasks" and not n.startswith("stats/")]
-                table = file.read(columns=names, use_threads=False)
-            for name in names:
-                columns.setdefault(name, []).append(table[name].to_numpy())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
-    episodes = {name: np.concatenate(parts) for name, parts in columns.items()}
+    episodes = read_episodes(repo_id, root, episode_files)
     if not np.array_equal(episodes["episode_index"], np.arange(info["total_episodes"])):
         raise ValueError(
             f"data set {repo_id}: meta/info.json counts {info['total_episodes']} episodes, meta/episodes holds "
             f"{len(episodes['episode_index'])} ({spelled(episodes['episode_index'])}); copy the folder again"
         )
-    import pandas as pd
+    return Metadata(repo_id, root, info, episodes, _read_tasks(repo_id, tasks_file))
 
-    return Metadata(repo_id, root, info, episodes, [str(task) for task in pd.read_parquet(tasks_file).index])
+
+def _read_tasks(repo_id: str, path: Path) -> list[str]:
+    """The instructions in the order of the rows, which is LeRobot's order; pandas stores them as an index."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
+    texts = [
+        name
+        for name in table.column_names
+        if pa.types.is_string(kind := table.schema.field(name).type) or pa.types.is_large_string(kind)
+    ]
+    if len(texts) != 1:
+        raise ValueError(f"data set {repo_id}: {path} needs one column of instructions, it has {texts}")
+    return [text or "" for text in table[texts[0]].to_pylist()]
 
 
 def _check_version(repo_id: str, root: Path, version: str) -> None:

@@ -3,43 +3,36 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from agent.data import cache
 from agent.data.normalization import STATISTIC_NAMES, FeatureStatistics, merge_statistics
-
-logger = logging.getLogger(__name__)
 
 _VERSION = 1
 
 
 def cached_statistics(
-    columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], folders: Sequence[Path]
+    columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], root: Path
 ) -> FeatureStatistics:
     """``merge_statistics``, or the same numbers from an earlier start.
 
     Args:
         columns: for each data set its pieces.
         shares: each data set's fraction of the samples.
-        folders: where they may be kept; the first that can be written is.
+        root: of the data set beside which they are kept.
     """
     name = f"statistics-{_fingerprint(columns, shares)}.json"
-    for folder in folders:
-        if (found := _read(folder / name)) is not None:
-            return found
+    place = cache.find(root, name)
+    if place is not None:
+        return _read(place)
     statistics = merge_statistics(columns, shares)
-    for folder in folders:
-        try:
-            _write(folder / name, statistics)
-        except OSError as error:
-            logger.info("statistics are not kept in %s (%s)", folder, error)
-            continue
-        break
+    cache.keep(root, name, partial(_write, statistics=statistics))
     return statistics
 
 
@@ -56,24 +49,11 @@ def _fingerprint(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float
 
 def _write(path: Path, statistics: FeatureStatistics) -> None:
     values = {name: getattr(statistics, name).tolist() for name in STATISTIC_NAMES}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps({**values, "clamped": statistics.clamped}))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    path.write_text(json.dumps({**values, "clamped": statistics.clamped}))
 
 
-def _read(path: Path) -> FeatureStatistics | None:
-    """None if the file is not there, or not whole: the machine may have stopped before it was on the disk."""
-    try:
-        values = json.loads(path.read_text())
-        # float32 → float64 → decimal and back is exact
-        stored = {name: np.asarray(values[name], dtype=np.float32) for name in STATISTIC_NAMES}
-        return FeatureStatistics(**stored, clamped=tuple(values["clamped"]))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError) as error:
-        logger.info("statistics in %s cannot be read (%s)", path, error)
-        return None
+def _read(path: Path) -> FeatureStatistics:
+    values = json.loads(path.read_text())
+    # float32 → float64 → decimal and back is exact
+    stored: dict[str, Any] = {name: np.asarray(values[name], dtype=np.float32) for name in STATISTIC_NAMES}
+    return FeatureStatistics(**stored, clamped=tuple(values["clamped"]))

@@ -1,0 +1,76 @@
+"""Where something computed from a data set is kept, so that the next start finds it: beside the data set, or with the user.
+
+What is kept is named by a fingerprint of all that it was computed from, and is there whole or not at all. Deleting it costs
+the time to compute it, nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "agent_cache"
+
+
+def places(root: Path, name: str) -> list[Path]:
+    """Where ``name`` of the data set at ``root`` may be: beside it, else in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return [root / _FOLDER / name, home / "agent" / name]
+
+
+def find(root: Path, name: str) -> Path | None:
+    """What was kept under this name, or None."""
+    return next((place for place in places(root, name) if place.exists()), None)
+
+
+def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
+    """Keeps something at the first place that can be written.
+
+    Args:
+        root: of the data set.
+        name: with the fingerprint in it.
+        write: writes a file or folder to the path that it is given.
+
+    Returns:
+        Where it is, or None if no place can be written.
+    """
+    for place in places(root, name):
+        partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            _into_place(partial, place)
+        except OSError as error:
+            logger.info("%s is not kept in %s (%s)", name, place.parent, error)
+        else:
+            return place
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.unlink(missing_ok=True)
+    return None
+
+
+def _into_place(partial: Path, place: Path) -> None:
+    for path in [*partial.glob("*"), partial] if partial.is_dir() else [partial]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # a machine that stops must not leave a whole name on half a file
+        finally:
+            os.close(descriptor)
+    try:
+        partial.rename(place)
+    except OSError:
+        if not place.exists():  # else another process was faster; it has written the same
+            raise
+
+
+def describe(root: Path, paths: Sequence[Path]) -> list[list]:
+    """Name, size and time of files, for a fingerprint."""
+    found = [(path.relative_to(root), path.stat()) for path in paths]
+    return [[str(path), status.st_size, status.st_mtime_ns] for path, status in found]
