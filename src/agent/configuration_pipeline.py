@@ -55,7 +55,8 @@ class TrainPipelineConfig:
     max_grad_norm: float | None = None
     """Clip the gradient's norm to this. Not set: the model JSON's `optimizer_grad_clip_norm`. 0 turns clipping off."""
     use_bf16: bool | None = None
-    """bfloat16 autocast over float32 parameters. Not set: true when the model JSON's `dtype` is bfloat16."""
+    """bfloat16 autocast over float32 parameters. Not set: true when the model JSON's `dtype` is bfloat16, or
+    `precision` bfloat16_stochastic."""
     use_torch_compile: bool | None = None
     """Compile the model's blocks. Not set: the model JSON's `compile_model`."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"

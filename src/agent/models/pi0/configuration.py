@@ -88,8 +88,9 @@ class PI0Config(ModelConfig):
     vision_variant: VisionVariant | str = "so400m"
     """Sizes of the vision tower: "so400m" or a table (not in LeRobot)."""
     dtype: str = "float32"
-    """With "bfloat16", train with bfloat16 autocast, as ``use_bf16`` does. Parameters are float32 either way, unlike
-    LeRobot's: rounded to bfloat16, they would swallow the updates of a small learning rate."""
+    """With "bfloat16", train with bfloat16 autocast, as ``use_bf16`` does. Parameters stay float32, unlike
+    LeRobot's: rounded to bfloat16, they would swallow the updates of a small learning rate. The training YAML's
+    ``precision`` holds them in bfloat16 without that loss."""
     tokenizer_path: str = "google/paligemma-3b-pt-224"
     """Folder or Hub name of the tokenizer (not in LeRobot, which fixes it)."""
     tokenizer_max_length: int = 48
