@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_training import what_was_computed
 from torch import Tensor, nn
 
+from agent import low_memory_adamw
 from agent.adamw8bit import dequantise, dynamic_map, quantise, scale_shape
 from agent.low_memory_adamw import LowMemoryAdamW
 from agent.optim import allocate_state, apply_update, clip_gradients, make_optimizer, optimizer_tensors
@@ -158,6 +159,25 @@ def test_in_float32_it_is_torchs_adamw() -> None:
     train(model, ours, range(20))
     for (name, p), q in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+
+
+def test_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, optimizer = make("adamw8bit")
+    train(whole, optimizer, range(3))
+    monkeypatch.setattr(low_memory_adamw, "_PIECE", 1000)
+    pieces, optimizer = make("adamw8bit")
+    train(pieces, optimizer, range(3))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), pieces.parameters(), strict=True))
+    # The bits of a row do not depend on which rows a process has.
+    monkeypatch.setattr(low_memory_adamw, "_PIECE", 8 * 80)
+    all_rows = list(low_memory_adamw._pieces((96, 80), 0, 96))
+    for first, rows in ((0, 96), (0, 50), (50, 46), (95, 1), (96, 0)):
+        found = list(low_memory_adamw._pieces((96, 80), first, rows))
+        assert sum(p.end - p.begin for p in found) == rows
+        for piece in found:
+            same = all_rows[piece.number]
+            assert piece.rows_of_all == same.rows_of_all == 8
+            assert first + piece.begin == same.begin + piece.offset
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,8 +2,10 @@
 
 torchao's and bitsandbytes' were tried first (0.18 and 0.50, on a CPU). torchao compiles its update: 31 s before the first
 one of two tensors, and it does not run without a C++ compiler. Its stochastic rounding draws from torch's global
-generator, so a continued run would round otherwise. bitsandbytes runs everywhere, but writes the new weight to nearest in
-the weight's own type, which for bfloat16 loses small updates, and lets a small second moment become zero.
+generator, so a continued run would round otherwise. bitsandbytes ran, without a compiler too, but rounds the new weight
+to nearest in the weight's own type, which for bfloat16 loses small updates, and lets a small second moment become zero:
+with gradients that spread over four decades within a block, its weights were after 30 updates off by 47% of the distance
+that float32 AdamW had gone, these by 11%.
 """
 
 from __future__ import annotations
@@ -177,6 +179,8 @@ def _pieces(shape: tuple[int, ...], first_row: int, rows: int) -> Iterator[_Piec
     """Cuts a tensor of this shape, of which rows from ``first_row`` on are here, at the same rows on every process."""
     total = shape[0] if shape else 1
     size = max(1, _PIECE // max(1, math.prod(shape[1:])))
+    if rows == 0:  # more processes than rows
+        return
     for number in range(first_row // size, math.ceil((first_row + rows) / size)):
         begin, end = max(first_row, number * size), min(first_row + rows, (number + 1) * size)
         of_all = min(size, total - number * size)
