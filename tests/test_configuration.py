@@ -601,6 +601,7 @@ def test_placeholder(files: Files, name: str, type_: str) -> None:
         ("use_bf16", "dtype", "bfloat16", True, False, "float32"),
         ("use_torch_compile", "compile_model", True, True, False, False),
         ("freeze_lm_head", "freeze_lm_head", True, True, False, False),
+        ("activation_checkpointing", "gradient_checkpointing", True, "full", "none", False),
     ],
 )
 def test_yaml_wins_over_the_model_json(

@@ -81,11 +81,8 @@ def _inner_dataclass(hint: Any) -> Any:
 
 def _kind(hint: Any) -> str:
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    return (
-        re.sub(r"\b(?:agent|typing|types)(?:\.\w+)*\.(?=\w)", "", text)
-        .replace("NoneType", "None")
-        .replace("None", "null")
-    )
+    text = re.sub(r"\b(?:agent|typing|types)(?:\.\w+)*\.(?=\w)", "", text)
+    return re.sub(r"^Optional\[(.*)\]$", r"\1 | None", text).replace("NoneType", "None").replace("None", "null")
 
 
 def _default(field: dataclasses.Field) -> str:
