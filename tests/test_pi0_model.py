@@ -329,6 +329,21 @@ def test_mixed_precision_is_close():
     assert model.action_in_proj.weight.grad.dtype == torch.float32
 
 
+def test_all_cameras_are_one_call_of_the_vision_tower_in_mixed_precision():
+    model, seen = lively_model(), []
+
+    def record(module, inputs, output):
+        seen.append((tuple(inputs[0].shape), inputs[0].dtype, output.dtype))
+
+    for module in model.vision.layers[0].modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(record)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(make_batch())
+    assert len(seen) == 6 and {shape[:2] for shape, _, _ in seen} == {(3 * len(CAMERAS), 4)}
+    assert {dtype for _, *dtypes in seen for dtype in dtypes} == {torch.bfloat16}
+
+
 def test_parameters_are_float32_whatever_the_training_precision():
     assert {p.dtype for p in small_model(dtype="bfloat16").parameters()} == {torch.float32}
 
