@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,11 @@ from test_training import what_was_computed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent import tensor_reader
-from agent.parallelize import recompute
+from agent.distributed import Launch, Processes
+from agent.parallelize import agree_on_compilation, parallelize, recompute
 
 FSDP = ("--parallel", "fsdp")
+PRETRAINED = "pretrained_model/model.safetensors"
 FOUR = ("--per_device_batch_size", "1")
 
 
@@ -69,7 +72,7 @@ def assert_same_curve(place: Workplace, name: str, other: str) -> None:
 
 def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights and optimizer of a checkpoint by name, whichever files they are in."""
-    files = [checkpoint / "pretrained_model" / "model.safetensors"]
+    files = [checkpoint / PRETRAINED]
     files += sorted(checkpoint.glob("training_state/optimizer*.safetensors"))
     return {name: tensor for path in files for name, tensor in tensor_reader.read(path).items()}
 
@@ -156,12 +159,18 @@ def test_fsdp_begins_from_weights_of_another_shape(place: Workplace, ddp: str, s
 
 def test_fsdp_in_bfloat16_is_close_and_stores_float32(place: Workplace, server: ForkServer) -> None:
     for name, extra in (("half-ddp", ()), ("half-fsdp", FSDP)):
-        output = server.start(place, name, "--use_bf16", "true", *extra, ranks=2).wait()
+        options = ("--use_bf16", "true", "--save_dtype", "bfloat16", "--save_model_freq", "20")
+        output = server.start(place, name, *options, *extra, ranks=2).wait()
         assert place.status(name)["state"] == "finished", output
     ours, theirs = ([line["loss"] for line in place.metrics(name)] for name in ("half-fsdp", "half-ddp"))
     # The norms' weights are gathered in bfloat16 too, which DDP leaves in float32.
     assert ours[:5] == pytest.approx(theirs[:5], rel=2e-2)
-    assert all_tensors(place.checkpoint("half-fsdp"))["model.state_proj.weight"].dtype == torch.float32
+    checkpoint = place.checkpoint("half-fsdp")
+    rounded, exact = (tensor_reader.read(checkpoint / f) for f in (PRETRAINED, "training_state/model.safetensors"))
+    assert rounded.keys() == exact.keys()
+    for name, tensor in exact.items():
+        assert torch.equal(rounded[name], tensor.to(torch.bfloat16)), name
+    assert exact["model.state_proj.weight"].dtype == torch.float32
 
 
 def test_fsdp_on_one_process_is_a_copy(place: Workplace, server: ForkServer) -> None:
@@ -240,6 +249,7 @@ def test_runs_that_recompute_are_the_same(place: Workplace, ddp: str, fsdp: str,
 
 COMPILED = ("--use_torch_compile", "true", "--model_cfg.compile_mode", "default", "--eval_freq", "0")
 WARNING = "runs uncompiled"
+ONE = Processes(Launch(), torch.device("cpu"))
 
 
 def test_without_a_compiler_the_run_is_eager_and_says_why_once(
@@ -273,6 +283,40 @@ def test_when_one_rank_cannot_compile_none_does(
     assert "on rank 1" in line and "RuntimeError: this compiler is broken" in line
     base = fsdp if options == FSDP else ddp
     assert [x["loss"] for x in place.metrics(name)] == [x["loss"] for x in place.metrics(base)]
+
+
+def test_a_block_that_fails_later_runs_eagerly_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    working = [True]
+
+    def compiler(function: Callable, mode: str) -> Callable:
+        def compiled(*arguments: Any) -> Any:
+            if not working[0]:
+                raise RuntimeError("no room for a new variant")
+            return function(*arguments)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    policy = parallelize(lively_model(), ONE, activation_checkpointing="full", compile_mode="default")
+    policy.train()
+    expected = policy(make_batch())
+    agree_on_compilation(policy, ONE)
+    assert not caplog.records
+    working[0] = False
+    losses = policy(make_batch())
+    losses.sum().backward()
+    assert torch.equal(losses, expected)
+    assert [record.getMessage() for record in caplog.records] == [
+        "some blocks cannot be compiled anew and run uncompiled here: RuntimeError: no room for a new variant"
+    ]
+
+
+def test_a_mistake_in_a_block_is_not_taken_for_a_compilers() -> None:
+    policy = parallelize(lively_model(), ONE, activation_checkpointing="none", compile_mode="default")
+    with pytest.raises(RuntimeError, match="expected input with shape"):
+        policy.expert.layers[0](torch.zeros(1, 2, 3), None, None)
 
 
 @pytest.mark.slow

@@ -134,6 +134,8 @@ class _Compilation:
         """Why the first one that failed did, on this process."""
         self.given_up = False
         """All units run eagerly."""
+        self.agreed = False
+        """The processes have compared how their first pass went."""
 
 
 class _Compiled:
@@ -166,6 +168,8 @@ class _Compiled:
             self._failed = True
             if shared.failure is None:
                 shared.failure = _cause(error)
+                if shared.agreed:
+                    log.warning("some blocks cannot be compiled anew and run uncompiled here: %s", shared.failure)
             return result
         self._has_run = True
         return result
@@ -196,13 +200,14 @@ def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode
 def agree_on_compilation(policy: Any, processes: Processes) -> None:
     """Once all processes have done a pass: if a unit could not be compiled on one, all run eagerly on all. A collective.
 
-    One line of the log says why. A unit that fails later, for a new shape, runs eagerly on its process alone; the
-    numbers are the same to rounding.
+    One line of the log says why. A unit that fails later, for a new shape, runs eagerly on its process alone, which says
+    so once; the numbers are the same to rounding.
     """
     compiled = [unit.forward for unit in policy.wrap_units() if isinstance(unit.forward, _Compiled)]
     if not compiled:
         return
     shared = compiled[0].shared
+    shared.agreed = True
     failures = {rank: text for rank, text in enumerate(processes.gather(shared.failure)) if text is not None}
     if failures:
         shared.given_up = True
