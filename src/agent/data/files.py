@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -194,11 +195,16 @@ def _read_tasks(repo_id: str, path: Path) -> list[str]:
 def _check_version(repo_id: str, root: Path, version: str) -> None:
     if version.startswith("v3."):
         return
-    raise ValueError(
-        f"data set {repo_id} has format {version}, this program reads v3. Convert it in place with LeRobot's own "
-        f"`python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id={repo_id} --root={root} "
-        "--push-to-hub=false` (from v2.1; older formats need LeRobot's older converters first)."
-    )
+    folder = shlex.quote(str(root.absolute()))
+    commands = {
+        "v2.0": f"`uv run python -m agent.data.from_v20 --root={folder}`, which completes it for LeRobot's own converter",
+        "v2.1": "LeRobot's own `uv run python -m lerobot.scripts.convert_dataset_v21_to_v30 "
+        f"--repo-id={shlex.quote(repo_id)} --root={folder} --push-to-hub=false`",
+    }
+    advice = f"convert it in place, which needs no network, with {commands.get(version)}; what it was stays as {root.name}_old"
+    if version not in commands:
+        advice = "convert it with the LeRobot that wrote it, or its successors, to v2.1 or later"
+    raise ValueError(f"data set {repo_id} has format {version}, this program reads v3: {advice}.")
 
 
 def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) -> None:

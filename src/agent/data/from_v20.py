@@ -1,0 +1,109 @@
+"""Converts a LeRobot v2.0 data set to v3 in place, without network: ``uv run python -m agent.data.from_v20 --root DIR``.
+
+LeRobot's own converter starts from v2.1, which differs from v2.0 by statistics of every episode. They are added here, with
+LeRobot's functions, and its converter does the rest. The data set as it was stays beside the new one, as ``DIR_old``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 converted, 2 this is no whole v2.0 data set."""
+    parser = argparse.ArgumentParser(prog="python -m agent.data.from_v20", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--root", type=Path, required=True, help="folder with meta/, data/ and videos/")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args(arguments)
+    root = options.root.expanduser().absolute()
+    try:
+        _to_v21(root, options.processes)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"{root} cannot be converted: {error}", file=sys.stderr)
+        return 2
+    from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
+
+    convert_dataset(f"local/{root.name}", root=root, push_to_hub=False)
+    return 0
+
+
+def _to_v21(root: Path, processes: int) -> None:
+    from tqdm import tqdm
+
+    info_file = root / "meta" / "info.json"
+    info = json.loads(info_file.read_text())
+    if info.get("codebase_version") != "v2.0":
+        raise ValueError(f"{info_file} says {info.get('codebase_version')}, not v2.0")
+    episodes = [
+        json.loads(line)["episode_index"] for line in (root / "meta" / "episodes.jsonl").read_text().splitlines()
+    ]
+    target = root / "meta" / "episodes_stats.jsonl"
+    unfinished = target.with_suffix(".partial")
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool, unfinished.open("w") as file:
+        computed = pool.map(partial(_statistics, root, info), episodes, chunksize=4)
+        for episode, stats in zip(episodes, tqdm(computed, total=len(episodes), unit="episode"), strict=True):
+            file.write(json.dumps({"episode_index": episode, "stats": stats}) + "\n")
+    unfinished.replace(target)
+    changed = info_file.with_suffix(".partial")
+    changed.write_text(json.dumps({**info, "codebase_version": "v2.1"}, indent=4))
+    changed.replace(info_file)
+
+
+def _statistics(root: Path, info: dict[str, Any], episode: int) -> dict[str, dict[str, list]]:
+    """Of every feature of one episode, as LeRobot computes them."""
+    import pyarrow.parquet as pq
+    from lerobot.datasets.compute_stats import get_feature_stats
+
+    place = {"episode_chunk": episode // info["chunks_size"], "episode_index": episode}
+    table = pq.ParquetFile(root / info["data_path"].format(**place)).read()
+    stats: dict[str, dict[str, np.ndarray]] = {}
+    for key, feature in info["features"].items():
+        if feature["dtype"] == "string":
+            continue
+        if feature["dtype"] in ("video", "image"):
+            video = root / info["video_path"].format(video_key=key, **place) if feature["dtype"] == "video" else None
+            pictures = _pictures(video, len(table)) if video else _stored_pictures(table[key])
+            found = get_feature_stats(np.stack(list(pictures)), axis=(0, 2, 3), keepdims=True)
+            stats[key] = {name: value if name == "count" else value[0] / 255 for name, value in found.items()}
+        else:
+            values = np.asarray(table[key].to_pylist())
+            stats[key] = get_feature_stats(values, axis=0, keepdims=values.ndim == 1)
+    return {key: {name: value.tolist() for name, value in values.items()} for key, values in stats.items()}
+
+
+def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
+    """Some frames of a video, (3, H, W) uint8, made smaller as LeRobot does."""
+    import av
+    from lerobot.datasets.compute_stats import auto_downsample_height_width, sample_indices
+
+    wanted = set(sample_indices(frames))
+    with av.open(str(video)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                yield auto_downsample_height_width(frame.to_ndarray(format="rgb24").transpose(2, 0, 1))
+
+
+def _stored_pictures(column: Any) -> Iterator[np.ndarray]:
+    """The same of pictures in a data file."""
+    from lerobot.datasets.compute_stats import auto_downsample_height_width, sample_indices
+    from PIL import Image
+
+    for number in sample_indices(len(column)):
+        picture = Image.open(io.BytesIO(column[number].as_py()["bytes"])).convert("RGB")
+        yield auto_downsample_height_width(np.asarray(picture).transpose(2, 0, 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
