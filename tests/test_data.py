@@ -98,7 +98,7 @@ def opened(root, **settings):
     return source
 
 
-def built(*configs, tokenizer, spec=SPEC, val=None, **settings):
+def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", **settings):
     arguments = {
         "seed": 5,
         "draw": partial(draw, 5, "noise"),
@@ -106,7 +106,7 @@ def built(*configs, tokenizer, spec=SPEC, val=None, **settings):
         "normalization_mapping": MODES,
         "tokenizer_path": tokenizer,
     }
-    config = DataConfig(TrainDataConfig(list(configs), num_workers=0), val or ValDataConfig())
+    config = DataConfig(TrainDataConfig(list(configs), num_workers=0, frame_store=frame_store), val or ValDataConfig())
     return build_data(config, spec, **{**arguments, **settings})
 
 

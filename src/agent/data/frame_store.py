@@ -239,12 +239,16 @@ class FrameStore:
         missing = [key for key in manifest.cameras if key not in metadata.features]
         if missing or manifest.metadata != describe_metadata(metadata, list(manifest.cameras)):
             raise ValueError(f"{self} was made of other metadata than {metadata.root / 'meta'} now holds. {anew}")
+        self.open()
+        lacking = [episode for episode in episodes.tolist() if not self._knows(episode)]
+        if lacking:
+            raise ValueError(
+                f"{self} lacks the frames of episodes {spelled(lacking)}. Add them with\n  {wanted.command()}"
+            )
         moved: dict[str, SourceFile] = {}
         for name in self._sources(metadata, episodes):
             path = metadata.root / name
-            recorded = manifest.sources.get(name)
-            if recorded is None:
-                raise ValueError(f"{self} lacks the frames of {path}. {anew}")
+            recorded = manifest.sources[name]
             if not path.is_file():
                 raise ValueError(f"{self} was made of {path}, which is missing. Copy the file again.")
             status = path.stat()
@@ -257,6 +261,9 @@ class FrameStore:
         if moved and os.access(self.folder, os.W_OK):  # so that the next start need not read them again
             manifest.sources.update(moved)
             manifest.write(self.folder / "manifest.json")
+
+    def _knows(self, episode: int) -> bool:
+        return episode in self._first_row or episode in self.manifest.left_out
 
     def _sources(self, metadata: Metadata, episodes: np.ndarray) -> list[str]:
         """The files of the data set that the pictures of the chosen episodes come from."""

@@ -29,7 +29,7 @@ class TrainDataConfig:
     frame_store: Literal["auto", "off", "jpeg", "lossless", "raw"] = "auto"
     """Where pictures come from: a store that `python -m agent.data.prepare` made of this kind; `auto` for whichever is
     there, and the videos themselves when there is none; `off` for the videos."""
-    frame_quality: int = 92
+    frame_quality: int = 95
     """Quality of the JPEGs in a store, 1 to 100."""
     video_backend: str | None = None
     """``torchcodec`` or ``pyav``; when not given, torchcodec where it loads and otherwise pyav."""

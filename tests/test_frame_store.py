@@ -1,0 +1,468 @@
+"""Frame stores: made, read, interrupted, refused. Run: uv run pytest tests/test_frame_store.py
+
+Most tests prepare with ``prepare_all`` in this process, which starts real processes for the work; two use the command.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launching import REPOSITORY, Workplace
+from make_dataset import write_dataset
+from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
+
+from agent.configuration_pipeline import load_config
+from agent.data import frame_preparation, prepare
+from agent.data.frame_encoding import Encoding
+from agent.data.frame_parts import FileIndex, decode, times_of_episodes
+from agent.data.frame_store import Manifest, SourceFile, WantedStore
+from agent.data.source import open_source
+from agent.data.transforms import resize_with_pad
+
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workplace:
+    """Six episodes of 12 frames, 64 × 80, in one video; the model sees 32 × 32."""
+    return Workplace.make(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture
+def copy(place, tmp_path) -> Path:
+    """A copy of the data set without any store."""
+    shutil.copytree(place.folder / "data", tmp_path / "data", ignore=shutil.ignore_patterns("frames", "agent_cache"))
+    return tmp_path / "data"
+
+
+def config_of(place, root, *overrides):
+    """The run's config with another data set."""
+    arguments = ["--data.train.datasets.0.root", str(root), *overrides]
+    return load_config(place.folder / "tiny.yaml", arguments, 1)[0]
+
+
+def prepared(place, root, *overrides, skip=False, workers=2):
+    """Problems, after preparing."""
+    return prepare.prepare_all(config_of(place, root, *overrides), skip_bad_episodes=skip, workers=workers)
+
+
+def source_of(root, setting="auto", size=SIZE, quality=95, **settings):
+    wanted = WantedStore(setting, quality, size)
+    source = open_source(dataset_config(root, **settings), 4, "pyav", 1e-4, wanted=wanted)
+    source.cameras = {FRONT: FRONT}
+    return source
+
+
+def video_of(root) -> Path:
+    (path,) = root.glob("videos/*/*/*.mp4")
+    return path
+
+
+def write_over(path: Path, content: bytes) -> None:
+    """A file with other contents and another time."""
+    path.write_bytes(content)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10**9))
+
+
+@pytest.fixture(scope="module")
+def stores(place):
+    """All three kinds beside the data set."""
+    root = place.folder / "stores"
+    shutil.copytree(place.folder / "data", root)
+    for kind in ("jpeg", "lossless", "raw"):
+        assert prepared(place, root, "--data.train.frame_store", kind) == []
+    return root
+
+
+# ── what is in a store ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pictures_are_those_of_the_video(stores):
+    plain = source_of(stores, "off")
+    assert plain.store is None
+    expected = [resize_with_pad(plain.read(position).images[FRONT], *SIZE) for position in range(len(plain))]
+    for kind in ("lossless", "raw", "jpeg"):
+        source = source_of(stores, kind)
+        pictures = [source.read(position).images[FRONT] for position in range(len(source))]
+        if kind == "jpeg":
+            errors = [((a.double() - b.double()) ** 2).mean() for a, b in zip(pictures, expected, strict=True)]
+            assert 0 < max(errors) < 255**2 / 10**3.8
+        else:
+            assert all(a.equal(b) for a, b in zip(pictures, expected, strict=True))
+    assert str(source_of(stores).store).endswith("32x32-raw")  # of several, the fastest that loses nothing
+
+
+def test_two_cameras_as_pictures_in_data_files(place, tmp_path):
+    sizes = {FRONT: (32, 48), WRIST: (48, 48)}
+    root = write_dataset(tmp_path / "pictures", episodes=3, length=[3, 9, 6], cameras=sizes, video=False, seed=1)
+    config = config_of(place, root, "--data.train.frame_store", "raw")
+    config.model_cfg.image_resolution = [48, 48]
+    assert prepare.prepare_all(config, workers=1) == []
+    with_store, without = source_of(root, size=(48, 48)), source_of(root, "off")
+    for source in (with_store, without):
+        source.cameras = {FRONT: FRONT, WRIST: WRIST}
+    for position in range(18):
+        ours, theirs = with_store.read(position).images, without.read(position).images
+        assert all(ours[key].equal(resize_with_pad(theirs[key], 48, 48)) for key in sizes)
+
+
+@pytest.mark.parametrize("name", ["jpeg95", "jpeg50", "lossless", "raw"])
+def test_encodings(name):
+    rows, columns = np.mgrid[0:40, 0:56]
+    image = np.stack([rows * 6, columns * 4, (rows * columns) % 256], axis=-1).clip(0, 255).astype(np.uint8)
+    encoding = Encoding.parse(name)
+    assert str(encoding) == name
+    decoded = encoding.decode(bytearray(encoding.encode(image, halved_colours=False)), 40, 56)
+    assert decoded.shape == (3, 40, 56) and decoded.dtype == np.uint8
+    if name.startswith("jpeg"):
+        assert np.abs(decoded.transpose(1, 2, 0).astype(int) - image)[..., :2].mean() < 12
+        with pytest.raises(ValueError, match=r"a picture of \(40, 56\) in a store of \(40, 40\)"):
+            encoding.decode(bytearray(encoding.encode(image, halved_colours=True)), 40, 40)
+    else:
+        np.testing.assert_array_equal(decoded.transpose(1, 2, 0), image)
+
+
+def test_any_arrow_library_reads_the_pictures(stores):
+    import pyarrow as pa
+
+    (part,) = stores.glob("frames/32x32-raw/*/*.arrow")
+    with pa.memory_map(str(part)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    assert table.schema.metadata == {b"encoding": b"raw", b"height": b"32", b"width": b"32"}
+    assert table["episode_index"].to_pylist() == [episode for episode in range(6) for _ in range(12)]
+    picture = np.frombuffer(table["image"][13].as_py(), dtype=np.uint8).reshape(3, *SIZE)
+    np.testing.assert_array_equal(picture, source_of(stores, "raw").read(13).images[FRONT].numpy())
+
+
+def test_samples_of_workers_are_the_same_with_and_without(stores, place):
+    spec = SPEC.__class__(**{**vars(SPEC), "image_resolution": SIZE})
+    tokenizer = str(REPOSITORY / "demo" / "tokenizer")
+
+    def samples(setting, workers):
+        data = built(dataset_config(stores), tokenizer=tokenizer, spec=spec, frame_store=setting)
+        return data, by_number(micro_batches(data, 3, batch=16, workers=workers))
+
+    without, expected = samples("off", 0)
+    for setting in ("raw", "lossless"):
+        with_store, found = samples(setting, 2)
+        assert found == expected and with_store.fingerprint == without.fingerprint
+        assert any(f"32x32-{setting}" in line for line in with_store.report)
+    assert samples("jpeg", 0)[0].fingerprint != without.fingerprint  # other pictures: not the same run
+
+
+def test_a_log_line_says_what_a_store_would_gain(place, copy):
+    tokenizer = str(REPOSITORY / "demo" / "tokenizer")
+    spec = SPEC.__class__(**{**vars(SPEC), "image_resolution": SIZE})
+    data = built(dataset_config(copy), tokenizer=tokenizer, spec=spec, frame_store="auto")
+    assert sum("python -m agent.data.prepare" in line for line in data.report) == 1
+
+
+def test_training_with_a_store_has_the_same_losses(place, stores):
+    root = ("--data.train.datasets.0.root", str(stores))
+    code, output = place.run("--name", "videos", *root, "--n_updates", "6", "--data.train.frame_store", "off")
+    assert code == 0, output
+    code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "raw")
+    assert code == 0 and "32x32-raw" in output, output
+    losses = [[line["loss"] for line in place.metrics(name)] for name in ("videos", "store")]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    # The same pictures: the run may go on without its store. Other pictures are another run.
+    code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "off")
+    assert code == 0 and "this run is finished" in output, output
+    code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "jpeg")
+    assert code == 2 and "fingerprint" in output, output
+
+
+# ── which frame is whose ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_frames_are_counted_and_not_matched_by_time():
+    path = Path("video.mp4")
+    drifted = FileIndex(path, SourceFile(0, 0, ""), np.arange(20) * 11, unit=0.01)  # 10 % slower than it says
+    first, second = times_of_episodes(drifted, [0.0, 1.2], [12, 8], 10.0)
+    assert first.tolist() == list(range(0, 132, 11)) and second.tolist() == list(range(132, 220, 11))
+    # With frames to spare, such as those of a deleted episode, the clock decides.
+    spare = FileIndex(path, SourceFile(0, 0, ""), np.arange(30) * 10, unit=0.01)
+    assert times_of_episodes(spare, [2.0], [10], 10.0)[0].tolist() == list(range(200, 300, 10))
+    short = FileIndex(path, SourceFile(0, 0, ""), np.arange(15) * 10, unit=0.01)
+    whole, cut = times_of_episodes(short, [0.0, 1.2], [12, 8], 10.0)
+    assert len(whole) == 12
+    assert cut == "video.mp4 holds 3 of its 8 frames (15 frames in all where the metadata count 20)"
+
+
+def test_decoding_begins_anywhere(place):
+    import av
+
+    path = video_of(place.folder / "data")
+    with av.open(str(path)) as container:
+        frames = {frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)}
+    times = np.asarray(sorted(frames))
+    for begin in (0, 1, 7, 36, 71):
+        found = [frame.to_ndarray(format="rgb24") for frame in decode(path, times[begin : begin + 9])]
+        assert len(found) == min(9, 72 - begin)
+        assert all((a == frames[t]).all() for a, t in zip(found, times[begin:], strict=False))
+
+
+# ── resuming ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Every episode a part of its own."""
+    monkeypatch.setattr(frame_preparation, "PART_FRAMES", 12)
+
+
+def test_what_is_done_is_not_done_again(place, copy, small_parts, caplog):
+    assert prepared(place, copy) == []
+    parts = {path: path.stat().st_mtime_ns for path in copy.glob("frames/*/*/*.arrow")}
+    assert len(parts) == 6
+    gone = sorted(parts)[2]
+    gone.unlink()
+    caplog.set_level(logging.INFO)
+    assert prepared(place, copy) == []
+    assert "12 pictures to decode" in caplog.text
+    again = {path: path.stat().st_mtime_ns for path in copy.glob("frames/*/*/*.arrow")}
+    assert {path for path in again if again[path] != parts[path]} == {gone}
+    # With everything there no process is started.
+    begin = time.monotonic()
+    assert prepared(place, copy) == []
+    assert time.monotonic() - begin < 1
+
+
+def test_killed_in_the_middle_and_continued(place, tmp_path):
+    root = write_dataset(tmp_path / "long", episodes=4, length=150)
+    command = [sys.executable, "-c", SLOW, "--config_path", str(place.folder / "tiny.yaml")]
+    command += ["--data.train.datasets.0.root", str(root), "--workers", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY / "tests")}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    folder = root / "frames" / "32x32-jpeg95"
+    give_up = time.monotonic() + 100
+    while len(list(folder.glob("*/*.json"))) < 2:
+        assert process.poll() is None and time.monotonic() < give_up, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (folder / "manifest.json").exists()
+    assert source_of(root).store is None  # an unfinished store is none
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.arrow")}
+    (folder / FRONT / ".left-by-the-killed.arrow.tmp").touch()
+    time.sleep(0.5)  # its workers see that it is gone
+    finish = subprocess.run(command, env={**environment, "SLOW": "0"}, capture_output=True, text=True)
+    assert finish.returncode == 0, finish.stderr
+    after = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.arrow")}
+    assert len(after) == 4 and not list(folder.glob("*/.*.tmp"))
+    assert sum(after[path] == done[path] for path in done) >= 2
+    plain, stored = source_of(root, "off"), source_of(root)
+    for position in (0, 149, 150, 599):
+        theirs = resize_with_pad(plain.read(position).images[FRONT], *SIZE)
+        assert (theirs.double() - stored.read(position).images[FRONT].double()).abs().mean() < 4
+
+
+SLOW = """
+import os, sys, time
+from agent.data import frame_preparation, prepare
+frame_preparation.PART_FRAMES = 150
+run = prepare._Pool.each
+def slow(self, *arguments):
+    for result in run(self, *arguments):
+        yield result
+        time.sleep(float(os.environ.get("SLOW", "1")))
+prepare._Pool.each = slow
+sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_two_preparations_of_one_store(place, copy):
+    import fcntl
+
+    folder = copy / "frames" / "32x32-jpeg95"
+    folder.mkdir(parents=True)
+    with (folder / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (problem,) = prepared(place, copy)
+    assert "another preparation is at work" in problem
+
+
+def test_more_episodes_are_added(place, copy, small_parts):
+    entry = "--data.train.datasets.0.episodes"
+    assert prepared(place, copy, entry, "[1, 2]") == []
+    assert source_of(copy, episodes=[1, 2]).store is not None
+    with pytest.raises(ValueError, match=r"lacks the frames of episodes 0, 3-5"):
+        source_of(copy)
+    first = {path: path.stat().st_mtime_ns for path in copy.glob("frames/*/*/*.arrow")}
+    assert prepared(place, copy, entry, "[4]") == []
+    assert all(path.stat().st_mtime_ns == then for path, then in first.items())
+    source = source_of(copy, episodes=[1, 2, 4])
+    assert source.store.manifest.frames == 36 and source.read(35).frame == 11
+
+
+# ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_truncated_video(place, copy, small_parts):
+    video = video_of(copy)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
+    (problem,) = prepared(place, copy)
+    assert "cannot be read" in problem and "--skip_bad_episodes" in problem and str(video) in problem
+    with pytest.raises(ValueError, match="is cut short or damaged"):
+        source_of(copy)
+    assert prepared(place, copy, skip=True) == []
+    source = source_of(copy)
+    left_out = source.store.manifest.left_out
+    assert left_out and 0 not in left_out and 5 in left_out
+    assert source.episodes.tolist() == [episode for episode in range(6) if episode not in left_out]
+    plain = source_of(place.folder / "data", "off")
+    theirs = resize_with_pad(plain.read(5).images[FRONT], *SIZE).double()
+    assert (theirs - source.read(5).images[FRONT].double()).abs().mean() < 4
+
+
+def test_damage_in_the_middle_of_a_video_costs_its_episode_alone(place, copy, small_parts):
+    import av
+
+    video = video_of(copy)
+    with av.open(str(video)) as container:
+        packets = [
+            (packet.pts, packet.pos, packet.size) for packet in container.demux(video=0) if packet.pts is not None
+        ]
+    _, begin, size = sorted(packets)[30]  # frame 6 of episode 2
+    content = bytearray(video.read_bytes())
+    content[begin + 8 : begin + size] = bytes(255 - value for value in content[begin + 8 : begin + size])
+    write_over(video, bytes(content))
+    (problem,) = prepared(place, copy)
+    assert "episodes 2 cannot be read" in problem
+    assert prepared(place, copy, skip=True) == []
+    assert source_of(copy).episodes.tolist() == [0, 1, 3, 4, 5]
+
+
+def test_a_store_for_another_resolution_or_quality(place, stores, copy):
+    with pytest.raises(ValueError, match=r"holds the frame store .*32x32-raw.*, not 48x48") as error:
+        source_of(stores, size=(48, 48))
+    assert "uv run python -m agent.data.prepare" in str(error.value)
+    with pytest.raises(ValueError, match="not 32x32-jpeg80"):
+        source_of(stores, "jpeg", quality=80)
+    with pytest.raises(ValueError, match=r"(?s)no frame store.*--data.train.frame_store raw"):
+        source_of(copy, "raw")
+    # A folder that was given another's name.
+    shutil.copytree(stores / "frames" / "32x32-raw", copy / "frames" / "48x48-raw")
+    with pytest.raises(ValueError, match="holds frames of 32 × 32, the model wants 48 × 48"):
+        source_of(copy, "raw", size=(48, 48))
+
+
+def test_a_store_that_no_longer_matches(place, copy):
+    import pyarrow.parquet as pq
+
+    assert prepared(place, copy) == []
+    moved = copy.with_name("moved")
+    shutil.copytree(copy, moved, copy_function=shutil.copy)  # with other times
+    assert source_of(moved).store is not None
+    recorded = Manifest.read(moved / "frames" / "32x32-jpeg95" / "manifest.json").sources
+    assert [source.mtime_ns for source in recorded.values()] == [video_of(moved).stat().st_mtime_ns]
+    video, content = video_of(copy), video_of(copy).read_bytes()
+    for other in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+        write_over(video, other)
+        with pytest.raises(ValueError, match=r"no longer matches its data set: .*mp4 has changed") as error:
+            source_of(copy)
+        assert "uv run python -m agent.data.prepare" in str(error.value)
+    write_over(video, content)
+    assert source_of(copy).store is not None
+    (path,) = copy.glob("meta/episodes/*/*.parquet")
+    table, name = pq.read_table(path), f"videos/{FRONT}/from_timestamp"
+    column = [value + 0.5 for value in table[name].to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index(name), name, [column]), path)
+    with pytest.raises(ValueError, match="was made of other metadata"):
+        source_of(copy)
+
+
+def test_a_changed_video_is_decoded_again(place, copy, tmp_path):
+    assert prepared(place, copy) == []
+    other = write_dataset(tmp_path / "other", episodes=6, length=12, seed=9)
+    video_of(copy).write_bytes(video_of(other).read_bytes())
+    assert prepared(place, copy) == []
+    theirs = resize_with_pad(source_of(other, "off").read(30).images[FRONT], *SIZE).double()
+    assert (theirs - source_of(copy).read(30).images[FRONT].double()).abs().mean() < 4
+
+
+def test_a_manifest_of_another_version(place, copy):
+    assert prepared(place, copy) == []
+    path = copy / "frames" / "32x32-jpeg95" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "version": 99}))
+    with pytest.raises(ValueError, match="of version 99, this program reads 1"):
+        source_of(copy)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is no manifest"):
+        source_of(copy)
+
+
+def test_a_part_that_is_cut_short_is_named(place, copy):
+    assert prepared(place, copy) == []
+    (part,) = copy.glob("frames/*/*/*.arrow")
+    part.write_bytes(part.read_bytes()[:3000])
+    with pytest.raises(RuntimeError, match=r"episode 5, frame 11 cannot be read .*arrow is cut short; make the store"):
+        source_of(copy).read(71)
+
+
+def test_a_camera_that_the_store_lacks(place, stores, copy):
+    store = source_of(stores, "raw").store
+    with pytest.raises(ValueError, match=f"lacks the camera {WRIST}; it has {FRONT}. Add it with"):
+        store.require([FRONT, WRIST], WantedStore("raw", 95, SIZE))
+
+
+def test_a_full_disk(place, copy, small_disk, small_parts, monkeypatch):
+    frames = ("--data.train.datasets.0.frames", str(small_disk), "--data.train.frame_store", "raw")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2_950_000))
+    (problem,) = prepared(place, copy, *frames)
+    assert "takes about" in problem and "free. Make room" in problem
+    # Others write to the disk meanwhile.
+    monkeypatch.setattr(prepare, "_announce", lambda *_: None)
+    (problem,) = prepared(place, copy, *frames, workers=1)
+    assert f"the disk of {small_disk / '32x32-raw'} is full" in problem and "the same command again" in problem
+    assert not list(small_disk.glob("*/*/.*.tmp"))
+    filler.unlink()
+    assert prepared(place, copy, *frames) == []
+    assert source_of(copy, frames=str(small_disk)).read(71).frame == 11
+
+
+def test_a_folder_that_cannot_be_written(place, copy, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    (problem,) = prepared(place, copy)
+    assert "cannot be written (Permission denied)" in problem and "`frames: FOLDER`" in problem
+
+
+def test_a_missing_video(place, copy):
+    video_of(copy).unlink()
+    (problem,) = prepared(place, copy)
+    assert "file-000.mp4 is missing" in problem
+
+
+# ── the command ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_command(place, copy):
+    def command(*arguments):
+        full = [sys.executable, "-m", "agent.data.prepare", "--config_path", str(place.folder / "tiny.yaml")]
+        full += ["--data.train.datasets.0.root", str(copy), *arguments]
+        return subprocess.run(full, capture_output=True, text=True)
+
+    done = command("--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "72 pictures to decode" in done.stderr and "is complete" in done.stderr
+    wrong = command("--workers", "0")
+    assert wrong.returncode == 2 and "--workers takes a number of processes, got '0'" in wrong.stderr
+    write_over(video_of(copy), b"")
+    bad = command()
+    assert bad.returncode == 2 and "error: data set test/data: episodes 0-5 cannot be read" in bad.stderr, bad.stderr
