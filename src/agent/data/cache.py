@@ -19,8 +19,12 @@ _FOLDER = "agent_cache"
 
 def places(root: Path, name: str) -> list[Path]:
     """Where ``name`` of the data set at ``root`` may be: beside it, else in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return [root / _FOLDER / name, home / "agent" / name]
+    found = [root / _FOLDER / name]
+    try:
+        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent" / name)
+    except RuntimeError:  # a container may run as a user that has no home
+        logger.info("this user has no home folder to keep %s in", name)
+    return found
 
 
 def find(root: Path, name: str) -> Path | None:
@@ -51,8 +55,9 @@ def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
             return place
         finally:
             if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.unlink(missing_ok=True)
+                shutil.rmtree(partial)
+            elif partial.exists():
+                partial.unlink()
     return None
 
 

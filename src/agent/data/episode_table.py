@@ -21,7 +21,7 @@ import xxhash
 from agent.data import cache
 
 _VERSION = 1
-_LARGE = 20 << 20  # bytes; a process to read it apart takes half a second
+LARGE = 20 << 20  # bytes; a process to read it apart takes half a second
 _DAMAGED = 2
 
 
@@ -36,7 +36,7 @@ def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, 
     if place is not None:
         with np.load(place) as kept:
             return dict(kept)
-    if sum(path.stat().st_size for path in paths) < _LARGE:
+    if sum(path.stat().st_size for path in paths) < LARGE:
         return _parsed(repo_id, paths)
     episodes = _parsed_apart(repo_id, paths)
     cache.keep(root, name, partial(_save, columns=episodes))

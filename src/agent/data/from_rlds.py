@@ -120,7 +120,7 @@ def choose_layout(tree: Tree, options: argparse.Namespace) -> Layout:
     layout = replace(layout, state=tuple(layout.state), action=tuple(layout.action))
     if layout.fps < 1 or layout.size < 2 or layout.size % 2 or options.processes < 1:
         raise ValueError("--fps and --processes must be at least 1, --size an even number")
-    wanted = [(feature, ("Image",)) for feature in layout.images.values()]
+    wanted: list[tuple[str, tuple[str, ...]]] = [(feature, ("Image",)) for feature in layout.images.values()]
     wanted += [(feature, ("Tensor", "Scalar")) for feature in (*layout.state, *layout.action)]
     for feature, kinds in [*wanted, (layout.instruction, ("Text", "Tensor"))]:
         kind = tree.features.get(feature)

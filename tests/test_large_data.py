@@ -1,0 +1,206 @@
+"""Statistics and the start of large data sets. Run: pytest tests/test_large_data.py   (slow: -m slow, the full size)"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from launching import REPOSITORY
+from make_dataset import write_dataset
+from make_large_dataset import CAMERA, write_large_dataset
+
+from agent.data.normalization import STATISTIC_NAMES
+from agent.data.source import DatasetConfig, open_source
+
+
+def draw(k: int) -> tuple[np.ndarray, float]:
+    return np.zeros((4, 8), np.float32), 0.5
+
+
+def start(*roots: tuple[Path | str, float | None]) -> dict:
+    """From the config of the data to the first batch of 32 samples: what it took and what it gave."""
+    begin = time.perf_counter()
+    from agent.data.build import build_data
+    from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader
+    from agent.data.transforms import SampleSpec
+
+    datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]
+    data = build_data(
+        DataConfig(TrainDataConfig(datasets, num_workers=0)),
+        SampleSpec(4, 8, 8, (32, 32), 16, (CAMERA,), 7, 7),
+        seed=0,
+        draw=draw,
+        validation_draw=draw,
+        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
+        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"},
+    )
+    batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
+    statistics = [data.state_statistics, data.action_statistics]
+    return {
+        "seconds": time.perf_counter() - begin,
+        "bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "statistics": [{name: value.tolist() for name, value in part.to_dict().items()} for part in statistics],
+        "fingerprint": data.fingerprint,
+        "provenance": batch.provenance.tolist(),
+        "actions": batch.actions.values.tolist(),
+        "images": int(batch.observation.images[CAMERA].sum()),
+    }
+
+
+def start_apart(root: Path) -> dict:
+    """The same in a process of its own, whose memory is this alone; the seconds count from the first import."""
+    program = f"import json, test_large_data; print(json.dumps(test_large_data.start(({str(root)!r}, None))))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begin}
+
+
+def same(first: dict, second: dict) -> None:
+    assert [first[name] == second[name] for name in first if name not in ("seconds", "bytes")].count(False) == 0
+
+
+def kept(root: Path) -> set[str]:
+    return {path.name.split("-")[0] for path in (root / "agent_cache").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tenth(tmp_path_factory):
+    """5,000 episodes of 200,000 frames, in 10 files."""
+    return write_large_dataset(tmp_path_factory.mktemp("large") / "data", episodes=5_000, frames=200_000)
+
+
+def columns_of(root: Path, name: str, episodes: np.ndarray) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    tables = [pq.read_table(path, columns=[name, "episode_index"]) for path in sorted(root.glob("data/*/*.parquet"))]
+    values = np.concatenate([np.stack(table[name].to_numpy()) for table in tables])
+    owner = np.concatenate([table["episode_index"].to_numpy() for table in tables])
+    return values[np.isin(owner, episodes)]
+
+
+def test_statistics_are_exact_over_the_training_frames(tenth):
+    from agent.data.episodes import hold_out
+
+    shutil.rmtree(tenth / "agent_cache", ignore_errors=True)
+    found = start((tenth, None))
+    training, _ = hold_out(np.arange(5_000), 0.05)
+    for name, statistics in zip(("observation.state", "action"), found["statistics"], strict=True):
+        values = columns_of(tenth, name, training).astype(np.float64)
+        ordered = np.sort(values, axis=0)
+        count = len(values)
+        wanted = {"mean": values.mean(0), "std": values.std(0), "min": ordered[0], "max": ordered[-1]}
+        # the smallest value at which the share of the frames reaches q
+        shares = {"q01": (1, 100), "q10": (10, 100), "q90": (90, 100), "q99": (99, 100)}
+        wanted |= {key: ordered[-(-count * part // whole) - 1] for key, (part, whole) in shares.items()}
+        assert set(wanted) == set(STATISTIC_NAMES)
+        for key, value in wanted.items():
+            np.testing.assert_allclose(statistics[key], value.astype(np.float32), rtol=1e-6, atol=1e-9, err_msg=key)
+
+
+def test_what_is_kept_changes_nothing(tenth, tmp_path, monkeypatch):
+    from agent.data import episode_table
+
+    monkeypatch.setattr(episode_table, "LARGE", 0)
+    shutil.rmtree(tenth / "agent_cache", ignore_errors=True)
+    first = start((tenth, None))
+    assert kept(tenth) == {"columns", "statistics", "episodes"}
+    same(start((tenth, None)), first)
+    copy = tmp_path / "copy"
+    shutil.copytree(tenth, copy, copy_function=os.link)
+    shutil.rmtree(copy / "agent_cache")
+    (copy / "agent_cache").write_text("a file where the folder would be")
+    home = tmp_path / "home"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    same(start((copy, None)), first)
+    assert len(list((home / "agent").iterdir())) == len(list((tenth / "agent_cache").iterdir()))
+    same(start((copy, None)), first)
+    home.rename(tmp_path / "gone")
+    home.write_text("nor here")
+    same(start((copy, None)), first)
+
+
+def test_a_changed_file_is_noticed(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root = write_dataset(tmp_path / "data", cameras={CAMERA: (32, 32)})
+    before = start((root, None))
+    (path,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    actions = np.stack(table["action"].to_numpy())
+    actions[3] += 1
+    column = pa.FixedSizeListArray.from_arrays(pa.array(actions.ravel()), 7)
+    pq.write_table(table.set_column(table.column_names.index("action"), "action", column), path)
+    after = start((root, None))
+    assert after["fingerprint"] != before["fingerprint"]
+    assert after["statistics"][0] == before["statistics"][0]
+    np.testing.assert_allclose(
+        np.subtract(after["statistics"][1]["mean"], before["statistics"][1]["mean"]), 1 / 36, rtol=1e-4
+    )
+
+
+def test_weighted_mixtures(tmp_path):
+    small = write_dataset(tmp_path / "small", cameras={CAMERA: (32, 32)}, episodes=2, length=4)
+    large = write_dataset(tmp_path / "large", cameras={CAMERA: (32, 32)}, episodes=2, length=40, seed=1)
+    first = start((small, 1.0), (large, 1.0))
+    same(start((small, 1.0), (large, 1.0)), first)
+    other = start((small, 3.0), (large, 1.0))
+    assert other["statistics"] != first["statistics"]
+    actions = [columns_of(root, "action", np.array([0])).astype(np.float64) for root in (small, large)]
+    np.testing.assert_allclose(
+        first["statistics"][1]["mean"], np.mean([part.mean(0) for part in actions], 0), atol=1e-6
+    )
+
+
+def test_rows_in_another_order(tmp_path):
+    import pyarrow.parquet as pq
+
+    root = write_dataset(tmp_path / "data", cameras={CAMERA: (32, 32)})
+    config = DatasetConfig("test/data", str(root))
+    actions = open_source(config, 4, None, 1e-4).columns("action")
+    (path,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
+    np.testing.assert_array_equal(open_source(config, 4, None, 1e-4).columns("action"), actions)
+    doubled = np.arange(len(table))
+    doubled[17] = 16
+    pq.write_table(table.take(doubled), path)
+    with pytest.raises(
+        ValueError, match="hold 47 of the 48 frames .* missing is frame 5 of episode 1 in .*file-000.parquet"
+    ):
+        open_source(config, 4, None, 1e-4).columns("action")
+
+
+def test_a_damaged_table_of_episodes_is_named_when_it_is_large(tmp_path, tenth):
+    from agent.data import episode_table
+
+    (path,) = tenth.glob("meta/episodes/*/*.parquet")
+    damaged = tmp_path / "meta" / "file-000.parquet"
+    damaged.parent.mkdir()
+    damaged.write_bytes(path.read_bytes() + b"\0" * episode_table.LARGE)
+    with pytest.raises(ValueError, match="data set test/data: .*file-000.parquet is damaged"):
+        episode_table.read_episodes("test/data", tmp_path, [damaged])
+
+
+@pytest.mark.slow
+def test_two_million_frames(tmp_path):
+    root = write_large_dataset(tmp_path / "data")
+    first, second = start_apart(root), start_apart(root)
+    same(first, second)
+    print({name: (round(first[name], 2), round(second[name], 2)) for name in ("seconds", "bytes")})
+    assert first["seconds"] < 60
+    assert max(first["bytes"], second["bytes"]) < 1 << 30
+    # twice what it takes on two free cores, which these may not be
+    assert second["seconds"] < 10
