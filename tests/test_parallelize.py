@@ -320,6 +320,7 @@ def test_a_mistake_in_a_block_is_not_taken_for_a_compilers() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("options", [(), ("--activation_checkpointing", "full"), FSDP], ids=["ddp", "full", "fsdp"])
 def test_a_second_start_compiles_nothing_anew(
     place: Workplace, ddp: str, server: ForkServer, tmp_path: Path, options: tuple[str, ...]

@@ -249,6 +249,6 @@ INPUT_FEATURES = {
 
 def test_weights_of_another_shape_are_refused(place: Workplace, through: str) -> None:
     source = str(place.checkpoint(through))
-    code, output = place.run("--name", "wide", "--load_from_checkpoint", source, "--model_cfg.max_action_dim", "9")
+    code, output = place.run("--name", "wide", "--load_from_checkpoint", source, "--model_cfg.max_action_dim", "7")
     assert code == 2
-    assert "other shape: model.action_in_proj.weight: [32, 8] in the file, [32, 9] in the model" in output
+    assert "other shape: model.action_in_proj.weight: [32, 8] in the file, [32, 7] in the model" in output
