@@ -187,8 +187,7 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
                 done += sum(len(frame.to_ndarray(format="rgb24")) > 0 for frame in container.decode(video=0))
         return done
 
-    def prepared(kind: str, _: int) -> int:
-        work = preparation(root, folder / kind, kind)
+    def prepared(work: Preparation, _: int) -> int:
         done = 0
         for job in work.jobs:
             for part in work.parts(job, index_file(job.path, job.video)):
@@ -196,12 +195,12 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
                 done += write_part(part).frames
         return done
 
-    def preparation(root: Path, folder: Path, kind: str) -> Preparation:
+    works = {}
+    for kind in KINDS:
         source, wanted = opened(root, kind)
-        source.config.frames = str(folder)
-        return Preparation(source, wanted)
-
-    return speeds({"plain": plain, **{kind: partial(prepared, kind) for kind in KINDS}}, rounds, 0.01)
+        source.config.frames = str(folder / kind)
+        works[kind] = partial(prepared, Preparation(source, wanted))
+    return speeds({"plain": plain, **works}, rounds, 0.01)
 
 
 def opened(root: Path, kind: str) -> tuple[Any, Any]:
@@ -322,7 +321,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     report(f"\n{'samples/s per core':<36}", *(f"{head:>14}" for head in heads), "   ratio jpeg, raw")
     for name, root in roots.items():
         contenders = {"pyav": lerobots(root, "pyav"), "torchcodec": lerobots(root, "torchcodec")}
-        contenders |= {kind: ours(root, kind) for kind in ("off", *KINDS)}
+        contenders |= {kind: ours(root, kind) for kind in ("none", *KINDS)}
         found = speeds(contenders, arguments.rounds, arguments.seconds)
         peer = max(("pyav", "torchcodec"), key=lambda backend: found[backend])
         ratios = {kind: found[kind] / found[peer] for kind in KINDS}

@@ -89,7 +89,7 @@ def stores(place):
 
 
 def test_pictures_are_those_of_the_video(stores):
-    plain = source_of(stores, "off")
+    plain = source_of(stores, "none")
     assert plain.store is None
     expected = [resize_with_pad(plain.read(position).images[FRONT], *SIZE) for position in range(len(plain))]
     for kind in ("lossless", "raw", "jpeg"):
@@ -109,7 +109,7 @@ def test_two_cameras_as_pictures_in_data_files(place, tmp_path):
     config = config_of(place, root, "--data.train.frame_store", "raw")
     config.model_cfg.image_resolution = [48, 48]
     assert prepare.prepare_all(config, workers=1) == []
-    with_store, without = source_of(root, size=(48, 48)), source_of(root, "off")
+    with_store, without = source_of(root, size=(48, 48)), source_of(root, "none")
     for source in (with_store, without):
         source.cameras = {FRONT: FRONT, WRIST: WRIST}
     for position in range(18):
@@ -123,12 +123,12 @@ def test_encodings(name):
     image = np.stack([rows * 6, columns * 4, (rows * columns) % 256], axis=-1).clip(0, 255).astype(np.uint8)
     encoding = Encoding.parse(name)
     assert str(encoding) == name
-    decoded = encoding.decode(bytearray(encoding.encode(image, halved_colours=False)), 40, 56)
+    decoded = encoding.decode(np.frombuffer(encoding.encode(image, halved_colours=False), np.uint8), 40, 56)
     assert decoded.shape == (3, 40, 56) and decoded.dtype == np.uint8
     if name.startswith("jpeg"):
         assert np.abs(decoded.transpose(1, 2, 0).astype(int) - image)[..., :2].mean() < 12
         with pytest.raises(ValueError, match=r"a picture of \(40, 56\) in a store of \(40, 40\)"):
-            encoding.decode(bytearray(encoding.encode(image, halved_colours=True)), 40, 40)
+            encoding.decode(np.frombuffer(encoding.encode(image, halved_colours=True), np.uint8), 40, 40)
     else:
         np.testing.assert_array_equal(decoded.transpose(1, 2, 0), image)
 
@@ -153,7 +153,7 @@ def test_samples_of_workers_are_the_same_with_and_without(stores, place):
         data = built(dataset_config(stores), tokenizer=tokenizer, spec=spec, frame_store=setting)
         return data, by_number(micro_batches(data, 3, batch=16, workers=workers))
 
-    without, expected = samples("off", 0)
+    without, expected = samples("none", 0)
     for setting in ("raw", "lossless"):
         with_store, found = samples(setting, 2)
         assert found == expected and with_store.fingerprint == without.fingerprint
@@ -170,14 +170,14 @@ def test_a_log_line_says_what_a_store_would_gain(place, copy):
 
 def test_training_with_a_store_has_the_same_losses(place, stores):
     root = ("--data.train.datasets.0.root", str(stores))
-    code, output = place.run("--name", "videos", *root, "--n_updates", "6", "--data.train.frame_store", "off")
+    code, output = place.run("--name", "videos", *root, "--n_updates", "6", "--data.train.frame_store", "none")
     assert code == 0, output
     code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "raw")
     assert code == 0 and "32x32-raw" in output, output
     losses = [[line["loss"] for line in place.metrics(name)] for name in ("videos", "store")]
     assert losses[0] == losses[1] and len(losses[0]) == 6
     # The same pictures: the run may go on without its store. Other pictures are another run.
-    code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "off")
+    code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "none")
     assert code == 0 and "this run is finished" in output, output
     code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "jpeg")
     assert code == 2 and "fingerprint" in output, output
@@ -262,7 +262,7 @@ def test_killed_in_the_middle_and_continued(place, tmp_path):
     after = {path: path.stat().st_mtime_ns for path in folder.glob("*/*.arrow")}
     assert len(after) == 4 and not list(folder.glob("*/.*.tmp"))
     assert sum(after[path] == done[path] for path in done) >= 2
-    plain, stored = source_of(root, "off"), source_of(root)
+    plain, stored = source_of(root, "none"), source_of(root)
     for position in (0, 149, 150, 599):
         theirs = resize_with_pad(plain.read(position).images[FRONT], *SIZE)
         assert (theirs.double() - stored.read(position).images[FRONT].double()).abs().mean() < 4
@@ -321,7 +321,7 @@ def test_a_truncated_video(place, copy, small_parts):
     left_out = source.store.manifest.left_out
     assert left_out and 0 not in left_out and 5 in left_out
     assert source.episodes.tolist() == [episode for episode in range(6) if episode not in left_out]
-    plain = source_of(place.folder / "data", "off")
+    plain = source_of(place.folder / "data", "none")
     theirs = resize_with_pad(plain.read(5).images[FRONT], *SIZE).double()
     assert (theirs - source.read(5).images[FRONT].double()).abs().mean() < 4
 
@@ -388,7 +388,7 @@ def test_a_changed_video_is_decoded_again(place, copy, tmp_path):
     other = write_dataset(tmp_path / "other", episodes=6, length=12, seed=9)
     video_of(copy).write_bytes(video_of(other).read_bytes())
     assert prepared(place, copy) == []
-    theirs = resize_with_pad(source_of(other, "off").read(30).images[FRONT], *SIZE).double()
+    theirs = resize_with_pad(source_of(other, "none").read(30).images[FRONT], *SIZE).double()
     assert (theirs - source_of(copy).read(30).images[FRONT].double()).abs().mean() < 4
 
 

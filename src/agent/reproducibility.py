@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import hashlib
 import os
+from functools import lru_cache
 
 import numpy as np
 
 
+@lru_cache(maxsize=1024)
 def key_of(seed: int, purpose: str) -> int:
     """A 64-bit key for one purpose of one run; purposes never share a stream."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
+
+
+class _Key(np.random.bit_generator.ISeedSequence):
+    """Gives Philox its key as it is. ``Philox(key=…)`` is the same generator, but first asks the system for entropy."""
+
+    def __init__(self, key: np.ndarray) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: object = np.uint64) -> np.ndarray:
+        """The key: two words of 64 bits."""
+        assert n_words == 2 and np.dtype(dtype) == np.uint64  # type: ignore[call-overload]
+        return self._key
 
 
 def stream(seed: int, purpose: str, k: int) -> np.random.Generator:
@@ -27,7 +41,9 @@ def stream(seed: int, purpose: str, k: int) -> np.random.Generator:
         purpose: what the numbers are for; two purposes give independent streams.
         k: the sample's number in the run, ``0 <= k < 2**64``.
     """
-    return np.random.Generator(np.random.Philox(key=[key_of(seed, purpose), k]))
+    # As Philox(key=[…]) reads its list, by way of float64 where one of the two needs 64 bits.
+    key = np.asarray([key_of(seed, purpose), k]).astype(np.uint64)
+    return np.random.Generator(np.random.Philox(_Key(key)))  # type: ignore[arg-type]
 
 
 def make_deterministic() -> None:

@@ -225,7 +225,7 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
         if source.store is not None:
             source.store.require(list(source.cameras.values()), wanted)
             lines.append(f"{source}: pictures from {source.store} ({source.store.manifest.encoding})")
-        elif wanted.setting != "off":
+        elif wanted.setting != "none":
             without.append(str(source))
     if without:
         names = ", ".join(dict.fromkeys(without))

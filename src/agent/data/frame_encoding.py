@@ -32,7 +32,7 @@ class Encoding:
         assert match is not None, f"{name} is no encoding"
         return cls("jpeg", int(match[2])) if match[1] else cls(name)  # type: ignore[arg-type]
 
-    def encode(self, image: np.ndarray, halved_colours: bool) -> bytes:
+    def encode(self, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
         """The bytes of a picture.
 
         Args:
@@ -47,26 +47,23 @@ class Encoding:
             return simplejpeg.encode_jpeg(
                 picture, quality=self.quality, colorsubsampling="420" if halved_colours else "444"
             )
-        planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+        planes = _planes(np.ascontiguousarray(image))
         if self.kind == "raw":
-            return planes.tobytes()
+            return memoryview(planes).cast("B")
         # Each row as its difference from the one above: half the bytes of zstd alone.
         rows = planes.copy()
         rows[:, 1:] -= planes[:, :-1]
         return _zstd().compress(rows, asbytes=True)
 
-    def decode(self, data: bytearray, height: int, width: int) -> np.ndarray:
-        """(3, H, W) uint8; a raw picture is ``data`` itself, not a copy."""
+    def decode(self, data: np.ndarray, height: int, width: int) -> np.ndarray:
+        """(3, H, W) uint8 from the bytes, (size,) uint8; a raw picture is ``data`` itself, not a copy."""
         if self.kind == "jpeg":
-            import cv2
             import simplejpeg
 
             # Colours at half resolution are repeated, not smoothed: so did the video's decoder.
-            picture = simplejpeg.decode_jpeg(data, fastupsample=True)
-            planes = np.empty((3, *picture.shape[:2]), dtype=np.uint8)
-            cv2.split(picture, list(planes))  # several times as fast as a transposing copy
+            planes = _planes(simplejpeg.decode_jpeg(data, fastupsample=True))
         elif self.kind == "raw":
-            planes = np.frombuffer(data, dtype=np.uint8).reshape(3, height, width)
+            planes = data.reshape(3, height, width)
         else:
             size = 3 * height * width
             rows = np.frombuffer(_zstd().decompress(data, size, asbytes=True), dtype=np.uint8)
@@ -74,6 +71,15 @@ class Encoding:
         if planes.shape != (3, height, width):
             raise ValueError(f"a picture of {planes.shape[1:]} in a store of {(height, width)}")
         return planes
+
+
+def _planes(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3) → (3, H, W)."""
+    import cv2
+
+    planes = np.empty((3, *image.shape[:2]), dtype=np.uint8)
+    cv2.split(image, list(planes))  # several times as fast as numpy's transposing copy
+    return planes
 
 
 def _zstd():  # noqa: ANN202

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import av
 
-_BATCH = 256  # pictures of one Arrow record batch
+_BATCH = 64  # pictures of one Arrow record batch
 
 _done: Synchronized[int] | None = None  # frames written by all processes, for the progress bar
 
@@ -137,7 +137,7 @@ class _Writer:
 
         self.frames = 0
         self._part = part
-        self._rows: tuple[list[int], list[int], list[bytes]] = ([], [], [])
+        self._rows: tuple[list[int], list[int], list[bytes | memoryview]] = ([], [], [])
         height, width = part.resolution
         picture = pa.binary(3 * height * width) if part.encoding.kind == "raw" else pa.binary()
         fields = {"episode_index": pa.int32(), "frame_index": pa.int32(), "image": picture}
@@ -153,7 +153,7 @@ class _Writer:
             self._flush()
             self._writer.close()
 
-    def add(self, episode: int, frame: int, data: bytes) -> None:
+    def add(self, episode: int, frame: int, data: bytes | memoryview) -> None:
         """An encoded picture."""
         episodes, frames, pictures = self._rows
         episodes.append(episode)
@@ -166,21 +166,30 @@ class _Writer:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        if self._rows[0]:
-            self._writer.write_batch(pa.record_batch(list(self._rows), schema=self._schema))
-            if _done is not None:
-                with _done.get_lock():
-                    _done.value += len(self._rows[0])
-            self._rows = ([], [], [])
+        episodes, frames, pictures = self._rows
+        if not episodes:
+            return
+        data, picture = pa.py_buffer(b"".join(pictures)), self._schema.field("image").type
+        if picture == pa.binary():
+            ends = np.cumsum([0, *map(len, pictures)], dtype=np.int32)
+            column = pa.Array.from_buffers(picture, len(pictures), [None, pa.py_buffer(ends), data])
+        else:
+            column = pa.Array.from_buffers(picture, len(pictures), [None, data])
+        columns = [pa.array(episodes, pa.int32()), pa.array(frames, pa.int32()), column]
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+        if _done is not None:
+            with _done.get_lock():
+                _done.value += len(episodes)
+        self._rows = ([], [], [])
 
 
-def encoded(part: Part, frame: av.VideoFrame) -> bytes:
+def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
     """A decoded frame as the part keeps it."""
     halved_colours = frame.format.name in ("yuv420p", "yuvj420p", "nv12")
     return _resized(part, frame.to_ndarray(format="rgb24"), halved_colours)
 
 
-def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes:
+def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
     """A picture (h, w, 3) uint8 of any size as the part keeps it."""
     import torch
 

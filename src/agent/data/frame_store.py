@@ -30,7 +30,7 @@ import xxhash
 from agent.data.files import Metadata, files_of, spelled
 from agent.data.frame_encoding import Encoding
 
-Setting = Literal["auto", "off", "jpeg", "lossless", "raw"]
+Setting = Literal["auto", "none", "jpeg", "lossless", "raw"]
 
 VERSION = 1
 _OPEN_FILES = 128  # per process; a limit of 1024 is usual, and torch needs many
@@ -60,7 +60,7 @@ class WantedStore:
 
     def command(self) -> str:
         """That makes a store."""
-        setting = "" if self.setting in ("auto", "off") else f" --data.train.frame_store {self.setting}"
+        setting = "" if self.setting in ("auto", "none") else f" --data.train.frame_store {self.setting}"
         return PREPARE + setting
 
 
@@ -163,7 +163,7 @@ def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, epis
         ValueError: if a store is asked for and not there, or one is there that does not fit, with the command that
             makes it anew.
     """
-    if wanted.setting == "off":
+    if wanted.setting == "none":
         return None
     place = frames_folder(metadata, frames)
     there = [path.parent.name for path in sorted(place.glob("*/manifest.json"))]
@@ -188,7 +188,7 @@ def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, epis
     raise ValueError(
         f"data set {metadata.repo_id}: {place} holds "
         + (f"the frame store {' and '.join(there)}, not {name or size.rstrip('-')}" if there else "no frame store")
-        + f". Make it with\n  {wanted.command()}\nor set data.train.frame_store: off to decode the videos while training."
+        + f". Make it with\n  {wanted.command()}\nor set data.train.frame_store: none to decode the videos while training."
     )
 
 
@@ -230,7 +230,7 @@ class FrameStore:
             ValueError: with what changed and the command that makes the store anew.
         """
         manifest = self.manifest
-        anew = f"Make it anew with\n  {wanted.command()}\nor set data.train.frame_store: off to decode the videos while training."
+        anew = f"Make it anew with\n  {wanted.command()}\nor decode the videos while training: data.train.frame_store: none."
         if manifest.version != VERSION:
             raise ValueError(f"{self} is of version {manifest.version}, this program reads {VERSION}. {anew}")
         if manifest.resolution != wanted.resolution:
@@ -291,7 +291,7 @@ class FrameStore:
         if lacking:
             raise ValueError(
                 f"{self} lacks the camera {', '.join(lacking)}; it has {', '.join(self.manifest.cameras)}. Add it with\n"
-                f"  {wanted.command()}\nor set data.train.frame_store: off"
+                f"  {wanted.command()}\nor set data.train.frame_store: none"
             )
 
     # ---- reading
@@ -314,7 +314,7 @@ class FrameStore:
         assert self._index is not None
         row = self._first_row[episode] + frame
         part, offset, size = (int(self._index[f"{camera}/{name}"][row]) for name in ("part", "offset", "size"))
-        data = bytearray(size)
+        data = np.empty(size, dtype=np.uint8)
         if os.preadv(self._descriptor(camera, part), [data], offset) != size:
             raise ValueError(f"{self._part(camera, part)} is cut short; make the store anew")
         return self.encoding.decode(data, *self.manifest.resolution)

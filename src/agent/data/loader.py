@@ -26,9 +26,9 @@ class TrainDataConfig:
     """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
     prefetch_factor: int = 2
     """Micro-batches that each worker keeps ready."""
-    frame_store: Literal["auto", "off", "jpeg", "lossless", "raw"] = "auto"
+    frame_store: Literal["auto", "none", "jpeg", "lossless", "raw"] = "auto"
     """Where pictures come from: a store that `python -m agent.data.prepare` made of this kind; `auto` for whichever is
-    there, and the videos themselves when there is none; `off` for the videos."""
+    there, and the videos themselves when there is none; `none` for the videos."""
     frame_quality: int = 95
     """Quality of the JPEGs in a store, 1 to 100."""
     video_backend: str | None = None
