@@ -105,6 +105,8 @@ class ColumnTable:
 
     def _read(self, files: Sequence[tuple[Path, np.ndarray]]) -> dict[str, np.ndarray]:
         """Every row at its place, whatever the order of the rows in the files."""
+        import pyarrow as pa
+
         rows = int(self.metadata.episodes["length"][self._held()].sum())
         arrays: dict[str, np.ndarray] = {}
         seen = np.zeros(rows, dtype=bool)
@@ -124,6 +126,7 @@ class ColumnTable:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             for done in [pool.submit(fill, *file) for file in files[1:]]:
                 done.result()
+        pa.default_memory_pool().release_unused()  # what the tables took would stay with this process
         if not seen.all():
             row = int(np.flatnonzero(~seen)[0])
             held = np.flatnonzero(self._held())
