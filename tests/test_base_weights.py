@@ -175,7 +175,10 @@ UNUSABLE = {
     "never filled": (lambda source, folder: as_v1(source, folder, float("inf")), "mean is inf: they were never filled"),
     "a constant": (lambda source, folder: as_v1(source, folder, 0.0), "dimension 0 has no width"),
     "none": (_none, "holds no statistics"),
-    "a missing file": (lambda source, folder: _remove(as_lerobot(source, folder)), f"it names {NORMALIZER}, which is not there"),
+    "a missing file": (
+        lambda source, folder: _remove(as_lerobot(source, folder)),
+        f"it names {NORMALIZER}, which is not there",
+    ),
     "another robot": (_other_robot, "mean is of 2 dimensions, the data has"),
     "other bounds": (as_v1, "QUANTILES needs q01 and q99, they hold mean, std"),
 }
