@@ -25,7 +25,7 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from agent.configuration_pipeline import load_config
 from agent.data import frame_preparation, prepare
 from agent.data.frame_encoding import Encoding
-from agent.data.frame_parts import FileIndex, decode, times_of_episodes
+from agent.data.frame_parts import FileIndex, decode, resize, times_of_episodes
 from agent.data.frame_store import Manifest, SourceFile, WantedStore
 from agent.data.source import open_source
 from agent.data.transforms import resize_with_pad
@@ -131,6 +131,16 @@ def test_encodings(name):
             encoding.decode(np.frombuffer(encoding.encode(image, halved_colours=True), np.uint8), 40, 40)
     else:
         np.testing.assert_array_equal(decoded.transpose(1, 2, 0), image)
+
+
+@pytest.mark.parametrize("size", [(480, 640), (64, 80), (80, 64), (720, 1280), (31, 97), (10, 10), (481, 643)])
+def test_resizing_is_the_readers(size):
+    import torch
+
+    for number in range(3):
+        image = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
+        theirs = resize_with_pad(torch.from_numpy(image.transpose(2, 0, 1).copy()), 48, 56)
+        np.testing.assert_array_equal(resize(image, (48, 56)).transpose(2, 0, 1), theirs.numpy())
 
 
 def test_any_arrow_library_reads_the_pictures(stores):
@@ -464,5 +474,17 @@ def test_the_command(place, copy):
     wrong = command("--workers", "0")
     assert wrong.returncode == 2 and "--workers takes a number of processes, got '0'" in wrong.stderr
     write_over(video_of(copy), b"")
+    wrong = command("--frame_store", "raw")
+    assert wrong.returncode == 2 and "the kind of store is --data.train.frame_store" in wrong.stderr
     bad = command()
     assert bad.returncode == 2 and "error: data set test/data: episodes 0-5 cannot be read" in bad.stderr, bad.stderr
+
+
+def test_agent_prepare_makes_stores_too(place, copy):
+    arguments = ["--config_path", str(place.folder / "tiny.yaml"), "--data.train.datasets.0.root", str(copy)]
+    environment = {**os.environ, "WANDB_MODE": "disabled"}
+    command = [sys.executable, "-m", "agent.prepare", *arguments, "--workers", "1"]
+    for value, expected in (("false", 0), ("true", 1)):
+        done = subprocess.run([*command, "--frame_store", value], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert len(list(copy.glob("frames/*/manifest.json"))) == expected

@@ -3,7 +3,8 @@
 
 Takes the arguments of the training itself. What is here already is not asked for again; then everything is looked up
 once more the way a job without internet will, without a GPU and without reading the weights. The last lines are the
-environment that the job needs. Exit codes: 0 ready, 2 something is missing or does not fit.
+environment that the job needs. With ``--frame_store true`` the videos are decoded into frame stores as well, as
+``agent.data.prepare`` does. Exit codes: 0 ready, 2 something is missing or does not fit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line, hub
+from agent.data.prepare import own_arguments, prepare_all
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -283,6 +285,7 @@ def main(arguments: list[str]) -> int:
     if os.environ.get("WANDB_MODE", "online") == "online":
         os.environ["WANDB_MODE"] = "offline"  # as the job will have it: no key is needed
     try:
+        arguments, skip_bad_episodes, workers, stores = own_arguments(arguments)
         parsed = command_line.parse(arguments, 1)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -296,6 +299,8 @@ def main(arguments: list[str]) -> int:
     for note in notes:
         log.info(note)
     problems = prepare(config)
+    if stores and not problems:
+        problems = prepare_all(config, skip_bad_episodes=skip_bad_episodes, workers=workers)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from agent.data.frame_encoding import Encoding
 from agent.data.frame_store import SourceFile
-from agent.data.transforms import resize_with_pad
+from agent.data.transforms import fitted_size
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
 
     import av
+    import torch
 
 _BATCH = 64  # pictures of one Arrow record batch
 
@@ -185,19 +187,49 @@ class _Writer:
 
 def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
     """A decoded frame as the part keeps it."""
-    halved_colours = frame.format.name in ("yuv420p", "yuvj420p", "nv12")
-    return _resized(part, frame.to_ndarray(format="rgb24"), halved_colours)
+    plane = frame.reformat(format="rgb24").planes[0]
+    # ``to_ndarray`` would copy it.
+    rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
+    pixels = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
+    return _resized(part, pixels, halved_colours=frame.format.name in ("yuv420p", "yuvj420p", "nv12"))
 
 
 def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
     """A picture (h, w, 3) uint8 of any size as the part keeps it."""
+    if image.shape[:2] != part.resolution:
+        image, halved_colours = resize(image, part.resolution), False
+    return part.encoding.encode(image, halved_colours)
+
+
+def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """What ``resize_with_pad`` gives, in half the time: colours last, for which torch has a faster kernel with the same
+    result, and with the large intermediate picture in memory that is used again.
+
+    Args:
+        image: (h, w, 3) uint8.
+        size: height and width wanted.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    import torch
+    from torch.nn.functional import interpolate
+
+    height, width = fitted_size(image.shape[:2], size)
+    large = _workspace(image.shape[:2])
+    large.copy_(torch.from_numpy(image)[None].permute(0, 3, 1, 2))
+    small = interpolate(large, (height, width), mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+    padded = torch.zeros(*size, 3, dtype=torch.uint8)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    padded[top : top + height, left : left + width] = small.round_().clamp_(0, 255)
+    return padded.numpy()
+
+
+@lru_cache(maxsize=4)
+def _workspace(size: tuple[int, int]) -> torch.Tensor:
     import torch
 
-    if image.shape[:2] != part.resolution:
-        # A view with the colours behind: torch has a faster kernel for that, with the same result.
-        resized = resize_with_pad(torch.from_numpy(image).permute(2, 0, 1), *part.resolution)
-        image, halved_colours = resized.permute(1, 2, 0).numpy(), False
-    return part.encoding.encode(image, halved_colours)
+    return torch.empty(1, 3, *size).contiguous(memory_format=torch.channels_last)
 
 
 def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
@@ -275,7 +307,7 @@ def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
                 picture = column[row].as_py()
                 data = io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
                 with Image.open(data) as image:
-                    pixels = np.asarray(image)
+                    pixels = np.array(image)
             except (UnidentifiedImageError, OSError, SyntaxError) as error:
                 bad[episode] = f"the picture of frame {frame} in {part.source} cannot be read ({error})"
                 break

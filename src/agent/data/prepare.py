@@ -265,7 +265,7 @@ def main(arguments: list[str]) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(f"{__doc__}\nThe other arguments are those of run.py:\n")
     try:
-        rest, skip, workers = _own(arguments)
+        rest, skip, workers, _ = own_arguments(arguments)
         parsed = command_line.parse(rest, 1)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -282,21 +282,33 @@ def main(arguments: list[str]) -> int:
     return 2 if problems else 0
 
 
-def _own(arguments: list[str]) -> tuple[list[str], bool, int | None]:
-    """The arguments that are not the training's: the rest, ``--skip_bad_episodes``, ``--workers``."""
-    rest, skip, workers = [], False, None
+def own_arguments(arguments: list[str]) -> tuple[list[str], bool, int | None, bool]:
+    """The arguments that are not the training's: the rest, ``--skip_bad_episodes``, ``--workers``, ``--frame_store``.
+
+    Raises:
+        ValueError: if one has a value that it does not take.
+    """
+    rest, skip, workers, stores = [], False, None, False
     remaining = iter(arguments)
     for argument in remaining:
-        if argument == "--skip_bad_episodes":
+        name, given, value = argument.partition("=")
+        if name == "--skip_bad_episodes":
             skip = True
-        elif argument == "--workers":
-            value = next(remaining, "")
+        elif name == "--workers":
+            value = value if given else next(remaining, "")
             if not value.isdigit() or int(value) < 1:
                 raise ValueError(f"--workers takes a number of processes, got '{value}'")
             workers = int(value)
+        elif name == "--frame_store":
+            value = value if given else next(remaining, "")
+            if value not in ("true", "false"):
+                raise ValueError(
+                    f"--frame_store takes true or false, got '{value}'; the kind of store is --data.train.frame_store"
+                )
+            stores = value == "true"
         else:
             rest.append(argument)
-    return rest, skip, workers
+    return rest, skip, workers, stores
 
 
 if __name__ == "__main__":

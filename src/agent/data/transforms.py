@@ -39,6 +39,13 @@ class SampleSpec:
     """The robot's own action dimensions; None to infer."""
 
 
+def fitted_size(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the largest picture with the proportions of ``old`` that fits into ``new``."""
+    ratio = max(old[1] / new[1], old[0] / new[0])
+    # openpi's truncation can round a side of a very long image to nothing
+    return max(1, int(old[0] / ratio)), max(1, int(old[1] / ratio))
+
+
 def resize_with_pad(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Resizes without distortion and centres on black, as openpi does.
 
@@ -54,9 +61,7 @@ def resize_with_pad(image: torch.Tensor, height: int, width: int) -> torch.Tenso
     old_height, old_width = image.shape[-2:]
     if (old_height, old_width) == (height, width):
         return image
-    ratio = max(old_width / width, old_height / height)
-    # openpi's truncation can round a side of a very long image to nothing
-    new_height, new_width = max(1, int(old_height / ratio)), max(1, int(old_width / ratio))
+    new_height, new_width = fitted_size((old_height, old_width), (height, width))
     resized = interpolate(image[None].float(), (new_height, new_width), mode="bilinear", align_corners=False)[0]
     resized = resized.round_().clamp_(0, 255).to(torch.uint8)
     top, left = (height - new_height) // 2, (width - new_width) // 2
