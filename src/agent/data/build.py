@@ -230,8 +230,8 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
     if without:
         names = ", ".join(dict.fromkeys(without))
         lines.append(
-            f"{names}: pictures are decoded from the data set as they are needed. A frame store is read many times as "
-            f"fast: {PREPARE} makes one"
+            f"{names}: pictures are decoded from the data set as they are needed. A frame store would be read 4 times as "
+            f"fast for videos of 224 × 224, 18 times for 640 × 480 (measured; docs/data.md); make one with {PREPARE}"
         )
     return list(dict.fromkeys(lines))
 
