@@ -275,7 +275,8 @@ def test_the_full_model_is_checked_by_its_headers(site: Site, tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert f"{end / 1e9:.1f} GB  load_from_checkpoint" in done.stdout and end > 10e9
-    assert int(done.stdout.split("peak ")[1]) < 1500  # MB, most of it torch itself
+    # MB: the libraries themselves come to some 1,500, the model to more than 10,000.
+    assert int(done.stdout.split("peak ")[1]) < 4000
     assert site.attempts("bridge") == ""
 
 
