@@ -1,0 +1,85 @@
+"""Does an observation have what a policy expects? Names the key, what it holds and what belongs there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent.saved_processors import STATE
+
+if TYPE_CHECKING:
+    import torch
+
+TASK = "task"
+_EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no robot ever fills
+
+
+def is_empty(slot: str) -> bool:
+    """Whether a camera slot never holds a picture."""
+    return slot.startswith(_EMPTY_CAMERA)
+
+
+def check_observation(observation: Mapping[str, Any], slots: Sequence[str], state_dim: int) -> None:
+    """Holds an observation against a policy's features.
+
+    Args:
+        observation: by the policy's own keys.
+        slots: the policy's camera slots, those that are always empty included.
+        state_dim: numbers in the state.
+
+    Raises:
+        ValueError: for the first thing that does not fit.
+    """
+    cameras = [slot for slot in slots if not is_empty(slot)]
+    expected = [*cameras, STATE, TASK]
+    if unknown := [key for key in observation if key not in slots and key not in expected]:
+        raise ValueError(
+            f"the policy knows no {', '.join(map(repr, unknown))}; an observation holds {', '.join(expected)}"
+        )
+    if missing := [key for key in expected if key not in observation]:
+        hint = "; a camera that the robot does not have is given as None" if set(missing) & set(cameras) else ""
+        raise ValueError(
+            f"the observation has no {', '.join(missing)}; it must hold {', '.join(expected)} and has "
+            f"{', '.join(observation) or 'nothing'}{hint}"
+        )
+    for slot in slots:
+        if observation.get(slot) is not None:
+            _check_image(slot, observation[slot])
+    if cameras and all(observation[slot] is None for slot in cameras):
+        raise ValueError(f"{', '.join(cameras)}: got None, expected a picture of at least one camera")
+    _check_state(observation[STATE], state_dim)
+    task = observation[TASK]
+    if not isinstance(task, str) or not task.strip():
+        raise ValueError(f"{TASK}: got {task!r:.60}, expected an instruction, a text that is not empty")
+
+
+def _check_image(key: str, image: Any) -> None:
+    wanted = "expected uint8 of shape (height, width, 3) or (3, height, width)"
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{key}: got a {type(image).__name__}, {wanted}")
+    if image.dtype != np.uint8:
+        raise ValueError(f"{key}: got {image.dtype} of shape {image.shape}, {wanted}, values 0 to 255")
+    if image.ndim != 3 or 3 not in (image.shape[0], image.shape[2]) or image.size == 0:
+        raise ValueError(f"{key}: got uint8 of shape {image.shape}, {wanted}")
+
+
+def _check_state(state: Any, dims: int) -> None:
+    wanted = f"expected {dims} finite numbers, shape ({dims},)"
+    values = np.asarray(state) if isinstance(state, np.ndarray | list | tuple) else None
+    if values is None or values.dtype.kind not in "fiu":
+        kind = type(state).__name__ if values is None else f"values of type {values.dtype}"
+        raise ValueError(f"{STATE}: got {kind}, {wanted}")
+    if values.shape != (dims,):
+        raise ValueError(f"{STATE}: got shape {values.shape}, {wanted}")
+    bad = np.flatnonzero(~np.isfinite(values.astype(np.float32)))
+    if len(bad):
+        raise ValueError(f"{STATE}: got {values[bad[0]]} at dimension {bad[0]}, {wanted}")
+
+
+def channels_first(image: np.ndarray) -> torch.Tensor:
+    """(3, H, W) of a picture that has passed the check; one of both shapes at once is (H, W, 3)."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1) if image.shape[2] == 3 else image))
