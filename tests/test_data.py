@@ -442,7 +442,7 @@ def test_statistics_are_those_of_the_training_frames(video, tokenizer):
     data = built(dataset_config(video), tokenizer=tokenizer)
     train, held = hold_out(np.arange(4), 0.05)
     actions = opened(video).columns("action").reshape(4, 12, 7)
-    np.testing.assert_allclose(data.action_statistics.mean, actions[train].mean((0, 1)), atol=1e-6)
+    np.testing.assert_allclose(data.robots[0].action_statistics.mean, actions[train].mean((0, 1)), atol=1e-6)
     assert data.validation.sources[0].episodes.tolist() == held.tolist()
 
 

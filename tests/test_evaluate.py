@@ -19,9 +19,9 @@ T, A, OWN = 3, 4, 2  # steps, padded and own action dimensions
 MEAN = np.array([10.0, -20.0], np.float32)
 
 
-def unnormalize(actions: torch.Tensor) -> torch.Tensor:
+def unnormalize(values: torch.Tensor, _item: ValidationBatch) -> np.ndarray:
     """Normalised → physical: another scale and offset in each dimension."""
-    return actions * torch.tensor([2.0, 4.0]) + torch.tensor([10.0, -20.0])
+    return (values[..., :OWN] * torch.tensor([2.0, 4.0]) + torch.tensor([10.0, -20.0])).numpy()
 
 
 class FakePolicy(nn.Module):
@@ -61,6 +61,7 @@ def item(samples: list[dict]) -> ValidationBatch:
             provenance=torch.zeros(size, 3, dtype=torch.int64),
         ),
         index=numbers.numpy(),
+        state=np.zeros((size, 4), np.float32),
         actions=np.array([sample["actions"] for sample in samples], np.float32),
         previous_action=np.array([sample["previous"] for sample in samples], np.float32),
         has_previous=np.array([sample.get("has_previous", True) for sample in samples]),
@@ -87,7 +88,7 @@ def run(policy, batches, processes=None, thresholds=(0.5, 2.0), unnormalize=unno
         batches,
         processes or FakeProcesses(),
         unnormalize=unnormalize,
-        mean_action=MEAN,
+        mean_actions=MEAN[None],
         thresholds=list(thresholds),
         precision=precision or contextlib.nullcontext,
     )
@@ -217,9 +218,9 @@ def test_the_precision_surrounds_the_policy():
             seen.append(torch.is_autocast_enabled("cpu"))
             return super().sample_actions(observation, noise).bfloat16()
 
-    def normalized_back(actions):
-        assert actions.dtype == torch.float32 and actions.shape[-1] == OWN
-        return unnormalize(actions)
+    def normalized_back(values, batch):
+        assert values.dtype == torch.float32 and values.shape[-1] == A
+        return unnormalize(values, batch)
 
     autocast = run(
         Policy(), [item([FIRST])], unnormalize=normalized_back, precision=lambda: torch.autocast("cpu", torch.bfloat16)

@@ -50,7 +50,7 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
         normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"},
     )
     batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
-    statistics = [data.state_statistics, data.action_statistics]
+    statistics = [data.robots[0].state_statistics, data.robots[0].action_statistics]
     return {
         "seconds": time.perf_counter() - begin,
         "bytes": most_memory(),

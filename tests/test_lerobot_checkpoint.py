@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from agent import export
 from agent.data.loader import SampleReader, collate
 from agent.data.normalization import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
+from agent.data.robot import Robot
 from agent.data.transforms import SampleSpec, TaskTokens
 from agent.models.pi0 import adapter, configuration
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
@@ -222,7 +223,8 @@ def our_actions(model: PI0, recording: Recording, resized_by_the_model: bool) ->
         Normalizer(config.normalization_mapping[kind], s) for kind, s in (("STATE", state), ("ACTION", action))
     ]
     tokens = TaskTokens(TOKENIZER, config.tokenizer_max_length, TASKS)
-    reader = SampleReader([recording], *normalizers, tokens, spec, lambda k: (noise_of(k), 0.5))  # type: ignore[list-item]
+    robot = Robot("test", *normalizers, mean_action=np.zeros(ACTION_DIM, np.float32))
+    reader = SampleReader([recording], [robot], tokens, spec, lambda k: (noise_of(k), 0.5))  # type: ignore[list-item]
     samples = [reader.sample(k, 0, k) for k in range(len(recording.frames))]
     batch = collate(samples, spec, tokens.pad_token_id)
     observation = batch.observation

@@ -94,8 +94,11 @@ class ValidationBatch:
     batch: Batch
     index: np.ndarray
     """(B,) int64, place of each sample in the validation set."""
+    state: np.ndarray
+    """(B, s) float32, the recorded state in the data set's own units, zero beyond its own dimensions."""
     actions: np.ndarray
-    """(B, T, a) float32, the recorded actions in the data set's own units."""
+    """(B, T, a) float32, the recorded actions in the data set's own units. Data sets of several robots may differ in
+    their dimensions: ``batch.actions.dim_mask`` says which are real, and the others are zero."""
     previous_action: np.ndarray
     """(B, a) float32, the action recorded one frame before the observation, in the same units."""
     has_previous: np.ndarray

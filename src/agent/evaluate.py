@@ -21,8 +21,8 @@ def evaluate(
     batches: Iterable[ValidationBatch],
     processes: Processes,
     *,
-    unnormalize: Callable[[Tensor], Tensor],
-    mean_action: np.ndarray,
+    unnormalize: Callable[[Tensor, ValidationBatch], np.ndarray],
+    mean_actions: np.ndarray,
     thresholds: list[float],
     precision: Callable[[], AbstractContextManager],
 ) -> dict[str, float]:
@@ -32,8 +32,8 @@ def evaluate(
         policy: the policy, not wrapped by DDP.
         batches: this process's share of the validation set.
         processes: the process group.
-        unnormalize: normalised actions (…, a) → the data set's units.
-        mean_action: (a,) mean of the training actions, the first baseline.
+        unnormalize: normalised actions (B, T, A) of a batch → (B, T, a) in the units of each sample's data set.
+        mean_actions: (data sets, a) mean of the training actions, the first baseline.
         thresholds: distances for ``val/acc_<threshold>``.
         precision: makes the autocast context.
 
@@ -53,16 +53,18 @@ def evaluate(
             with precision():
                 losses = policy(batch)
                 sampled = policy.sample_actions(batch.observation, batch.noise)
-            predicted = unnormalize(sampled[..., : item.actions.shape[-1]].float().cpu()).numpy()
-            last = np.where(item.has_previous[:, None], item.previous_action, mean_action)
-            valid = ~item.batch.actions.is_pad.numpy()
+            predicted = unnormalize(sampled.float().cpu(), item)
+            means = mean_actions[item.batch.provenance[:, 0].numpy(), : item.actions.shape[-1]]
+            last = np.where(item.has_previous[:, None], item.previous_action, means)
+            own = item.batch.actions.dim_mask.numpy()[:, : item.actions.shape[-1]]
+            real = ~item.batch.actions.is_pad.numpy()[:, :, None] & own[:, None, :]
             for place, index in enumerate(item.index.tolist()):
                 if index < 0:
                     continue
-                truth = item.actions[place][valid[place]]
-                error = np.abs(predicted[place][valid[place]] - truth).astype(np.float64)
+                truth = item.actions[place]
+                error = np.abs(predicted[place] - truth)[real[place]].astype(np.float64)
                 row = [float(losses[place]), float(error.size), float(error.sum())]
-                row += [float(np.abs(baseline - truth).sum()) for baseline in (mean_action, last[place])]
+                row += [float(np.abs(b - truth)[real[place]].sum()) for b in (means[place], last[place])]
                 row += [float((error <= threshold).sum()) for threshold in thresholds]
                 rows.append((index, row))
     policy.train(was_training)

@@ -137,7 +137,8 @@ class Saver:
 
 def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
     """The tensor files of a checkpoint, and a function that writes its small files, with the values of now."""
-    statistics = to_lerobot_stats(run.data.state_statistics, run.data.action_statistics)
+    robot = run.data.robots[0]
+    statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
     contents = registry.pretrained_contents(run.config.model_cfg)
     pretrained, write_pretrained = contents(
         run.config.model_cfg, run.policy.state_dict(), statistics, run.plan.n_updates

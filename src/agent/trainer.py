@@ -225,8 +225,8 @@ def validate(run: Run) -> dict[str, float]:
         run.policy,
         batches,
         run.processes,
-        unnormalize=run.data.action_normalizer.unnormalize,
-        mean_action=run.data.mean_action,
+        unnormalize=run.data.validation.unnormalize,
+        mean_actions=run.data.validation.mean_actions,
         thresholds=config.eval_thresholds,
         precision=partial(precision, run),
     )

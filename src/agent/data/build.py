@@ -18,6 +18,7 @@ from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
 from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
 from agent.data.reader import Draw, SampleReader
+from agent.data.robot import Robot
 from agent.data.source import DatasetConfig, Source, open_source
 from agent.data.statistics_cache import cached_statistics
 from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
@@ -44,14 +45,8 @@ class Data:
     """Which training frame each sample is; ``mixture.frames`` make an epoch."""
     validation: SampleReader | None
     """Of the validation samples, or None when nothing is held out."""
-    state_statistics: FeatureStatistics
-    """To normalise with: of the training frames, or given; ``to_lerobot_stats`` names them for a checkpoint."""
-    action_statistics: FeatureStatistics
-    """The same of the actions."""
-    mean_action: np.ndarray
-    """(action_dim,) of the training frames, the mean-action baseline."""
-    action_normalizer: Normalizer
-    """To bring predicted actions back to physical units."""
+    robots: list[Robot]
+    """How states and actions are normalised. The first is what a checkpoint's processors are made for."""
     fingerprint: str
     """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
     report: list[str]
@@ -123,22 +118,20 @@ def build_data(
             digest.update(str(source.store.encoding).encode())
     for text in sorted(set(texts)):
         digest.update(tokens(text))
-    state_normalizer, action_normalizer = (
+    state, action = (
         Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name])
         for name in ("state", "action")
     )
+    robot = Robot(training[0].config.repo_id, state, action, mean_action)
     return Data(
         spec=spec,
-        reader=SampleReader(training, state_normalizer, action_normalizer, tokens, spec, draw, seed, paraphrases),
+        reader=SampleReader(training, [robot] * len(training), tokens, spec, draw, seed, paraphrases),
         mixture=mixture,
-        validation=SampleReader(validation, state_normalizer, action_normalizer, tokens, spec, validation_draw, seed)
+        validation=SampleReader(validation, [robot] * len(validation), tokens, spec, validation_draw, seed)
         if validation
         else None,
-        state_statistics=statistics["state"],
-        action_statistics=statistics["action"],
-        mean_action=mean_action,
+        robots=[robot],
         fingerprint=digest.hexdigest(),
-        action_normalizer=action_normalizer,
         report=report,
     )
 

@@ -13,7 +13,7 @@ from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
 from agent.data.mixture import Mixture
 from agent.data.reader import Sample, SampleReader, collate
 from agent.data.source import DatasetConfig
-from agent.data.transforms import SampleSpec
+from agent.data.transforms import SampleSpec, pad_vector
 
 
 @dataclass
@@ -239,7 +239,14 @@ def validation_batches(
         yield ValidationBatch(
             batch=collate(samples, reader.spec, reader.tokens.pad_token_id),
             index=np.asarray([sample.k if begin < len(mine) else -1 for sample in samples]),
-            actions=np.stack([sample.raw_actions for sample in samples]),
-            previous_action=np.stack(previous),
+            state=_padded([sample.raw_state for sample in samples]),
+            actions=_padded([sample.raw_actions for sample in samples]),
+            previous_action=_padded(previous),
             has_previous=np.asarray([not sample.previous_is_pad for sample in samples]),
         )
+
+
+def _padded(values: Sequence[np.ndarray]) -> np.ndarray:
+    """Stacked, with zeros behind where the last dimension is smaller."""
+    widest = max(value.shape[-1] for value in values)
+    return np.stack([pad_vector(value, widest) for value in values])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.batch import ActionChunk, Batch, Observation
-from agent.data.normalization import Normalizer
+from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.data.robot import Robot
 from agent.data.source import Source
 from agent.data.transforms import SampleSpec, TaskTokens, pad_vector, paraphrase, resize_with_pad
 
@@ -42,6 +42,8 @@ class Sample:
     """One number, or (K,) float32."""
     k: int
     provenance: tuple[int, int, int]
+    raw_state: np.ndarray
+    """(s,) float32, physical units."""
     raw_actions: np.ndarray
     """(T, a) float32, physical units."""
     previous_action: np.ndarray | None
@@ -57,8 +59,8 @@ class SampleReader:
     """
 
     sources: Sequence[Source]
-    state_normalizer: Normalizer
-    action_normalizer: Normalizer
+    robots: Sequence[Robot]
+    """The robot of each source."""
     tokens: TaskTokens
     spec: SampleSpec
     draw: Draw
@@ -72,24 +74,47 @@ class SampleReader:
         Raises:
             RuntimeError: if the frame cannot be read, naming data set, episode and frame.
         """
-        raw = self.sources[dataset].read(position)
+        raw, robot = self.sources[dataset].read(position), self.robots[dataset]
         noise, time = self.draw(k)
         height, width = self.spec.image_resolution
         return Sample(
             images={slot: resize_with_pad(image, height, width) for slot, image in raw.images.items()},
-            state=pad_vector(self.state_normalizer.normalize(raw.state), self.spec.max_state_dim),
+            state=pad_vector(robot.state.normalize(raw.state), self.spec.max_state_dim),
             tokens=self.tokens(paraphrase(raw.task, self.paraphrases, self.seed, k)),
-            actions=pad_vector(self.action_normalizer.normalize(raw.actions), self.spec.max_action_dim),
+            actions=pad_vector(robot.encode(raw.actions, raw.state), self.spec.max_action_dim),
             is_pad=raw.action_is_pad,
             dim_mask=np.arange(self.spec.max_action_dim) < raw.actions.shape[-1],
             noise=noise,
             time=time,
             k=k,
             provenance=(dataset, raw.episode, raw.frame),
+            raw_state=raw.state,
             raw_actions=raw.actions,
             previous_action=raw.previous_action,
             previous_is_pad=raw.previous_is_pad,
         )
+
+    @property
+    def mean_actions(self) -> np.ndarray:
+        """(data sets, a) float32, the mean training action of each data set's robot, zero beyond its dimensions."""
+        widest = max(len(robot.mean_action) for robot in self.robots)
+        return np.stack([pad_vector(robot.mean_action, widest) for robot in self.robots])
+
+    def unnormalize(self, values: torch.Tensor, item: ValidationBatch) -> np.ndarray:
+        """Brings sampled actions back to each robot's own units.
+
+        Args:
+            values: (B, T, A) on the CPU, normalised.
+            item: the batch that they were sampled for.
+
+        Returns:
+            (B, T, a) float32, absolute, zero beyond a robot's own dimensions.
+        """
+        actions = np.zeros_like(item.actions)
+        for place, dataset in enumerate(item.batch.provenance[:, 0].tolist()):
+            decoded = self.robots[dataset].decode(values[place].numpy(), item.state[place])
+            actions[place, :, : decoded.shape[-1]] = decoded
+        return actions
 
 
 def collate(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> Batch:
