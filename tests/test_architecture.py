@@ -38,10 +38,15 @@ MAY_IMPORT = {
         "trainer",
         "building",
         "distributed",
+        "environment",
         "history",
         "metrics",
+        "reporting.writing",
+        "preflight.check",
         "watchdog",
     ],
+    "preflight.gpus": [],
+    "preflight.*": [name for name in MODULES if name not in COMMANDS and not name.startswith("models.pi0")],
     **{name: ["*"] for name in COMMANDS[1:]},
     # They name no model.
     **{
@@ -49,7 +54,15 @@ MAY_IMPORT = {
         for part in TRAINER_PARTS
     },
     "replicas": ["distributed", "optim"],
-    "configuration_pipeline": ["strict_config", "data.*", "metrics", "models.base", "models.registry", "optim"],
+    "configuration_pipeline": [
+        "strict_config",
+        "data.*",
+        "metrics",
+        "models.base",
+        "models.registry",
+        "optim",
+        "preflight.gpus",
+    ],
     "strict_config": ["config_check", "models.base"],  # the first two were one file
     "config_check": ["older_keys"],
     "parallelize": ["distributed"],
@@ -81,7 +94,8 @@ MAY_IMPORT = {
     ],
     "saved_processors": ["data.normalization", "export_source"],
     "observation_check": ["saved_processors"],
-    **{name: [] for name in ("model_card", "publishing")},
+    **{name: [] for name in ("model_card", "publishing", "environment")},
+    "reporting.*": ["reporting.*", "history"],
     "evaluate": ["batch", "distributed"],
     "data.mixture": [],
     "data.normalization": [],

@@ -19,27 +19,37 @@ def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
         seconds spent on updates that count over seconds since the first start (Kokolis et al., "Revisiting
         Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025).
     """
-    redone, effective, waited = 0, 0.0, 0.0
-    for number, attempt in enumerate(attempts):
-        later = [other["first_step"] for other in attempts[number + 1 :] if "first_step" in other]
-        if "first_step" in attempt:
-            done = attempt["step"] - attempt["first_step"]
-            # What a later attempt began from is what was left of this one.
-            kept = min([attempt["step"], *later]) - attempt["first_step"]
-            redone += done - max(kept, 0)
-            effective += attempt.get("busy_s", 0.0) * max(kept, 0) / done if done > 0 else 0.0
-        if number:
-            before = attempts[number - 1]
-            waited += max(0.0, attempt["started"] - before.get("updated", before["started"]))
+    each = costs(attempts)
+    effective = sum(cost["effective_s"] for cost in each)
     last = attempts[-1]
     total = last.get("updated", last["started"]) - attempts[0]["started"]
     return {
-        "updates_redone": redone,
-        "waited_s": round(waited, 1),
+        "updates_redone": int(sum(cost["redone"] for cost in each)),
+        "waited_s": round(sum(cost["waited_s"] for cost in each), 1),
         "checkpoint_stall_s": round(sum(attempt.get("checkpoint_stall_s", 0.0) for attempt in attempts), 2),
         "first_update_s": last.get("first_update_s", 0.0),
         "ettr": round(effective / total, 4) if total > 0 else 0.0,
     }
+
+
+def costs(attempts: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """What each attempt cost: ``redone``, its updates that were lost with it and done again; ``waited_s`` since the end
+    of the one before; ``effective_s``, the seconds of its updates that count."""
+    found = []
+    for number, attempt in enumerate(attempts):
+        later = [other["first_step"] for other in attempts[number + 1 :] if "first_step" in other]
+        cost = {"redone": 0.0, "waited_s": 0.0, "effective_s": 0.0}
+        if "first_step" in attempt:
+            done = attempt["step"] - attempt["first_step"]
+            # What a later attempt began from is what was left of this one.
+            kept = min([attempt["step"], *later]) - attempt["first_step"]
+            cost["redone"] = done - max(kept, 0)
+            cost["effective_s"] = attempt.get("busy_s", 0.0) * max(kept, 0) / done if done > 0 else 0.0
+        if number:
+            before = attempts[number - 1]
+            cost["waited_s"] = max(0.0, attempt["started"] - before.get("updated", before["started"]))
+        found.append(cost)
+    return found
 
 
 def story(attempts: list[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,202 @@
+"""The section of training curves: one chart for each number, one line for each run."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agent.reporting.charts import Frame, Line, legend, line_chart, wants_log
+from agent.reporting.collect import RunRecord, Series
+from agent.reporting.markup import figure, missing, number, paragraph, section
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One chart."""
+
+    key: str
+    title: str
+    unit: str
+    from_zero: bool = False
+    may_log: bool = False
+    factor: float = 1.0
+
+
+TRAINING = [
+    Kind("loss", "Training loss", "", may_log=True),
+    Kind("lr", "Learning rate", "", from_zero=True),
+    Kind("grad_norm", "Gradient norm before clipping", "", may_log=True),
+    Kind("samples_per_s", "Throughput", "samples/s", from_zero=True),
+    Kind("data_wait", "Waiting for data", "% of an update's time", from_zero=True, factor=100.0),
+    Kind("memory_gb", "Peak memory of a process", "GB", from_zero=True),
+]
+BASELINES = {
+    "last": ("last action repeated", "base-last dotted"),
+    "mean": ("mean training action", "base-mean dashed"),
+    "start": ("starting checkpoint", "base-start dashed"),
+}
+_MOST_MARKS = 60
+
+
+def style_of(place: int) -> str:
+    """The CSS classes of the run at a place: eight colours, then the same dashed and dotted."""
+    return f"c{place % 8}" + ("", " dashed", " dotted")[place // 8 % 3]
+
+
+def training(runs: Sequence[RunRecord]) -> str:
+    """Loss, learning rate, gradient norm, throughput, data wait, memory."""
+    charts = [_chart(kind, runs) for kind in TRAINING]
+    long = [run for run in runs if run.lines > frame_for(runs).columns]
+    notes = [
+        f"{run.label}: {number(run.lines)} logged updates are drawn in {frame_for(runs).columns} columns: "
+        "the line is their mean, the shade goes from their least to their greatest value."
+        for run in long
+    ]
+    if len(runs) == 1 and runs[0].attempts[1:]:
+        notes.append("A vertical line marks where an attempt began after a restart.")
+    return section("training", "Training", _grid(charts), *(paragraph(note, "note") for note in notes))
+
+
+def frame_for(runs: Sequence[RunRecord]) -> Frame:
+    """Curves of many runs get fewer columns each, so that the page stays small."""
+    return Frame(columns=max(60, min(340, 1500 // len(runs))))
+
+
+def validation_charts(runs: Sequence[RunRecord]) -> str:
+    """Loss, action error beside the baselines and fractions within thresholds, over the updates."""
+    if not any(key.startswith("val/") for run in runs for key in run.series):
+        return missing(
+            "No validation was logged: eval_freq is 0, nothing was held out (data.val), or no evaluation came yet."
+        )
+    charts = [_validation_loss(runs), _action_error(runs)]
+    keys = sorted({key for run in runs for key in run.series if key.startswith("val/acc_")}, key=_threshold)
+    if len(runs) == 1:
+        lines = [
+            Line(f"within {key[8:]}", _times(runs[0].series[key], 100), style_of(place))
+            for place, key in enumerate(keys)
+        ]
+        charts.append(_figure("Action values within a distance", "%", lines, runs, from_zero=True))
+    else:
+        charts += [_chart(Kind(key, f"Action values within {key[8:]}", "%", True, factor=100.0), runs) for key in keys]
+    return _grid([chart for chart in charts if chart])
+
+
+def _threshold(key: str) -> float:
+    try:
+        return float(key[8:])
+    except ValueError:
+        return math.inf
+
+
+def _grid(figures: Sequence[str]) -> str:
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def _times(series: Series, factor: float) -> list[tuple[float, float]]:
+    return [(step, value * factor) for step, value in series.points]
+
+
+def _chart(kind: Kind, runs: Sequence[RunRecord]) -> str:
+    lines = [
+        Line(run.label, _times(run.series[kind.key], kind.factor), style_of(place))
+        for place, run in enumerate(runs)
+        if kind.key in run.series
+    ]
+    if len(runs) == 1:
+        lines = [Line(kind.title, line.points, line.style) for line in lines]
+    return _figure(kind.title, kind.unit, lines, runs, from_zero=kind.from_zero, log=kind.may_log and wants_log(lines))
+
+
+def _figure(
+    title: str, unit: str, lines: list[Line], runs: Sequence[RunRecord], *, from_zero: bool = False, log: bool = False
+) -> str:
+    kept = [line for line in lines if any(not math.isnan(y) for _, y in line.points)]
+    gaps = sum(math.isnan(y) for line in lines for _, y in line.points)
+    note = f"{gaps} logged updates have no finite number." if gaps else ""
+    unit = ", ".join(filter(None, [unit, "logarithmic" if log else ""]))
+    if not kept:
+        return figure(title, missing("Not in metrics.jsonl."), unit=unit, note=note)
+    drawing = line_chart(
+        _in_words(title, kept),
+        kept,
+        x_label="update",
+        from_zero=from_zero,
+        log=log,
+        marks=_restarts(runs[0]) if len(runs) == 1 else (),
+        frame=frame_for(runs),
+    )
+    entries = [(line.label, line.style) for line in kept]
+    return figure(
+        title, drawing, unit=unit, note=note, below=legend(entries) if len(entries) > 1 or len(runs) > 1 else ""
+    )
+
+
+def _in_words(title: str, lines: Sequence[Line]) -> str:
+    """What a screen reader says in place of the chart."""
+    said = []
+    for line in lines[:8]:
+        numbers = [(x, y) for x, y in line.points if not math.isnan(y)]
+        (first, begin), (last, end) = numbers[0], numbers[-1]
+        low = min(y for _, y in numbers)
+        said.append(f"{line.label}: {begin:.4g} at update {first:g}, {end:.4g} at update {last:g}, lowest {low:.4g}")
+    return f"{title}. " + "; ".join(said)
+
+
+def _restarts(run: RunRecord) -> list[tuple[float, str]]:
+    found = [
+        (float(attempt["first_step"]), f"attempt {place} begins after update {attempt['first_step']}")
+        for place, attempt in enumerate(run.attempts, start=1)
+        if place > 1 and "first_step" in attempt
+    ]
+    first = min(numbers.steps[0] for numbers in run.series.values())
+    return [(max(place, first), text) for place, text in found if place <= run.last_step][-_MOST_MARKS:]
+
+
+def _validation_loss(runs: Sequence[RunRecord]) -> str:
+    lines = []
+    for place, run in enumerate(runs):
+        if (series := run.series.get("val/loss")) is None:
+            continue
+        lines.append(Line(run.label if len(runs) > 1 else "validation", series.points, style_of(place)))
+        if (averaged := run.series.get("val/ema_loss")) is not None:
+            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
+            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else "c1"))
+        if len(runs) == 1 and "loss" in run.series:
+            label = "training, mean since the evaluation before"
+            lines.append(Line(label, _means_between(run.series["loss"], series), "base-mean dashed"))
+    return _figure("Validation loss", "", lines, runs, log=wants_log(lines))
+
+
+def _means_between(loss: Series, evaluations: Series) -> list[tuple[float, float]]:
+    found, begin = [], 0
+    for step in evaluations.steps:
+        end = bisect_left(loss.steps, step + 1)
+        numbers = [value for value in loss.values[begin:end] if not math.isnan(value)]
+        found.append((float(step), math.fsum(numbers) / len(numbers) if numbers else math.nan))
+        begin = end
+    return found
+
+
+def _action_error(runs: Sequence[RunRecord]) -> str:
+    lines = []
+    for place, run in enumerate(runs):
+        if (series := run.series.get("val/action_l1")) is not None:
+            lines.append(Line(run.label if len(runs) > 1 else "policy", series.points, style_of(place)))
+        if (averaged := run.series.get("val/ema_action_l1")) is not None:
+            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
+            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else "c1"))
+    for key, (label, style) in BASELINES.items():
+        # Equal in runs on the same validation set; where they differ, the tables tell them apart.
+        found = [run.series[f"val/baseline_{key}_l1"] for run in runs if f"val/baseline_{key}_l1" in run.series]
+        finals = [series.numbers[-1] for series in found if series.numbers]
+        if finals and len(found) == len(runs) and max(finals) - min(finals) <= 1e-6 * max(finals):
+            lines.append(Line(label, found[0].points, style))
+    if len(runs) == 1 and runs[0].evaluations and lines:
+        start = runs[0].evaluations[-1].baselines.get("start")
+        if start is not None and "val/baseline_start_l1" not in runs[0].series:
+            steps = runs[0].series["val/action_l1"].steps
+            label, style = BASELINES["start"]
+            lines.append(Line(label, [(float(step), start.action_l1) for step in (steps[0], steps[-1])], style))
+    return _figure("Error of sampled actions", "mean |error|, data set's units", lines, runs, from_zero=True)

@@ -1,0 +1,127 @@
+"""The arrays of one validation, from ``validation/step_….json``."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ActionError:
+    """Mean absolute error of predicted actions, in the data set's units; NaN where there was nothing to compare."""
+
+    action_l1: float
+    per_dimension: list[float]
+    """[a] over all steps."""
+    per_step: list[float]
+    """[T] over all dimensions."""
+
+
+@dataclass(frozen=True)
+class DatasetError:
+    """The policy's error on one of several data sets."""
+
+    name: str
+    names: list[str]
+    error: ActionError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What was recorded after one frame of a held-out episode, and what the policy predicted there."""
+
+    dataset: str
+    episode: int
+    frame: int
+    names: list[str]
+    """[a] of the dimensions, which are those of its data set."""
+    recorded: list[list[float]]
+    """[T][a]."""
+    predicted: list[list[float]]
+    """[T][a]."""
+    valid: list[bool]
+    """[T]; False where the episode was over."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation."""
+
+    step: int
+    names: list[str]
+    """[a] of the action's dimensions."""
+    policy: ActionError
+    baselines: dict[str, ActionError]
+    """``last`` action repeated, ``mean`` training action, ``start``: the checkpoint that the run began from."""
+    chunks: list[Chunk]
+    ema: ActionError | None
+    """Of the averaged weights."""
+    datasets: list[DatasetError]
+    """Each data set's own; empty where there is one."""
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Reads one file.
+
+    Raises:
+        ValueError: if it is not what a validation writes; names the file and the key.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        names = _names(content)
+        baselines = content.get("baselines") or {}
+        ema = content.get("ema")
+        datasets = [_dataset(block) for block in content.get("datasets") or []]
+        own_names = {one.name: one.names for one in datasets}
+        return Evaluation(
+            step=int(content["step"]),
+            names=names,
+            policy=_error(content, len(names)),
+            baselines={str(key): _error(block, len(names)) for key, block in baselines.items() if block is not None},
+            chunks=[
+                _chunk(block, own_names.get(str(block["dataset"]), names)) for block in content.get("chunks") or []
+            ],
+            ema=None if ema is None else _error(ema, len(names)),
+            datasets=datasets,
+        )
+    except KeyError as error:
+        raise ValueError(f"{path.parent.name}/{path.name} cannot be read: it has no {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from None
+
+
+def _error(block: dict[str, Any], width: int) -> ActionError:
+    per_dimension = _numbers(block["per_dimension_l1"])
+    if len(per_dimension) != width:
+        raise ValueError(f"per_dimension_l1 has {len(per_dimension)} numbers for {width} names")
+    return ActionError(_number(block["action_l1"]), per_dimension, _numbers(block["per_step_l1"]))
+
+
+def _dataset(block: dict[str, Any]) -> DatasetError:
+    names = _names(block)
+    return DatasetError(str(block["name"]), names, _error(block, len(names)))
+
+
+def _names(block: dict[str, Any]) -> list[str]:
+    return [str(name) for name in block["names"]]
+
+
+def _chunk(block: dict[str, Any], names: list[str]) -> Chunk:
+    recorded, predicted = ([_numbers(row) for row in block[key]] for key in ("recorded", "predicted"))
+    valid = [bool(flag) for flag in block["valid"]]
+    lengths = {len(row) for row in [*recorded, *predicted]}
+    if not len(recorded) == len(predicted) == len(valid) or lengths != {len(names)}:
+        raise ValueError("recorded, predicted and valid of a chunk differ in their lengths, or from names")
+    return Chunk(str(block["dataset"]), int(block["episode"]), int(block["frame"]), names, recorded, predicted, valid)
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    return [_number(value) for value in values]
+
+
+def _number(value: Any) -> float:
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan

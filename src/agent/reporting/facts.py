@@ -1,0 +1,248 @@
+"""The sections of facts: how the run ended, its restarts, the hardware, the config."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from agent import history
+from agent.reporting.collect import RunRecord, Series
+from agent.reporting.markup import (
+    NOTHING,
+    details,
+    duration,
+    missing,
+    moment,
+    number,
+    paragraph,
+    percent,
+    section,
+    table,
+)
+
+_MOST_ATTEMPTS = 150
+_CONFIG_CHARACTERS = 200_000
+
+
+def tiles(run: RunRecord) -> str:
+    """The few numbers that one looks for first."""
+    best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
+    ratio = f"{best[1] / mean[-1]:.2g} × the mean action's, update {best[0]:,}" if best and mean and mean[-1] else ""
+    of = f"of {run.planned:,}" if run.planned else ""
+    memory = _series(run, "memory_gb").numbers
+    shown = [
+        ("Updates", number(run.last_step), of),
+        ("Training loss", number(_last(run, "loss")), "at the last logged update"),
+        ("Lowest action error", number(best[1] if best else None), ratio or "no validation"),
+        ("Throughput", number(_median(run, "samples_per_s")), "samples/s, median"),
+        ("Waiting for data", percent(_mean(run, "data_wait")), "of the updates' time, mean"),
+        ("Peak memory", number(max(memory) if memory else None, "GB"), "of a process"),
+        ("Effective time", percent(run.status.get("ettr")), "on updates that count, of all since the start"),
+        ("Restarts", number(run.status.get("restarts")), f"{run.status.get('updates_redone', 0)} updates done again"),
+    ]
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
+        for name, value, remark in shown
+    )
+    return f'<dl class="tiles">{items}</dl>'
+
+
+def numbers(runs: Sequence[RunRecord]) -> str:
+    """The final numbers, a column for each run."""
+    rows: list[tuple[str, list[str]]] = [
+        ("state", [_state(run) for run in runs]),
+        ("updates", [f"{run.last_step:,}" + (f" of {run.planned:,}" if run.planned else "") for run in runs]),
+        ("training loss, last logged", [number(_last(run, "loss")) for run in runs]),
+        ("training loss, mean of the last tenth", [number(_last_tenth(run)) for run in runs]),
+        ("lowest val/action_l1", [_best(run) for run in runs]),
+    ]
+    keys = list(dict.fromkeys(key for run in runs for key in run.series if key.startswith("val/")))
+    rows += [(f"{key}, last", [number(_last(run, key)) for run in runs]) for key in keys]
+    rows += [
+        ("throughput, median, samples/s", [number(_median(run, "samples_per_s")) for run in runs]),
+        ("seconds of an update, median", [number(_median(run, "step_s")) for run in runs]),
+        ("waiting for data, mean", [percent(_mean(run, "data_wait")) for run in runs]),
+        ("peak memory, GB", [number(max(_series(run, "memory_gb").numbers, default=None)) for run in runs]),
+        ("samples seen", [number(_last(run, "samples_seen")) for run in runs]),
+        ("epochs", [number(_last(run, "epoch")) for run in runs]),
+        ("from first start to last sign", [duration(_lifetime(run)) for run in runs]),
+        ("effective-training-time ratio (ETTR)", [percent(run.status.get("ettr")) for run in runs]),
+        ("restarts", [number(run.status.get("restarts")) for run in runs]),
+    ]
+    caption = "Final numbers" if len(runs) == 1 else "Final numbers of the runs"
+    heads = ["", *(run.label for run in runs)]
+    return section("numbers", "Numbers", table(caption, heads, [[name, *cells] for name, cells in rows]))
+
+
+def restarts(runs: Sequence[RunRecord]) -> str:
+    """The attempts of each run, why each ended and what it cost."""
+    return section("restarts", "Restarts and what they cost", *(_attempts(run, len(runs)) for run in runs))
+
+
+def _attempts(run: RunRecord, total: int) -> str:
+    if not run.attempts:
+        return missing(f"{run.label}: status.json tells of no attempts.")
+    heads = [
+        "attempt", "host, job", "started (UTC)", "lasted", "updates", "how it ended", "updates lost",
+        "wait before it", "start to first update", "waited for checkpoints",
+    ]  # fmt: skip
+    rows = []
+    for place, (attempt, cost) in enumerate(zip(run.attempts, history.costs(run.attempts), strict=True), start=1):
+        did = _span(attempt)
+        job = f", job {attempt['job']}" if attempt.get("job") else ""
+        rows.append(
+            [
+                str(place), f"{attempt.get('host', '?')}{job}", moment(attempt["started"]),
+                duration(attempt.get("updated", attempt["started"]) - attempt["started"]), did,
+                _end(attempt, is_last=place == len(run.attempts)), number(cost["redone"]),
+                duration(cost["waited_s"]) if place > 1 else NOTHING,
+                duration(attempt.get("first_update_s")), duration(attempt.get("checkpoint_stall_s")),
+            ]
+        )  # fmt: skip
+    left_out = len(rows) - _MOST_ATTEMPTS
+    notes = [f"Of {len(rows)} attempts the last {_MOST_ATTEMPTS} are shown."] if left_out > 0 else []
+    status = run.status
+    notes.append(
+        f"In all: {status.get('updates_redone', 0)} updates done again, {duration(status.get('waited_s'))} between "
+        f"attempts (in a queue, for the most part), {duration(status.get('checkpoint_stall_s'))} of training waited for "
+        f"checkpoints, {percent(status.get('ettr'))} of the time spent on updates that count."
+    )
+    caption = "Attempts" if total == 1 else f"Attempts of {run.label}"
+    shown = table(caption, heads, rows[max(0, left_out) :], text_columns=(1, 2, 5))
+    return shown + "".join(paragraph(note, "note") for note in notes)
+
+
+def _span(attempt: dict[str, Any]) -> str:
+    if attempt.get("first_step", attempt.get("step")) == attempt.get("step"):
+        return "none"
+    return f"{attempt['first_step']:,} to {attempt['step']:,}"
+
+
+def _end(attempt: dict[str, Any], *, is_last: bool) -> str:
+    if attempt.get("state", "running") == "running":
+        return "running, or killed since" if is_last else "without a word: killed, or its node failed"
+    reason = attempt.get("reason")
+    return f"{attempt['state']}: {reason}" if reason else attempt["state"]
+
+
+def hardware(runs: Sequence[RunRecord]) -> str:
+    """Machine and versions of every attempt, equal ones together."""
+    heads, columns = [""], []
+    for run in runs:
+        groups: list[tuple[dict[str, Any], list[int]]] = []
+        for place, attempt in enumerate(run.attempts, start=1):
+            facts = {"host": attempt.get("host"), **(attempt.get("environment") or {})}
+            alike = next((places for other, places in groups if other == facts), None)
+            groups.append((facts, [place])) if alike is None else alike.append(place)
+        for facts, places in groups[-12:]:
+            heads.append(f"{run.label}{'' if len(groups) == 1 else f', attempts {_ranges(places)}'}")
+            columns.append(facts)
+    if not columns:
+        return section("hardware", "Hardware", missing("status.json tells of no attempts, and so of no machine."))
+    keys = list(dict.fromkeys(key for facts in columns for key in facts))
+    rows = [[key.replace("_", " "), *(_plain(facts.get(key)) for facts in columns)] for key in keys]
+    words = range(1, len(heads))
+    parts = [table("Machines and versions", heads, rows, text_columns=words)]
+    if any(set(facts) == {"host"} for facts in columns):
+        parts.append(missing("Of attempts without more than a host, the machine was not recorded."))
+    return section("hardware", "Hardware", *parts)
+
+
+def _ranges(places: Sequence[int]) -> str:
+    """[1, 2, 3, 5] → ``1–3, 5``."""
+    found: list[list[int]] = []
+    for place in places:
+        if found and place == found[-1][1] + 1:
+            found[-1][1] = place
+        else:
+            found.append([place, place])
+    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
+
+
+def settings(runs: Sequence[RunRecord]) -> str:
+    """Where the configs differ, and each in full."""
+    parts = []
+    if len(runs) > 1:
+        flat = [dict(flattened(run.config)) for run in runs]
+        keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "name"]
+        differing = [key for key in keys if len({one.get(key, NOTHING) for one in flat}) > 1]
+        rows = [[key, *(one.get(key, NOTHING) for one in flat)] for key in differing]
+        heads = ["key", *(run.label for run in runs)]
+        alike = f"{len(keys) - len(differing)} other keys are alike."
+        parts += (
+            [table("Where the configs differ", heads, rows, text_columns=range(1, len(heads)))]
+            if rows
+            else [paragraph("The configs do not differ.")]
+        )
+        parts.append(paragraph(alike, "note"))
+    for run in runs:
+        title = "config.yaml" if len(runs) == 1 else f"config.yaml of {run.label}"
+        text = run.config_text[:_CONFIG_CHARACTERS]
+        # A block that scrolls must be within the keyboard's reach.
+        block = f'<pre tabindex="0">{escape(text)}</pre>'
+        parts.append(details(title, block) if text else missing(f"{run.label} has no config.yaml."))
+    return section("config", "Config", *parts)
+
+
+def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """A nested config as (dotted key, value) pairs; the items of a list have numbers."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    empty = True
+    for key, item in items:
+        empty = False
+        yield from flattened(item, f"{path}.{key}" if path else str(key))
+    if empty:
+        yield path, _plain(value)
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return NOTHING
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return str(value)
+
+
+def _state(run: RunRecord) -> str:
+    return str(run.status.get("state", "unknown"))
+
+
+def _series(run: RunRecord, key: str) -> Series:
+    return run.series.get(key, Series())
+
+
+def _last(run: RunRecord, key: str) -> float | None:
+    return (_series(run, key).numbers or [None])[-1]
+
+
+def _mean(run: RunRecord, key: str) -> float | None:
+    found = _series(run, key).numbers
+    return math.fsum(found) / len(found) if found else None
+
+
+def _median(run: RunRecord, key: str) -> float | None:
+    found = _series(run, key).numbers
+    return statistics.median(found) if found else None
+
+
+def _last_tenth(run: RunRecord) -> float | None:
+    found = _series(run, "loss").numbers
+    last = found[-max(1, len(found) // 10) :]
+    return math.fsum(last) / len(last) if last else None
+
+
+def _best(run: RunRecord) -> str:
+    best = _series(run, "val/action_l1").lowest()
+    return f"{number(best[1])} at update {best[0]:,}" if best else NOTHING
+
+
+def _lifetime(run: RunRecord) -> float | None:
+    if not run.attempts:
+        return None
+    last = run.attempts[-1]
+    return last.get("updated", last["started"]) - run.attempts[0]["started"]

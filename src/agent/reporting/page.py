@@ -1,0 +1,82 @@
+"""The page: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from agent.reporting import curves, facts, validation
+from agent.reporting.collect import RunRecord
+from agent.reporting.markup import missing, paragraph
+
+# Nothing may be loaded and no script may run, whatever a run's texts hold.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_NAVIGATION = {
+    "training": "Training",
+    "validation": "Validation",
+    "chunks": "Action chunks",
+    "numbers": "Numbers",
+    "restarts": "Restarts",
+    "hardware": "Hardware",
+    "config": "Config",
+}
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """One run's report, or several runs compared.
+
+    Args:
+        runs: at least one; their labels are made different from each other.
+    """
+    assert runs
+    _label_apart(runs)
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
+    head = _about(runs[0]) + facts.tiles(runs[0]) if len(runs) == 1 else "".join(map(_about, runs))
+    sections = [
+        curves.training(runs),
+        validation.validation(runs),
+        validation.chunks(runs),
+        facts.numbers(runs),
+        facts.restarts(runs),
+        facts.hardware(runs),
+        facts.settings(runs),
+    ]
+    if len(runs) > 1:  # what differs is what one looks for
+        sections = [sections[3], sections[6], *sections[:3], *sections[4:6]]
+    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text in _NAVIGATION.items())
+    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)} – report</title>'
+        f"<style>{style}</style></head><body><header><h1>{escape(title)}</h1>{head}"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{"".join(sections)}</main>'
+        f"<footer>{paragraph(f'Written {made} from {", ".join(str(run.path) for run in runs)}')}</footer></body></html>\n"
+    )
+
+
+def _label_apart(runs: Sequence[RunRecord]) -> None:
+    labels = [run.label for run in runs]
+    for run in runs:
+        if labels.count(run.label) > 1:
+            run.label = f"{run.label} ({run.path})"
+
+
+def _about(run: RunRecord) -> str:
+    state = str(run.status.get("state", "unknown"))
+    known = state if state in ("running", "preempted", "finished", "failed") else "unknown"
+    step = run.status.get("step", run.last_step)
+    of = f" of {run.planned:,}" if run.planned else ""
+    parts = [f'<p class="state"><span class="badge {known}">{escape(state)}</span> at update {step:,}{of}']
+    if "updated" in run.status and isinstance(run.status["updated"], int | float):
+        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.status["updated"]))
+        parts.append(f", {when}")
+    parts.append("</p>")
+    reason = str(run.status.get("reason") or "").strip()
+    if reason:
+        parts.append(paragraph(reason.splitlines()[-1][:300], "note"))
+    return "".join(parts) + "".join(missing(problem) for problem in run.problems)

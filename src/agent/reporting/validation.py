@@ -1,0 +1,187 @@
+"""The sections of the validation: error by dimension and by step of the chunk, and chunks of held-out episodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
+from agent.reporting.collect import RunRecord
+from agent.reporting.curves import BASELINES, style_of, validation_charts
+from agent.reporting.evaluations import ActionError, Chunk, Evaluation
+from agent.reporting.markup import details, figure, missing, number, paragraph, section, table
+
+_MOST_SMALL_CHARTS = 1200  # times curves: beyond it the page would take megabytes
+_UNITS = "Errors are mean |predicted − recorded| over unpadded steps, in the units of the data set."
+
+Shown = tuple[RunRecord, Evaluation, str]
+"""A run, its last evaluation and the run's CSS classes."""
+
+
+def validation(runs: Sequence[RunRecord]) -> str:
+    """Curves of the validation, then the last one in detail."""
+    return section("validation", "Validation", validation_charts(runs), _detail(runs))
+
+
+def _detail(runs: Sequence[RunRecord]) -> str:
+    shown = [(run, run.evaluations[-1], style_of(place)) for place, run in enumerate(runs) if run.evaluations]
+    absent = [run.label for run in runs if not run.evaluations]
+    parts = []
+    if absent:
+        of = f" of {', '.join(absent)}" if len(runs) > 1 else ""
+        parts.append(missing(f"No error by dimension{of}: there are no arrays in the run folder's validation/."))
+    by_names: dict[tuple[str, ...], list[Shown]] = {}
+    for one in shown:
+        by_names.setdefault(tuple(one[1].names), []).append(one)
+    for alike in by_names.values():
+        parts += [_by_dimension(alike, len(runs)), _by_step(alike, len(runs))]
+    parts += [_by_dataset(one, len(runs)) for one in shown if one[1].datasets]
+    return "".join(parts)
+
+
+def _where(shown: Sequence[Shown]) -> str:
+    steps = sorted({evaluation.step for _, evaluation, _ in shown})
+    return f"at update {steps[0]:,}" if len(steps) == 1 else "at the last evaluation of each run"
+
+
+def _columns(shown: Sequence[Shown], total: int) -> list[tuple[str, str, ActionError]]:
+    """Label, CSS classes and error: of the policies first, then of the baselines."""
+    found = []
+    for run, evaluation, style in shown:
+        found.append((run.label if total > 1 else "policy", style, evaluation.policy))
+        if evaluation.ema is not None:
+            label = f"{run.label}, averaged weights" if total > 1 else "averaged weights"
+            found.append((label, f"{style} hollow" if total > 1 else "c1", evaluation.ema))
+        if total == 1 and len(run.evaluations) > 1:
+            best = run.evaluations[0]
+            found.append((f"best, update {best.step:,}", "c2 hollow", best.policy))
+    for key, (label, style) in BASELINES.items():
+        blocks = [evaluation.baselines.get(key) for _, evaluation, _ in shown]
+        if blocks[0] is not None and all(block == blocks[0] for block in blocks):
+            found.append((label, style, blocks[0]))
+    return found
+
+
+def _by_dimension(shown: Sequence[Shown], total: int) -> str:
+    names, columns, where = shown[0][1].names, _columns(shown, total), _where(shown)
+    rows = [
+        [name, *(number(error.per_dimension[place]) for _, _, error in columns)] for place, name in enumerate(names)
+    ]
+    rows.append(["all", *(number(error.action_l1) for _, _, error in columns)])
+    heads = ["dimension", *(label for label, _, _ in columns)]
+    listed = table(f"Action error by dimension {where}", heads, rows)
+    mean = shown[0][1].baselines.get("mean")
+    if mean is None:
+        return listed + paragraph(_UNITS, "note")
+    series = [(label, style) for label, style, error in columns if error is not mean]
+    values = [
+        (name, [_ratio(error.per_dimension[place], mean.per_dimension[place]) for _, _, error in columns if error is not mean])
+        for place, name in enumerate(names)
+    ]  # fmt: skip
+    caption = f"Error by dimension {where}"
+    drawing = dot_chart(
+        f"{caption}, relative to the mean action's. The table has the numbers", values, series, line_at=1.0
+    )
+    note = "Left of the line at 1: better than always predicting the mean training action."
+    chart = figure(caption, drawing, unit="relative to the mean action's", note=note, below=legend(series, "dot"))
+    return f'<div class="pair">{chart}<div>{listed}{paragraph(_UNITS, "note")}</div></div>'
+
+
+def _ratio(error: float, reference: float) -> float:
+    return error / reference if reference > 0 else math.nan
+
+
+def _by_step(shown: Sequence[Shown], total: int) -> str:
+    columns = [
+        (label, style, error)
+        for label, style, error in _columns(shown, total)
+        if any(not math.isnan(value) for value in error.per_step)
+    ]
+    if not columns:
+        return ""
+    lines = [
+        Line(label, [(float(place), value) for place, value in enumerate(error.per_step, start=1)], _dashed(style))
+        for label, style, error in columns
+    ]
+    caption = f"Error by step of the chunk {_where(shown)}"
+    length = max(len(error.per_step) for _, _, error in columns)
+    said = f"{caption}, steps 1 to {length}, mean over all dimensions"
+    drawing = line_chart(said, lines, x_label="step of the chunk", from_zero=True)
+    return f'<div class="charts">{figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))}</div>'
+
+
+def _dashed(style: str) -> str:
+    return style.replace("hollow", "dashed")
+
+
+def _by_dataset(shown: Shown, total: int) -> str:
+    run, evaluation, _ = shown
+    rows = [
+        [one.name, name, number(error)]
+        for one in evaluation.datasets
+        for name, error in [*zip(one.names, one.error.per_dimension, strict=True), ("all", one.error.action_l1)]
+    ]
+    of = f" of {run.label}" if total > 1 else ""
+    return table(
+        f"Action error{of} by data set at update {evaluation.step:,}",
+        ["data set", "dimension", "policy"],
+        rows,
+        text_columns=(1,),
+    )
+
+
+def chunks(runs: Sequence[RunRecord]) -> str:
+    """Predicted over recorded actions, a small chart for each dimension."""
+    shown = [
+        (run, {_key(chunk): chunk for chunk in run.evaluations[-1].chunks}, style_of(place))
+        for place, run in enumerate(runs)
+        if run.evaluations and run.evaluations[-1].chunks
+    ]
+    title = "Action chunks of held-out episodes"
+    if not shown:
+        return section("chunks", title, missing("None are in the run folder's validation/ yet."))
+    everywhere = [key for key in shown[0][1] if all(key in found for _, found, _ in shown)]
+    if not everywhere:
+        return section("chunks", title, missing("The runs have none in common: they validated on different frames."))
+    most = max(1, _MOST_SMALL_CHARTS // (len(shown) + 1) // max(len(shown[0][1][key].names) for key in everywhere))
+    parts = [
+        _overlay([(run, found[key], style) for run, found, style in shown], opened=place == 0, total=len(runs))
+        for place, key in enumerate(everywhere[:most])
+    ]
+    steps = ", ".join(f"{run.label} at update {run.evaluations[-1].step:,}" for run, _, _ in shown)
+    said = f"Recorded actions, and what the policy predicted from the chunk's first frame: {steps}."
+    entries = [("recorded", "recorded")]
+    entries += [("predicted" if len(runs) == 1 else run.label, style) for run, _, style in shown]
+    return section("chunks", title, paragraph(said, "note"), legend(entries), *parts)
+
+
+def _key(chunk: Chunk) -> tuple[object, ...]:
+    return chunk.dataset, chunk.episode, chunk.frame, str(chunk.recorded), str(chunk.names)
+
+
+def _overlay(shown: Sequence[tuple[RunRecord, Chunk, str]], *, opened: bool, total: int) -> str:
+    first = shown[0][1]
+    figures = []
+    for dimension, name in enumerate(first.names):
+        lines = [Line("recorded", _dimension(first.recorded, first.valid, dimension), "recorded")]
+        said = []
+        for run, chunk, style in shown:
+            points = _dimension(chunk.predicted, chunk.valid, dimension)
+            lines.append(Line("predicted" if total == 1 else run.label, points, style))
+            gaps = [abs(y - real) for (_, y), (_, real) in zip(points, lines[0].points, strict=True)]
+            numbers = [gap for gap in gaps if not math.isnan(gap)]
+            error = math.fsum(numbers) / len(numbers) if numbers else math.nan
+            said.append(f"mean |error|{'' if total == 1 else f' of {run.label}'} {number(error)}")
+        if any(not math.isnan(y) for line in lines for _, y in line.points):
+            figures.append(figure(name, line_chart(f"{name}: {', '.join(said)}", lines, frame=SMALL)))
+    inside = f'<div class="small-charts">{"".join(figures)}</div>'
+    return details(f"{first.dataset}, episode {first.episode}, frame {first.frame}", inside, opened=opened)
+
+
+def _dimension(rows: Sequence[Sequence[float]], valid: Sequence[bool], dimension: int) -> list[tuple[float, float]]:
+    """The chunk's steps before the episode's end."""
+    return [
+        (float(place), row[dimension])
+        for place, (row, real) in enumerate(zip(rows, valid, strict=True), start=1)
+        if real
+    ]

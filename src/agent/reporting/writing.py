@@ -1,0 +1,55 @@
+"""Writes ``report.html``: on request, and by a run itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from agent.reporting.collect import RunRecord, collect
+from agent.reporting.page import render
+from agent.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+_SHARE = 0.01
+
+
+def write_page(runs: Sequence[RunRecord], out: Path) -> None:
+    """Writes the report of these runs.
+
+    Raises:
+        ValueError: if there is no such place to write to.
+        OSError: if it cannot be written.
+    """
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder; give a file, like {out / 'report.html'}")
+    if not out.parent.is_dir():
+        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it, or give another place")
+    # A broken character in somebody's text must not cost the page.
+    write_atomically(out, render(runs).encode("utf-8", "replace").decode("utf-8"))
+
+
+class RunReport:
+    """The report that a run keeps in its own folder. A failure is logged and stops nothing."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._ended, self._took = time.monotonic(), 0.0
+
+    def refresh(self) -> None:
+        """Writes it again, unless that would take more than a hundredth of the time."""
+        if self._took <= _SHARE * (time.monotonic() - self._ended):
+            self.write()
+
+    def write(self) -> None:
+        """Writes it, if anything was logged yet."""
+        begin = time.monotonic()
+        try:
+            if (self._run_dir / "metrics.jsonl").exists() and (self._run_dir / "metrics.jsonl").stat().st_size:
+                write_page([collect(self._run_dir)], self._run_dir / "report.html")
+        except Exception:  # whatever a file may hold: the training is worth more than its report
+            log.exception("the report could not be written; later: python -m agent.report %s", self._run_dir)
+        self._ended = time.monotonic()
+        self._took = self._ended - begin
