@@ -4,7 +4,9 @@
 
 Real processes in a gloo group hold a synthetic model and its AdamW state, and save and load it as a run does. The disk
 is measured in the same run, alternating: the same bytes in one file by write and fsync, one after the other, from
-memory that is there. Medians; the last line is JSON.
+memory that is there. The stall is what a save adds to the time of the passes of an update, which here are products of
+matrices that take ``--passes`` seconds: the copy is taken beside them, and the optimizer's step, which changes what is
+copied, waits for its end. With ``--passes 0`` it is the copy alone. Medians; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -116,6 +118,30 @@ def settled_plain_write(processes: Processes, folder: Path, size: int) -> float:
     return processes.main_decides(lambda: plain_write(folder, size))
 
 
+class Passes:
+    """In place of an update's forward and backward passes: products of matrices, always the same number of them."""
+
+    def __init__(self, seconds: float, device: torch.device, processes: Processes) -> None:
+        self._matrix = torch.randn(1024, 1024, device=device) / 32
+        self._device, self._count = device, 1
+        self()
+        each = min(timed(self) for _ in range(10))
+        self._count = int(processes.main_decides(lambda: seconds / each))
+
+    def __call__(self) -> None:
+        product = self._matrix
+        for _ in range(self._count):
+            product = product @ self._matrix
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def stalled(save: Callable[[], object], writer: CheckpointWriter, passes: Passes) -> float:
+    """Seconds that a save adds to the passes after it."""
+    alone = timed(passes)
+    return timed(lambda: (save(), passes(), writer.settle())) - alone
+
+
 def work(rank: int, world: int, port: int, options: argparse.Namespace, folder: Path) -> None:
     """One process."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -125,12 +151,14 @@ def work(rank: int, world: int, port: int, options: argparse.Namespace, folder: 
     size = sum(t.nbytes for tensors in state.values() for t in tensors.values())
     writer = CheckpointWriter(CheckpointStore(folder, keep=1), processes)
     allocate_s = timed(lambda: writer.prepare(state, {f"{OPTIMIZER}.safetensors"}))
+    passes = Passes(options.passes, device, processes)
     stalls, backgrounds, plains, checked, unchecked = [], [], [], [], []
     for turn in range(options.runs + 1):
         # What one measurement left to write would be paid by the next; and each goes first in every other turn.
         plain_s = settled_plain_write(processes, folder, size) if turn % 2 else 0.0
         processes.on_main(os.sync)
-        stall_s = max(processes.gather(writer.save(turn, state, {f"{OPTIMIZER}.safetensors"}, lambda _: None)))
+        save = partial(writer.save, turn, state, {f"{OPTIMIZER}.safetensors"}, lambda _: None)
+        stall_s = max(processes.gather(stalled(save, writer, passes)))
         while (outcome := writer.poll()) is None:
             time.sleep(0.02)  # an update
         assert outcome.path is not None, outcome.error
@@ -187,6 +215,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=3.0, help="weights and optimizer state together")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--passes", type=float, default=1.0, help="seconds that the passes of an update take")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk to measure")
     parser.add_argument("--cuda", action="store_true", help="tensors on GPUs")
     options = parser.parse_args()

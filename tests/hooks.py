@@ -111,6 +111,19 @@ def slow_save() -> None:
     checkpoint.seal = slow
 
 
+def slow_copies() -> None:
+    """The threads that copy a checkpoint's tensors begin a while later, when training has long gone on."""
+    from agent.host_snapshot import HostSnapshot
+
+    finish = HostSnapshot.finish
+
+    def slow(self: Any) -> None:
+        time.sleep(0.5)
+        finish(self)
+
+    HostSnapshot.finish = slow  # type: ignore[method-assign]
+
+
 def slow_start() -> None:
     """Building says when it begins and takes a while."""
     from agent import building

@@ -24,6 +24,7 @@ from agent import checkpoint, manifest, tensor_file
 from agent.checkpoint import MANIFEST, PRETRAINED, TRAINING, CheckpointStore, verify
 from agent.checkpoint_writer import CheckpointWriter, Outcome, share
 from agent.distributed import Launch, Processes
+from agent.host_snapshot import HostSnapshot
 
 HERE = Path(__file__).parent
 
@@ -72,12 +73,13 @@ def test_the_outcome_comes_at_a_boundary_without_waiting(tmp_path, alone):
 
 def test_what_changes_after_the_save_is_not_written(tmp_path, alone, monkeypatch):
     _, writer = writer_for(tmp_path, alone)
-    write = tensor_file.write
-    monkeypatch.setattr(tensor_file, "write", lambda *args: (time.sleep(0.2), write(*args))[1])
+    finish = HostSnapshot.finish  # what the thread begins with: the copy; here nothing is copied before `settle`
+    monkeypatch.setattr(HostSnapshot, "finish", lambda self: (time.sleep(0.2), finish(self))[1])
     for step in (5, 10, 15):
         files = ranks.tensors(step, 10_000)
         expected = {path: {name: t.clone() for name, t in tensors.items()} for path, tensors in files.items()}
         stall = writer.save(step, files, {f"{OPTIMIZER}.safetensors"}, ranks.small(step))
+        writer.settle()
         for tensors in files.values():
             for tensor in tensors.values():
                 tensor.fill_(-1)

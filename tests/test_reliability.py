@@ -19,6 +19,8 @@ from launching import Workplace
 from make_dataset import write_dataset
 from test_training import what_was_computed
 
+from agent.manifest import files_of
+
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
 
 
@@ -247,6 +249,20 @@ def test_checkpoints_by_the_clock_and_retention(place: Workplace, server: ForkSe
     folders = sorted(place.checkpoint("clock").parent.glob("step_*"))
     assert [(folder / "training_state").exists() for folder in folders] == [False, False, True]
     assert all((folder / "pretrained_model" / "model.safetensors").exists() for folder in folders)
+
+
+def test_a_checkpoint_holds_the_state_of_its_update_however_late_it_is_copied(
+    place: Workplace, server: ForkServer
+) -> None:
+    few = ("--n_updates", "6", "--save_model_freq", "2", "--eval_freq", "0", "--keep_checkpoints", "3")
+    for name, hook in (("in time", None), ("late", ("hooks", "slow_copies"))):
+        output = server.start(place, name, *few, ranks=2, hook=hook).wait()
+        assert place.status(name)["state"] == "finished", output
+    for step in (2, 4, 6):
+        in_time, late = (place.folder / "runs" / name / f"checkpoints/step_{step:08d}" for name in ("in time", "late"))
+        tensors = {path: known for path, known in files_of(in_time).items() if path.endswith(".safetensors")}
+        assert len(tensors) >= 2
+        assert {path: files_of(late)[path] for path in tensors} == tensors
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_random_sets_of_tensors(tmp_path):
         for index in range(number(8)):
             shape = [number(6) for _ in range(number(4))]
             tensors[f"{number(100)}.{index}"] = torch.randint(0, 2, shape, generator=generator).to(TYPES[number(16)])
-        copies = HostSnapshot().take({"file": tensors})["file"]
+        copies = taken(HostSnapshot(), {"file": tensors})["file"]
         tensor_file.write(tmp_path / "ours", copies)
         save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
         assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
@@ -223,20 +223,27 @@ def test_numbers_are_rounded_on_their_way(tmp_path):
 # ── the snapshot ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def taken(snapshot, files):
+    copies = snapshot.begin(files)
+    snapshot.settle()
+    snapshot.finish()
+    return copies
+
+
 def test_a_snapshot_holds_what_was_and_its_memory_is_reused():
     snapshot = HostSnapshot(threads=3)
     tensors = every_type() | {"transposed": torch.randn(40, 30).t(), "huge": torch.randn(5000, 4000)}
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    copies = snapshot.take({"file": tensors})["file"]
+    copies = taken(snapshot, {"file": tensors})["file"]
     for tensor in tensors.values():
         tensor.zero_()
     assert same({name: copies[name] for name in expected}, expected)
     where = {name: tensor.data_ptr() for name, tensor in copies.items()}
-    again = snapshot.take({"file": dict(reversed(tensors.items()))})["file"]
+    again = taken(snapshot, {"file": dict(reversed(tensors.items()))})["file"]
     assert {name: tensor.data_ptr() for name, tensor in again.items()} == where
     assert not any(tensor.any() for tensor in again.values())
     # Other tensors need another layout.
-    other = snapshot.take({"file": {"huge": torch.ones(3)}})["file"]
+    other = taken(snapshot, {"file": {"huge": torch.ones(3)}})["file"]
     assert same(other, {"huge": torch.ones(3)})
 
 
@@ -245,7 +252,7 @@ def test_shared_memory_is_copied_once_and_an_expanded_number_is_one_number():
     zeros = torch.zeros((), dtype=torch.bfloat16).expand(100_000, 1000)
     files = {"a": {"x": tensor, "tied": tensor, "other shape": tensor.view(10, 1000)}, "b": {"x": tensor, "z": zeros}}
     snapshot = HostSnapshot()
-    copies = snapshot.take(files)
+    copies = taken(snapshot, files)
     assert snapshot._block is not None and snapshot._block.nbytes < 3 * tensor.nbytes
     assert copies["a"]["x"].data_ptr() == copies["a"]["tied"].data_ptr() == copies["b"]["x"].data_ptr()
     assert all(same(copies[path], tensors) for path, tensors in files.items())
@@ -257,7 +264,7 @@ def test_a_snapshot_of_a_gpu_is_pinned_and_right(tmp_path):
     expected = {name: tensor.cpu() for name, tensor in tensors.items()}
     snapshot = HostSnapshot()
     for _ in range(2):
-        copies = snapshot.take({"file": tensors})["file"]
+        copies = taken(snapshot, {"file": tensors})["file"]
         for tensor in tensors.values():
             if tensor.is_cuda:
                 tensor.zero_()

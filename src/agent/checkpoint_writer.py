@@ -1,6 +1,7 @@
-"""Checkpoints in the background: training waits for a copy in memory, threads bring it to the disk.
+"""Checkpoints in the background: threads copy the tensors to memory and bring the copy to the disk.
 
-A save has two parts. In the first a thread of every process writes that process's share and syncs it. When all have
+A save has two parts. In the first a thread of every process copies that process's share, which must be done before the
+next step of the optimizer, writes it and syncs it. When all have
 ended, which the processes find out together at an update boundary, rank 0 seals the checkpoint in a thread of its own:
 manifest, rename, ``last``, pruning. At the boundary after that all of them learn the outcome. Threads touch files
 only: whatever the processes tell each other is told in the main thread, so a process that dies is noticed there, as in
@@ -76,8 +77,8 @@ class CheckpointWriter:
 
         Args:
             step: optimizer updates done.
-            tensor_files: path in the checkpoint → tensors, the same on every process. They may be changed as soon as
-                this returns.
+            tensor_files: path in the checkpoint → tensors, the same on every process. They must not change before
+                :meth:`settle`.
             shardable: those of the files that may be split over the processes.
             write_small: called on rank 0, in the background, with the checkpoint's folder, for everything that is not
                 tensors. It must hold values, not objects that training changes.
@@ -99,12 +100,16 @@ class CheckpointWriter:
         if folder is None:
             self._ended.append(Outcome(step, None, problem, 0.0, 0))
         else:
-            copies = self._snapshot.take(shares[self._processes.rank], shares)
+            copies = self._snapshot.begin(shares[self._processes.rank], shares)
             small = write_small if self._processes.is_main else None
             cancel = threading.Event()
-            job = _Job(partial(_write_share, folder, copies, small, cancel, stored))
+            job = _Job(partial(self._write_share, folder, copies, small, cancel, stored))
             self._flight = _Flight(step, time.perf_counter(), cancel, job)
         return time.perf_counter() - begin
+
+    def settle(self) -> None:
+        """Call it before the tensors of the last save change; no collective, and free when nothing was saved."""
+        self._snapshot.settle()
 
     def poll(self) -> Outcome | None:
         """At every update boundary: how a save ended, once. Cheap while one is in flight, free when none is."""
@@ -164,6 +169,22 @@ class CheckpointWriter:
         if self._processes.is_main:
             flight.job = _Job(partial(self._seal, flight.step, reports))
 
+    def _write_share(
+        self,
+        folder: Path,
+        copies: TensorFiles,
+        write_small: Callable[[Path], None] | None,
+        cancel: threading.Event,
+        stored: Mapping[str, torch.dtype],
+    ) -> dict[str, tensor_file.Written]:
+        self._snapshot.finish()
+        if write_small is not None:
+            write_small(folder)
+        return {
+            name: tensor_file.write(folder / name, tensors, cancel, stored.get(name))
+            for name, tensors in copies.items()
+        }
+
     def _seal(self, step: int, reports: list[tuple[str | None, bool, Any]]) -> tuple[Path, int]:
         errors = [
             f"rank {rank}: {error}" for rank, (error, cancelled, _) in enumerate(reports) if error and not cancelled
@@ -217,20 +238,6 @@ class _Job(threading.Thread):
             if not isinstance(error, (OSError, _GivenUp)):
                 log.exception("writing a checkpoint failed in a way that is not the disk's")
         self.ended_at = time.perf_counter()
-
-
-def _write_share(
-    folder: Path,
-    files: TensorFiles,
-    write_small: Callable[[Path], None] | None,
-    cancel: threading.Event,
-    stored: Mapping[str, torch.dtype],
-) -> dict[str, tensor_file.Written]:
-    if write_small is not None:
-        write_small(folder)
-    return {
-        name: tensor_file.write(folder / name, tensors, cancel, stored.get(name)) for name, tensors in files.items()
-    }
 
 
 def _describe(error: Exception) -> str:

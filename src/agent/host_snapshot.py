@@ -1,11 +1,12 @@
-"""A copy of tensors in host memory, taken while training waits, written while it goes on."""
+"""A copy of tensors in host memory, taken between two updates and written while training goes on."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ class _Place(NamedTuple):
 class HostSnapshot:
     """One block of host memory that is allocated once and filled again at every save.
 
+    The forward and backward passes of the next update change no weight and no state of the optimizer, so they need not
+    wait for the copy: :meth:`begin` starts it, and :meth:`settle` comes right before the optimizer's step. On a GPU the
+    copy runs on a stream of its own, and not even the step's launch waits.
+
     Each file's tensors lie in it one after the other as they do in the file, so that writing is a few large system
     calls. Memory that two tensors share is copied once. Where the tensors are on a GPU the block is pinned, which lets
     the copy run at the speed of the bus.
@@ -48,6 +53,10 @@ class HostSnapshot:
         self._block: Tensor | None = None
         self._pinned = False
         self._device = torch.device("cpu")
+        self._stream: Any = None
+        self._event: Any = None
+        self._work = _Work([])
+        self._sources: TensorFiles = {}
         self._layout: dict[str, list[_Place]] | None = None
         self._copies: TensorFiles = {}
 
@@ -59,7 +68,7 @@ class HostSnapshot:
         self.release()
         pin = any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values())
         self._block = torch.empty(size, dtype=torch.uint8)
-        self._run([(piece, None) for piece in self._block.split(_PIECE)])
+        self._touch(self._block)
         if pin and size:
             self._device = next(t.device for tensors in files.values() for t in tensors.values() if t.is_cuda)
             with torch.cuda.device(self._device):  # per thread, and this one may be new
@@ -67,39 +76,67 @@ class HostSnapshot:
         self._layout = layout
         self._copies = {path: {place.name: self._view(place) for place in places} for path, places in layout.items()}
 
-    def take(self, files: TensorFiles, everyones: Sequence[TensorFiles] = ()) -> TensorFiles:
-        """Copies the tensors; the copies are valid until the next call. A collective if some are sharded.
+    def begin(self, files: TensorFiles, everyones: Sequence[TensorFiles] = ()) -> TensorFiles:
+        """Starts to copy the tensors. A collective if some are sharded.
 
         Args:
-            files: the tensors, which may be changed as soon as this returns.
+            files: the tensors, which must not change before :meth:`settle`.
             everyones: what each process copies, for those that are gathered for it; not needed where none is sharded.
+
+        Returns:
+            The copies, which may be read after :meth:`finish` and until the next call.
         """
         self.prepare(files)
         seen: set[int] = set()
-        pieces: list[tuple[Tensor, Tensor | None]] = []
-        device = None
-        with torch.no_grad():
-            for path, copies in self._copies.items():
-                for name, copy in copies.items():
-                    tensor = files[path][name]
-                    if tensor.numel() == 0 or copy.data_ptr() in seen or sharding.is_sharded(tensor):
-                        continue
-                    seen.add(copy.data_ptr())
-                    if tensor_file.is_one_number(tensor):
-                        tensor, copy = _one(tensor), _one(copy)
-                    if tensor.is_cuda:
-                        copy.copy_(tensor, non_blocking=True)
-                        device = tensor.device
-                    elif tensor.is_contiguous():
-                        size = _PIECE // tensor.element_size()
-                        pieces += zip(copy.view(-1).split(size), tensor.view(-1).split(size), strict=True)
-                    else:
-                        pieces.append((copy, tensor))
-            self._run(pieces)
-            device = self._gather(files, everyones) or device
-            if device is not None:
-                torch.cuda.current_stream(device).synchronize()
+        pieces: list[tuple[Tensor, Tensor]] = []
+        on_device: list[tuple[Tensor, Tensor]] = []
+        for path, copies in self._copies.items():
+            for name, copy in copies.items():
+                tensor = files[path][name]
+                if tensor.numel() == 0 or copy.data_ptr() in seen or sharding.is_sharded(tensor):
+                    continue
+                seen.add(copy.data_ptr())
+                if tensor_file.is_one_number(tensor):
+                    tensor, copy = _one(tensor), _one(copy)
+                if tensor.is_cuda:
+                    on_device.append((copy, tensor))
+                elif tensor.is_contiguous():
+                    size = _PIECE // tensor.element_size()
+                    pieces += zip(copy.view(-1).split(size), tensor.view(-1).split(size), strict=True)
+                else:
+                    pieces.append((copy, tensor))
+        self._work = _Work(pieces)
+        if on_device:
+            self._sources = files  # memory that is given back would be used again while it is read
+            self._copy_on_a_stream(on_device)
+            self._work.help()  # the optimizer's counters
+        device = self._gather(files, everyones)
+        if device is not None:
+            torch.cuda.current_stream(device).synchronize()
         return self._copies
+
+    def settle(self) -> None:
+        """Call it before the tensors change: waits for the copy on a CPU, on a GPU makes the present stream wait."""
+        self._work.help()
+        if self._event is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
+
+    def finish(self) -> None:
+        """Returns when the copies can be read. Any thread may call it, and does a part of the work."""
+        self._work.help()
+        if self._event is not None:
+            self._event.synchronize()
+        self._sources = {}
+
+    def _copy_on_a_stream(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        device = pairs[0][1].device
+        if self._stream is None:
+            self._stream, self._event = torch.cuda.Stream(device), torch.cuda.Event()
+        self._stream.wait_stream(torch.cuda.current_stream(device))  # the last update is still being computed
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            for copy, tensor in pairs:
+                copy.copy_(tensor, non_blocking=True)
+        self._event.record(self._stream)
 
     def _gather(self, mine: TensorFiles, everyones: Sequence[TensorFiles]) -> torch.device | None:
         """Gathers one sharded tensor after the other, for the process that copies it; the GPU that is still at it."""
@@ -146,27 +183,37 @@ class HostSnapshot:
         flat = self._block[place.begin : place.end].view(place.dtype)
         return flat.expand(place.shape) if place.one_number else flat.view(place.shape)
 
-    def _run(self, pieces: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Copies each pair, or fills with zeros where there is no source; by all threads, the largest first."""
-        pieces.sort(key=lambda pair: -pair[0].nbytes)
-        queue: Iterator[tuple[Tensor, Tensor | None]] = iter(pieces)
+    def _touch(self, block: Tensor) -> None:
+        """Fills the memory with zeros, by all threads, so that the first copy finds it there."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            for _ in pool.map(Tensor.zero_, block.split(_PIECE)):
+                pass
 
-        def work() -> None:
-            with torch.no_grad():
-                for target, source in queue:  # a list's iterator hands each item to one thread only
-                    if source is None:
-                        target.zero_()
-                    else:
-                        target.copy_(source)
 
-        if self._threads == 1 or sum(target.nbytes for target, _ in pieces) < _PIECE:
-            work()
-            return
-        with ThreadPoolExecutor(self._threads - 1) as pool:
-            others = [pool.submit(work) for _ in range(self._threads - 1)]
-            work()
-            for other in others:
-                other.result()
+class _Work:
+    """Pairs of a target and a source, copied by all threads that :meth:`help`."""
+
+    def __init__(self, pieces: list[tuple[Tensor, Tensor]]) -> None:
+        self._left = len(pieces)
+        self._queue = iter(sorted(pieces, key=lambda pair: -pair[0].nbytes))
+        self._changed = threading.Condition()
+        self._error: BaseException | None = None
+
+    def help(self) -> None:
+        """Copies what no other thread has begun, then waits for the others; raises what any of them met."""
+        with torch.no_grad():
+            for target, source in self._queue:  # a list's iterator hands each item to one thread only
+                try:
+                    target.copy_(source)
+                except BaseException as error:
+                    self._error = error
+                with self._changed:
+                    self._left -= 1
+                    self._changed.notify_all()
+        with self._changed:
+            self._changed.wait_for(lambda: self._left == 0)
+        if self._error is not None:
+            raise self._error
 
 
 def _plan(files: TensorFiles) -> tuple[dict[str, list[_Place]], int]:

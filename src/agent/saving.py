@@ -50,6 +50,14 @@ class Saver:
         self._last_step = run.state.step
         self._last_save = time.monotonic()
         self._preparing: threading.Thread | None = None
+        # The passes of an update go on while the last state is copied; what changes it has to wait.
+        self._hook = run.optimizer.register_step_pre_hook(lambda *_: self.settle())
+
+    def settle(self) -> None:
+        """Called before every step of the optimizer: waits for the copy that a save began."""
+        begin = time.perf_counter()
+        self._writer.settle()
+        self.stall_s += time.perf_counter() - begin
 
     def interval_over(self) -> bool:
         """Whether ``checkpoint_interval_minutes`` have passed since the last save, by this process's clock."""
@@ -69,6 +77,8 @@ class Saver:
 
     def save(self) -> None:
         """Begins a checkpoint of the present update, unless there is one; returns when training may go on.
+
+        Weights and optimizer must stay as they are until the optimizer's next step, which waits for their copy.
 
         Raises:
             RuntimeError: if the processes' weights differ, or an earlier save was the third in a row to fail.
@@ -113,6 +123,7 @@ class Saver:
 
     def close(self) -> None:
         """Gives up what is under way; for an end that no checkpoint can be waited for."""
+        self._hook.remove()
         if self._preparing is not None:
             self._preparing.join(timeout=10)
         self._writer.close()
