@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,21 +14,17 @@ from agent.data.files import spelled
 from agent.data.frame_store import PREPARE, WantedStore
 from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
-from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
 from agent.data.reader import Draw, SampleReader
 from agent.data.robot import Robot
+from agent.data.robot_statistics import (
+    GivenStatistics,
+    RelativeActions,
+    assign_robots,
+    finite_columns,
+    make_robots,
+)
 from agent.data.source import DatasetConfig, Source, open_source
-from agent.data.statistics_cache import cached_statistics
 from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
-
-
-class GivenStatistics(NamedTuple):
-    """Statistics that are not of the training data."""
-
-    source: str
-    """Where they are from, for people."""
-    values: Mapping[str, Mapping[str, np.ndarray]]
-    """``state`` and ``action`` → statistic → values."""
 
 
 @dataclass
@@ -46,7 +40,7 @@ class Data:
     validation: SampleReader | None
     """Of the validation samples, or None when nothing is held out."""
     robots: list[Robot]
-    """How states and actions are normalised. The first is what a checkpoint's processors are made for."""
+    """How states and actions are normalised. The first is the one that a checkpoint's processors are made for."""
     fingerprint: str
     """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
     report: list[str]
@@ -64,6 +58,7 @@ def build_data(
     tokenizer_path: str,
     task_paraphrase: str | None = None,
     given: GivenStatistics | None = None,
+    relative: RelativeActions | None = None,
 ) -> Data:
     """Opens and verifies all data of a run.
 
@@ -77,6 +72,7 @@ def build_data(
         tokenizer_path: folder or hub id.
         task_paraphrase: a JSON of instruction → paraphrases, for training samples.
         given: statistics to normalise with, instead of those of the training frames.
+        relative: that actions are learnt relative to the state; None for absolute ones.
 
     Raises:
         ValueError: on anything wrong with the data or its config, before a sample is read.
@@ -88,16 +84,22 @@ def build_data(
     if config.train.num_workers:
         start_fork_server()
     training, validation, report = _open_sources(config, spec)
-    spec, notes = check_features([*training, *validation], spec)
+    names, deployed = assign_robots(training, validation, config.train)
+    spec, notes = check_features([*training, *validation], spec, names, deployed)
     report += notes + _stores([*training, *validation], _wanted(config, spec))
-    mixture = Mixture([len(s) for s in training], [s.config.weight for s in training], seed)
+    mixture = Mixture([len(s) for s in training], config.train.weights(), seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
     digest = xxhash.xxh3_128()
-    statistics, mean_action, notes = _statistics(training, mixture.shares, normalization_mapping, given, digest)
+    robots, notes = make_robots(
+        training, names[: len(training)], mixture.shares, normalization_mapping, given, relative, digest
+    )
     report += notes
+    if len(robots) > 1:
+        report.append(f"each robot is normalised by its own statistics: {', '.join(robots)}; processors for {deployed}")
+    each = [robots[name] for name in names]
     for source in validation:
         for name in ("state", "action"):
-            _finite_columns(source, name)
+            finite_columns(source, name)
     tasks = sorted({task for source in [*training, *validation] for task in source.tasks()})
     paraphrases: dict[str, list[str]] = {}
     if task_paraphrase is not None:
@@ -118,61 +120,17 @@ def build_data(
             digest.update(str(source.store.encoding).encode())
     for text in sorted(set(texts)):
         digest.update(tokens(text))
-    state, action = (
-        Normalizer(normalization_mapping.get(name.upper(), "IDENTITY"), statistics[name])
-        for name in ("state", "action")
-    )
-    robot = Robot(training[0].config.repo_id, state, action, mean_action)
     return Data(
         spec=spec,
-        reader=SampleReader(training, [robot] * len(training), tokens, spec, draw, seed, paraphrases),
+        reader=SampleReader(training, each[: len(training)], tokens, spec, draw, seed, paraphrases),
         mixture=mixture,
-        validation=SampleReader(validation, [robot] * len(validation), tokens, spec, validation_draw, seed)
+        validation=SampleReader(validation, each[len(training) :], tokens, spec, validation_draw, seed)
         if validation
         else None,
-        robots=[robot],
+        robots=[robots.pop(deployed), *robots.values()],
         fingerprint=digest.hexdigest(),
         report=report,
     )
-
-
-def _statistics(
-    training: Sequence[Source],
-    shares: Sequence[float],
-    normalization_mapping: Mapping[str, str],
-    given: GivenStatistics | None,
-    digest: xxhash.xxh3_128,
-) -> tuple[dict[str, FeatureStatistics], np.ndarray, list[str]]:
-    """Statistics of state and action to normalise with, the mean action of the data, and lines for the log.
-
-    What is trained on goes into the digest.
-    """
-    statistics, mean_action, report = {}, np.zeros(0), []
-    for name in ("state", "action"):
-        columns = [_finite_columns(source, name) for source in training]
-        for block in chain.from_iterable(columns):
-            digest.update(np.ascontiguousarray(block))
-        statistics[name] = cached_statistics(columns, shares, training[0].metadata.root)
-        if name == "action":
-            mean_action = statistics[name].mean
-        if given is not None:
-            statistics[name] = _taken(given, name, normalization_mapping, dims=columns[0][0].shape[1])
-            for statistic in statistics[name].to_dict().values():
-                digest.update(np.ascontiguousarray(statistic))
-            report.append(f"{name} statistics are those of {given.source}")
-        elif statistics[name].clamped:
-            report.append(f"{name} dimensions {list(statistics[name].clamped)} hardly vary: statistics clamped")
-    return statistics, mean_action, report
-
-
-def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
-    try:
-        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
-    except ValueError as error:
-        raise ValueError(
-            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
-            "load_from_checkpoint"
-        ) from None
 
 
 def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], list[Source], list[str]]:
@@ -247,19 +205,3 @@ def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[
                     "validation will look better than it is"
                 )
     return lines
-
-
-def _finite_columns(source: Source, name: str) -> list[np.ndarray]:
-    """The state or action column of a source in pieces, refused if a value is not finite."""
-    key = source.config.state if name == "state" else source.config.action
-    blocks, before = source.blocks(key), 0
-    for block in blocks:
-        if (bad := first_non_finite(block)) is not None:
-            row, dim = bad
-            episode, frame = source.frame(before + row)
-            raise ValueError(
-                f"{source}: {key} is {block[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
-                "the data set, or leave this episode out with `episodes`"
-            )
-        before += len(block)
-    return blocks

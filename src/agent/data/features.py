@@ -13,14 +13,19 @@ from agent.data.transforms import SampleSpec
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no data set ever fills
 
 
-def check_features(sources: Sequence[Source], spec: SampleSpec) -> tuple[SampleSpec, list[str]]:
+def check_features(
+    sources: Sequence[Source], spec: SampleSpec, robots: Sequence[str] = (), deployed: str = ""
+) -> tuple[SampleSpec, list[str]]:
     """Compares cameras, state and action with the model, and sets each source's ``cameras``.
 
-    A model without camera features takes them, with the state and action dimensions, from the first data set.
+    A model without camera features takes them, with the state and action dimensions, from the first data set of the
+    robot that it is for. Another robot's dimensions are those of its own first data set.
 
     Args:
         sources: all data sets, of training and validation.
         spec: what the model expects.
+        robots: the robot of each data set, see ``assign_robots``; one for all when not given.
+        deployed: the robot that the model's features are of.
 
     Returns:
         The spec, completed, and lines for the log.
@@ -28,16 +33,21 @@ def check_features(sources: Sequence[Source], spec: SampleSpec) -> tuple[SampleS
     Raises:
         ValueError: a table of what the model expects and what the data set has, all mismatches at once.
     """
-    notes = []
+    notes, robots = [], robots or [deployed] * len(sources)
     if not spec.camera_slots or spec.state_dim is None or spec.action_dim is None:
-        spec = _inferred(sources[0], spec)
+        first = sources[robots.index(deployed)]
+        spec = _inferred(first, spec)
         notes.append(
-            f"the model's features are those of {sources[0]}: cameras {', '.join(spec.camera_slots)}, "
+            f"the model's features are those of {first}: cameras {', '.join(spec.camera_slots)}, "
             f"state {spec.state_dim}, action {spec.action_dim}"
         )
     tables = []
-    for source in sources:
-        mismatches = _camera_mismatches(source, spec) + _vector_mismatches(source, spec)
+    for source, robot in zip(sources, robots, strict=True):
+        first = sources[robots.index(robot)]
+        sizes = (spec.state_dim, spec.action_dim)
+        if robot != deployed:
+            sizes = (_size(first, first.config.state), _size(first, first.config.action))
+        mismatches = _camera_mismatches(source, spec) + _vector_mismatches(source, spec, sizes)
         if mismatches:
             tables.append(_table(source, mismatches))
             continue
@@ -94,15 +104,16 @@ def _camera_mismatches(source: Source, spec: SampleSpec) -> list[tuple[str, str]
     return rows
 
 
-def _vector_mismatches(source: Source, spec: SampleSpec) -> list[tuple[str, str]]:
+def _vector_mismatches(source: Source, spec: SampleSpec, sizes: tuple[int | None, int | None]) -> list[tuple[str, str]]:
     rows = []
     for name, key, size, most in (
-        ("state", source.config.state, spec.state_dim, spec.max_state_dim),
-        ("action", source.config.action, spec.action_dim, spec.max_action_dim),
+        ("state", source.config.state, sizes[0], spec.max_state_dim),
+        ("action", source.config.action, sizes[1], spec.max_action_dim),
     ):
         found = _size(source, key)
         if found is None:
-            rows.append((f"{name}: {size}", f"no {key}, it has {', '.join(_vectors(source))}"))
+            expected = name if size is None else f"{name}: {size}"
+            rows.append((expected, f"no {key}, it has {', '.join(_vectors(source))}"))
         elif found != size:
             rows.append((f"{name}: {size}", f"{key}: {found}"))
         elif found > most:
@@ -119,4 +130,9 @@ def _table(source: Source, rows: list[tuple[str, str]]) -> str:
         "  cameras: {<camera of the model>: <key in the data set>}\n"
         "name other columns with `state:` and `action:`, or change input_features and output_features of model_cfg."
     )
+    if any(left.startswith(("state: ", "action: ")) and ": " in right for left, right in rows):
+        advice += (
+            "\nA data set of another robot, with dimensions of its own, is trained on beside the others with\n"
+            "data.train.normalization: per_dataset."
+        )
     return "\n".join([f"{source} does not match the model:", *lines, advice])

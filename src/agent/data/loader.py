@@ -22,6 +22,16 @@ class TrainDataConfig:
 
     datasets: list[DatasetConfig] = field(default_factory=list)
     """The data sets to train on."""
+    balance: Literal["frames", "equal", "given"] | None = None
+    """Which share of the samples a data set gives: `frames`, that of its frames, each of which then comes once an epoch;
+    `equal`, the same for all; `given`, its `weight`. When not given, `given` if there are weights and else `frames`."""
+    normalization: Literal["merged", "per_dataset"] | None = None
+    """Statistics of states and actions: `merged`, one set over all data sets; `per_dataset`, one for each, or for all of
+    one `robot`, which may then have dimensions of its own. When not given, `merged` unless the robots differ, which is
+    refused."""
+    deploy: str | None = None
+    """Under `per_dataset`: the data set or `robot` that a checkpoint's own processors are made for; the first one when
+    not given. `agent.export --statistics` takes another later."""
     num_workers: int = 4
     """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
     prefetch_factor: int = 2
@@ -37,6 +47,12 @@ class TrainDataConfig:
     """How far a video frame's time stamp may be from the one asked for, in seconds."""
 
     def __post_init__(self) -> None:
+        self.weights()
+        if self.deploy is not None and self.normalization != "per_dataset":
+            raise ValueError(
+                f"data.train.deploy is {self.deploy}, but there is one set of statistics: leave it out, or write "
+                "data.train.normalization: per_dataset"
+            )
         if not 1 <= self.frame_quality <= 100:
             raise ValueError(f"data.train.frame_quality must be 1 to 100, got {self.frame_quality}")
         if self.num_workers < 0 or self.prefetch_factor < 1 or self.tolerance_s <= 0:
@@ -44,6 +60,27 @@ class TrainDataConfig:
                 f"data.train: num_workers must be at least 0 (is {self.num_workers}), prefetch_factor at least 1 "
                 f"(is {self.prefetch_factor}), tolerance_s above 0 (is {self.tolerance_s})"
             )
+
+    def weights(self) -> list[float | None] | None:
+        """The share of each data set's samples, relative to the others; None for one pool of all frames.
+
+        Raises:
+            ValueError: if `balance` and the weights contradict each other.
+        """
+        weights = [dataset.weight for dataset in self.datasets]
+        weighted = [dataset.repo_id for dataset in self.datasets if dataset.weight is not None]
+        if self.balance in ("frames", "equal") and weighted:
+            raise ValueError(
+                f"data.train.balance is {self.balance}, but {', '.join(weighted)} has a weight: leave `weight` out, or "
+                "write data.train.balance: given"
+            )
+        if self.balance == "given" and len(weighted) < len(weights):
+            without = ", ".join(dataset.repo_id for dataset in self.datasets if dataset.weight is None)
+            raise ValueError(
+                f"data.train.balance is given, but {without} has no weight: write `weight: NUMBER` in its entry, or "
+                "data.train.balance: equal or frames"
+            )
+        return [1.0] * len(weights) if self.balance == "equal" else weights
 
 
 @dataclass
@@ -68,6 +105,13 @@ class DataConfig:
     statistics: Literal["dataset", "checkpoint"] = "dataset"
     """What states and actions are normalised with: statistics of the training data, or those that the weights of
     `load_from_checkpoint` were trained with, for a robot that they know."""
+
+    def __post_init__(self) -> None:
+        if self.statistics == "checkpoint" and self.train.normalization == "per_dataset":
+            raise ValueError(
+                "data.statistics: checkpoint is one set of statistics, and data.train.normalization: per_dataset wants "
+                "one for each data set: write data.statistics: dataset, or data.train.normalization: merged"
+            )
 
 
 @dataclass

@@ -10,6 +10,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 from agent.reproducibility import key_of
 
@@ -19,8 +22,8 @@ _RATIO_BITS = 32
 _BLOCK = 4096
 
 
-def _hash(value: int) -> int:
-    """64 bits to 64 bits, every input bit moving every output bit (splitmix64's finaliser)."""
+def _hash(value: Any) -> Any:
+    """64 bits to 64 bits, every input bit moving every output bit (splitmix64's finaliser); an int, or an array."""
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK_64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK_64
     return value ^ (value >> 31)
@@ -44,17 +47,36 @@ def permute(index: int, length: int, key: int) -> int:
     """
     if not 0 <= index < length:
         raise IndexError(f"{index} is not in range({length})")
-    half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
-    half_mask = (1 << half_bits) - 1
-    round_keys = _round_keys(key & _MASK_64)
     value = index
     while True:
-        left, right = value >> half_bits, value & half_mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_hash(right ^ round_key) & half_mask)
-        value = left << half_bits | right
+        value = _scramble(value, length, key)
         if value < length:
             return value
+
+
+def _permute_all(indices: np.ndarray, length: int, key: int) -> np.ndarray:
+    """``permute`` of each of (n,) uint64."""
+    values = _scramble(indices, length, key)
+    outside = np.flatnonzero(values >= length)
+    while len(outside) > 32:
+        values[outside] = again = _scramble(values[outside], length, key)
+        outside = outside[again >= length]
+    for place in outside:  # one by one is faster for the last few
+        value = int(values[place])
+        while value >= length:
+            value = _scramble(value, length, key)
+        values[place] = value
+    return values
+
+
+def _scramble(value: Any, length: int, key: int) -> Any:
+    """The bijection of the power-of-four domain; an int, or a uint64 array."""
+    half_bits = max(1, ((length - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    left, right = value >> half_bits, value & half_mask
+    for round_key in _round_keys(key & _MASK_64):
+        left, right = right, left ^ (_hash(right ^ round_key) & half_mask)
+    return left << half_bits | right
 
 
 class Mixture:
@@ -104,6 +126,21 @@ class Mixture:
         key = key_of(self.seed, f"dataset/{dataset}/pass/{number}")
         return dataset, permute(index, self.lengths[dataset], key)
 
+    def counts(self, start: int, stop: int) -> list[int]:
+        """How many of the samples ``start`` to ``stop - 1`` each data set gives; looks at these alone."""
+        found, ends = np.zeros(len(self.lengths), dtype=np.int64), np.asarray(self._ends, dtype=np.uint64)
+        size = self.frames if self._tree is None else _BLOCK
+        for number in range(start // size, -(-stop // size)):
+            begin = number * size
+            places = np.arange(max(start - begin, 0), min(stop - begin, size), dtype=np.uint64)
+            if self._tree is None:
+                pooled = _permute_all(places, size, key_of(self.seed, f"pass/{number}"))
+                found += np.bincount(np.searchsorted(ends, pooled, side="right"), minlength=len(found))
+            else:
+                places = _permute_all(places, size, key_of(self.seed, f"block/{number}"))
+                _count(self._tree, places + np.uint64(begin), found)
+        return found.tolist()
+
     def epoch_of(self, k: int) -> float:
         """How many times ``k`` samples fill the frames of all data sets together."""
         return k / self.frames
@@ -148,3 +185,22 @@ def _descend(tree: _Tree, index: int) -> tuple[int, int]:
         else:
             tree, index = right, index - before
     return tree, index
+
+
+def _count(tree: _Tree, indices: np.ndarray, found: np.ndarray) -> None:
+    """Adds to ``found`` how many samples fall to each data set; ``indices`` is (n,) uint64. See ``_descend``."""
+    if isinstance(tree, int):
+        found[tree] += len(indices)
+        return
+    ratio, left, right = tree
+    before, after = (_quota(numbers, ratio) for numbers in (indices, indices + np.uint64(1)))
+    goes_left = after > before
+    _count(left, before[goes_left], found)
+    _count(right, (indices - before)[~goes_left], found)
+
+
+def _quota(indices: np.ndarray, ratio: int) -> np.ndarray:
+    """``indices * ratio >> 32`` where the product has more than 64 bits."""
+    bits = np.uint64(_RATIO_BITS)
+    high, low = indices >> bits, indices & np.uint64((1 << _RATIO_BITS) - 1)
+    return high * np.uint64(ratio) + (low * np.uint64(ratio) >> bits)

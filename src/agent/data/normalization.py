@@ -127,7 +127,7 @@ def merge_statistics(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[f
     pieces = [block for blocks in columns for block in blocks]
     dims = pieces[0].shape[1]
     each = [_of_dimension(np.concatenate([piece[:, dim] for piece in pieces]), weights) for dim in range(dims)]
-    return _made_safe({name: np.asarray([values[name] for values in each]) for name in STATISTIC_NAMES})
+    return made_safe({name: np.asarray([values[name] for values in each]) for name in STATISTIC_NAMES})
 
 
 def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, float]:
@@ -142,7 +142,7 @@ def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, f
     return dict(zip(STATISTIC_NAMES, (mean, deviation, low, high, *quantiles), strict=True))
 
 
-def _made_safe(raw: dict[str, np.ndarray]) -> FeatureStatistics:
+def made_safe(raw: dict[str, np.ndarray]) -> FeatureStatistics:
     """Replaces what would blow up a near-constant dimension.
 
     Narrow means below 1e-4 × max(1, |mean|). A narrow std becomes 1. A narrow min..max becomes mean ± 1. A
@@ -201,7 +201,7 @@ class Normalizer:
 
     def _bounds(self, values: Values) -> tuple[Values, Values]:
         low, high = (self._like(values, name) for name in _BOUNDS[self.mode])
-        return low, high - low  # never zero: _made_safe widened it
+        return low, high - low  # never zero: made_safe widened it
 
     def _like(self, values: Values, name: str) -> Values:
         statistic = getattr(self.statistics, name)

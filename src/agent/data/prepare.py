@@ -213,6 +213,7 @@ def prepare_all(
         What is wrong, one entry per data set; empty if all stores are complete.
     """
     from agent.data.features import check_features
+    from agent.data.robot_statistics import assign_robots
     from agent.data.source import open_source
     from agent.data.transforms import SampleSpec
 
@@ -227,7 +228,8 @@ def prepare_all(
             open_source(dataset, spec.chunk_size, "pyav", train.tolerance_s, verify_videos=False)
             for dataset in [*train.datasets, *config.data.val.datasets]
         ]
-        check_features(sources, spec)
+        count = len(train.datasets)
+        check_features(sources, spec, *assign_robots(sources[:count], sources[count:], train))
     except ValueError as error:
         return [str(error)]
     problems = []

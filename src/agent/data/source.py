@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.data import files
+from agent.data.augmentation import AugmentationConfig
 from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
 from agent.data.frame_store import FrameStore, WantedStore, find_store
@@ -42,10 +43,16 @@ class DatasetConfig:
     cameras: dict[str, str | None] | None = None
     """Model camera → key in the data set, or null where this robot has no such camera. Without it the keys must
     be the model's own. Cameras of the data set that are not named here are left out."""
+    robot: str | None = None
+    """Name of the robot. Under `data.train.normalization: per_dataset`, data sets of one name are normalised together; when
+    not given, each by itself. A validation data set says here which one it is of."""
     state: str = "observation.state"
     """Key of the robot's state in the data set."""
     action: str = "action"
     """Key of the actions in the data set."""
+    augmentation: AugmentationConfig | None = None
+    """Random crops and colours of the training pictures; none when not given. `{}` stands for the values below. Validation
+    pictures are never changed."""
     frames: str | None = None
     """Folder of this data set's frame stores; ``frames`` in its own when not given. For a fast disk, or a data set that
     cannot be written to."""
@@ -148,6 +155,17 @@ class Source:
                     "`episodes`."
                 )
         return [self.metadata.tasks[index] for index in used]
+
+    def recorded_sizes(self) -> dict[str, tuple[int, int]]:
+        """Model camera → height and width of its pictures in the data set, by the metadata."""
+        sizes = {}
+        for slot, key in self.cameras.items():
+            feature = self.metadata.features[key]
+            # Colours last, or first as `names` say: LeRobot knows both.
+            last = not str((feature.get("names") or ["height"])[0]).startswith("channel")
+            height, width = feature["shape"][:2] if last else feature["shape"][1:]
+            sizes[slot] = (int(height), int(width))
+        return sizes
 
     def open(self) -> None:
         """Reads once what workers take over."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import xxhash
 
 from agent.data import cache
 from agent.data.normalization import STATISTIC_NAMES, FeatureStatistics, merge_statistics
+from agent.data.relative import Chunks, chunk_statistics
 
 _VERSION = 1
+_CHUNKS_VERSION = 1
 
 
 def cached_statistics(
@@ -27,18 +29,30 @@ def cached_statistics(
         shares: each data set's fraction of the samples.
         root: of the data set beside which they are kept.
     """
-    name = f"statistics-{_fingerprint(columns, shares)}.json"
+    fingerprint = _fingerprint([_VERSION, list(shares)], columns)
+    return _kept(f"statistics-{fingerprint}.json", root, lambda: merge_statistics(columns, shares))
+
+
+def cached_chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float], root: Path) -> FeatureStatistics:
+    """``chunk_statistics``, or the same numbers from an earlier start; see ``cached_statistics``."""
+    settings = [[part.chunk_size, part.relative.tolist()] for part in parts]
+    columns = [blocks for part in parts for blocks in (part.states, part.actions, [part.lengths[:, None]])]
+    fingerprint = _fingerprint([_CHUNKS_VERSION, list(shares), settings], columns)
+    return _kept(f"relative-statistics-{fingerprint}.json", root, lambda: chunk_statistics(parts, shares))
+
+
+def _kept(name: str, root: Path, compute: Callable[[], FeatureStatistics]) -> FeatureStatistics:
     place = cache.find(root, name)
     if place is not None:
         return _read(place)
-    statistics = merge_statistics(columns, shares)
+    statistics = compute()
     cache.keep(root, name, partial(_write, statistics=statistics))
     return statistics
 
 
-def _fingerprint(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float]) -> str:
+def _fingerprint(settings: list[Any], columns: Sequence[Sequence[np.ndarray]]) -> str:
     """Of every value, so that no change of a file can be missed."""
-    digest = xxhash.xxh3_128(json.dumps([_VERSION, list(shares)]).encode())
+    digest = xxhash.xxh3_128(json.dumps(settings).encode())
     for blocks in columns:
         rows = sum(len(block) for block in blocks)
         digest.update(f"{rows}x{blocks[0].shape[1]} {blocks[0].dtype.str}".encode())

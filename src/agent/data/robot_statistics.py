@@ -1,0 +1,256 @@
+"""Which data sets are of one robot, and the statistics that its states and actions are normalised with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from agent.data.loader import TrainDataConfig
+from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
+from agent.data.relative import Chunks, relative_mask
+from agent.data.robot import Robot
+from agent.data.source import Source
+from agent.data.statistics_cache import cached_chunk_statistics, cached_statistics
+
+
+class GivenStatistics(NamedTuple):
+    """Statistics that are not of the training data."""
+
+    source: str
+    """Where they are from, for people."""
+    values: Mapping[str, Mapping[str, np.ndarray]]
+    """``state`` and ``action`` → statistic → values."""
+
+
+@dataclass(frozen=True)
+class RelativeActions:
+    """That actions are learnt relative to the state."""
+
+    exclude: Sequence[str]
+    """Words; a dimension whose name contains one stays absolute."""
+    action_names: Sequence[str] | None
+    """For data sets that have no names of their own."""
+
+
+def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str]:
+    """The robot of each training data set: those of one name are normalised together.
+
+    Raises:
+        ValueError: if the config leaves open how data sets of different robots are to be normalised.
+    """
+    named = [source.config.robot or source.config.repo_id for source in training]
+    if config.normalization == "per_dataset":
+        return named
+    kinds: dict[str, str] = {}
+    for source in training:
+        kind = source.config.robot or source.metadata.info.get("robot_type")
+        if kind and kind != "unknown":
+            kinds.setdefault(kind, str(source))
+    if config.normalization is None and len(kinds) > 1:
+        listed = ", ".join(f"{source} of {kind}" for kind, source in kinds.items())
+        raise ValueError(
+            f"the data sets are of different robots ({listed}), and one set of statistics would normalise them all alike: "
+            "write data.train.normalization: per_dataset, or merged if their states and actions do mean the same"
+        )
+    return [named[0]] * len(named)
+
+
+def assign_robots(
+    training: Sequence[Source], validation: Sequence[Source], config: TrainDataConfig
+) -> tuple[list[str], str]:
+    """The robot of each data set, those of validation behind; and the one that a checkpoint's own processors are made for.
+
+    Raises:
+        ValueError: if a data set is validated on whose robot is not trained on, or ``deploy`` is none that is.
+    """
+    names = robot_names(training, config)
+    known = list(dict.fromkeys(names))
+    if config.deploy is not None and config.deploy not in known:
+        raise ValueError(
+            f"data.train.deploy is {config.deploy!r}, which is no robot of the training data: write one of "
+            f"{', '.join(known)}"
+        )
+    for source in validation:
+        name = source.config.robot or source.config.repo_id
+        if config.normalization == "per_dataset" and name not in known:
+            raise ValueError(
+                f"{source}, for validation, would be normalised as {name!r}, which is not trained on: write `robot:` in its "
+                f"entry, one of {', '.join(known)}"
+            )
+        names.append(name if config.normalization == "per_dataset" else known[0])
+    return names, config.deploy or known[0]
+
+
+def make_robots(
+    training: Sequence[Source],
+    names: Sequence[str],
+    shares: Sequence[float],
+    normalization_mapping: Mapping[str, str],
+    given: GivenStatistics | None,
+    relative: RelativeActions | None,
+    digest: xxhash.xxh3_128,
+) -> tuple[dict[str, Robot], list[str]]:
+    """Robots by name, and lines for the log. What is trained on goes into the digest.
+
+    Args:
+        training: the data sets.
+        names: the robot of each.
+        shares: each data set's fraction of the samples.
+        normalization_mapping: ``STATE`` and ``ACTION`` → mode.
+        given: statistics to normalise with, instead of those of the data; for a single robot.
+        relative: that actions are learnt relative to the state, or None.
+        digest: gets every state and action, and the statistics that are given.
+
+    Raises:
+        ValueError: if a value is not finite, given statistics do not fit, or actions cannot be made relative.
+    """
+    assert given is None or len(set(names)) == 1, "checked with the configuration"
+    columns = {}
+    for feature in ("state", "action"):
+        columns[feature] = [finite_columns(source, feature) for source in training]
+        for blocks in columns[feature]:
+            for block in blocks:
+                digest.update(np.ascontiguousarray(block))
+        if given is not None:
+            for values in (
+                _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1]).to_dict().values()
+            ):
+                digest.update(np.ascontiguousarray(values))
+    robots, report = {}, []
+    for name in dict.fromkeys(names):
+        mine = [number for number, other in enumerate(names) if other == name]
+        members = [training[number] for number in mine]
+        states, actions = ([columns[feature][number] for number in mine] for feature in ("state", "action"))
+        robots[name], lines = _robot(
+            name, members, states, actions, [shares[n] for n in mine], normalization_mapping, given, relative
+        )
+        report += lines if len(set(names)) == 1 else [f"robot {name}: {line}" for line in lines]
+    return robots, report
+
+
+def _robot(
+    name: str,
+    members: Sequence[Source],
+    states: list[list[np.ndarray]],
+    actions: list[list[np.ndarray]],
+    shares: list[float],
+    mapping: Mapping[str, str],
+    given: GivenStatistics | None,
+    relative: RelativeActions | None,
+) -> tuple[Robot, list[str]]:
+    root, dims, report = members[0].metadata.root, actions[0][0].shape[1], []
+    action_names = names_of_action(members[0])
+    mask = None
+    statistics = {"state": cached_statistics(states, shares, root)}
+    if relative is None:
+        statistics["action"] = cached_statistics(actions, shares, root)
+        mean_action = statistics["action"].mean
+    else:
+        action_names = action_names or _fitting(relative.action_names, dims)
+        chunks, mask = _chunks(members, states, actions, relative, action_names)
+        weights = np.asarray(shares) / sum(shares)
+        mean_action = np.asarray(weights @ [_mean(blocks) for blocks in actions], np.float32)
+        if given is None:
+            statistics["action"] = cached_chunk_statistics(chunks, shares, root)
+        report.append(f"actions relative to the state: {_listed(mask, action_names)}")
+    for feature in ("state", "action"):
+        if given is not None:
+            statistics[feature] = _taken(
+                given, feature, mapping, dims=(states if feature == "state" else actions)[0][0].shape[1]
+            )
+            report.append(f"{feature} statistics are those of {given.source}")
+        elif statistics[feature].clamped:
+            report.append(f"{feature} dimensions {list(statistics[feature].clamped)} hardly vary: statistics clamped")
+    state, action = (Normalizer(mapping.get(f.upper(), "IDENTITY"), statistics[f]) for f in ("state", "action"))
+    return Robot(name, state, action, mean_action, mask, action_names), report
+
+
+def _mean(blocks: list[np.ndarray]) -> np.ndarray:
+    return sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / sum(len(block) for block in blocks)  # type: ignore[return-value]
+
+
+def _chunks(
+    members: Sequence[Source],
+    states: list[list[np.ndarray]],
+    actions: list[list[np.ndarray]],
+    relative: RelativeActions,
+    names: tuple[str, ...] | None,
+) -> tuple[list[Chunks], np.ndarray]:
+    """The chunks of each data set, and which dimensions are relative."""
+    dims, parts = actions[0][0].shape[1], []
+    try:
+        mask = relative_mask(names, relative.exclude, dims)
+    except ValueError as error:
+        raise ValueError(f"{members[0]}: {error}") from None
+    for source, state, action in zip(members, states, actions, strict=True):
+        if state[0].shape[1] < dims:
+            raise ValueError(
+                f"{source}: use_relative_actions subtracts {source.config.state} ({state[0].shape[1]} dimensions) from "
+                f"{source.config.action} ({dims}): each action dimension needs its state; name another column with "
+                "`state:`, or write use_relative_actions: false in model_cfg"
+            )
+        lengths = source.metadata.episodes["length"][source.episodes]
+        part = Chunks(state, action, lengths, source.chunk_size, mask)
+        if not len(part):
+            raise ValueError(
+                f"{source}: no episode has the {source.chunk_size} frames of a whole chunk (the longest has "
+                f"{lengths.max()}), and statistics of relative actions are of whole chunks: lower model_cfg.chunk_size"
+            )
+        parts.append(part)
+    return parts, mask
+
+
+def names_of_action(source: Source) -> tuple[str, ...] | None:
+    """Names of the action's dimensions, or None where the data set has none, or not one for each."""
+    feature = source.metadata.features[source.config.action]
+    names = feature.get("names")
+    if isinstance(names, dict) and len(names) == 1:  # older recordings: {"motors": [...]}
+        (names,) = names.values()
+    return _fitting(names, int(np.prod(feature["shape"])))
+
+
+def _fitting(names: Sequence[str] | None, dims: int) -> tuple[str, ...] | None:
+    if not isinstance(names, list | tuple) or len(names) != dims:
+        return None
+    return tuple(str(name) for name in names)
+
+
+def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
+    labels = names or [str(dim) for dim in range(len(mask))]
+    absolute = [label for label, on in zip(labels, mask, strict=True) if not on]
+    relative = [label for label, on in zip(labels, mask, strict=True) if on]
+    return f"{', '.join(relative)}; absolute: {', '.join(absolute) or 'none'}"
+
+
+def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
+    try:
+        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
+    except ValueError as error:
+        raise ValueError(
+            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
+            "load_from_checkpoint"
+        ) from None
+
+
+def finite_columns(source: Source, name: str) -> list[np.ndarray]:
+    """The state or action column of a source in pieces.
+
+    Raises:
+        ValueError: if a value is not finite, naming its episode, frame and dimension.
+    """
+    key = source.config.state if name == "state" else source.config.action
+    blocks, before = source.blocks(key), 0
+    for block in blocks:
+        if (bad := first_non_finite(block)) is not None:
+            row, dim = bad
+            episode, frame = source.frame(before + row)
+            raise ValueError(
+                f"{source}: {key} is {block[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
+                "the data set, or leave this episode out with `episodes`"
+            )
+        before += len(block)
+    return blocks
