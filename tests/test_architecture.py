@@ -28,7 +28,7 @@ LEAVES = [
     "reproducibility",
     "run_folder",
 ]  # import nothing of agent but history; anyone may import the last two
-TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state"]  # one file would be too long
+TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state", "validation"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
 MAY_IMPORT = {
@@ -94,9 +94,12 @@ MAY_IMPORT = {
     ],
     "saved_processors": ["data.normalization", "export_source"],
     "observation_check": ["saved_processors"],
+    "serving.*": ["inference", "observation_check", "saved_processors", "serving.*"],
     **{name: [] for name in ("model_card", "publishing", "environment")},
     "reporting.*": ["reporting.*", "history"],
-    "evaluate": ["batch", "distributed"],
+    "evaluate": ["batch", "distributed", "validation_record"],
+    "ema": ["sharding"],
+    **{name: [] for name in ("validation_record", "validation_picture")},
     "data.mixture": [],
     "data.normalization": [],
     "data.transforms": ["batch", "data.normalization", "hub"],

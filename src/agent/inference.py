@@ -28,6 +28,8 @@ from agent.saved_processors import ACTION, STATE, Processors, read_processors
 if TYPE_CHECKING:
     import torch
 
+    from agent.export_source import Source
+
 log = logging.getLogger(__name__)
 
 
@@ -35,14 +37,16 @@ class LoadedPolicy:
     """A policy with its processors; see :func:`load_policy`."""
 
     def __init__(
-        self, policy: Any, processors: Processors, tokenizer: Any, device: torch.device, pretrained: Path
+        self, policy: Any, processors: Processors, tokenizer: Any, device: torch.device, source: Source
     ) -> None:
         self._policy, self._processors, self._tokenizer = policy, processors, tokenizer
         self.config = policy.config
         """The model's config, as saved."""
         self.device = device
-        self.pretrained = pretrained
+        self.pretrained = source.pretrained
         """The folder that it was loaded from."""
+        self.name = source.name if source.step is None else f"{source.name}, update {source.step}"
+        """For people."""
         self._tokens = lru_cache(maxsize=1024)(self._tokenize)
 
     @property
@@ -204,7 +208,7 @@ def load_policy(
     policy.to_empty(device=target)
     adapter = registry.adapter(config)
     load_into(policy.state_dict(), source.files, partial(adapter.from_lerobot, config=config), adapter.fit)
-    return LoadedPolicy(policy.eval().requires_grad_(False), processors, words, target, source.pretrained)
+    return LoadedPolicy(policy.eval().requires_grad_(False), processors, words, target, source)
 
 
 def _device(name: str | None) -> torch.device:

@@ -1,0 +1,217 @@
+"""The websocket side: connections, tokens, health, and an orderly end. openpi's protocol, as its client speaks it.
+
+The server sends its metadata first. Then each request, a binary message, gets one answer: a binary message with
+``actions`` and ``server_timing``, or a text that says what was wrong with the request. The connection stays open after
+such a text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import http
+import logging
+import secrets
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import websockets.asyncio.server as websocket_server
+from websockets.exceptions import ConnectionClosed
+from websockets.protocol import State
+
+from agent.serving import wire
+from agent.serving.batching import Batcher
+from agent.serving.latency import Latencies
+from agent.serving.requests import Translation
+
+if TYPE_CHECKING:
+    from websockets.http11 import Request, Response
+
+    from agent.inference import LoadedPolicy
+
+log = logging.getLogger(__name__)
+_STOPPING = 1001, "the server is stopping"
+_PATIENCE_S = 60.0  # with the requests under way at the end
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How the server treats its clients."""
+
+    max_batch: int
+    window_ms: float
+    max_message_mb: float
+    log_every_s: float
+
+
+class Server:
+    """Serves a policy.
+
+    Args:
+        policy: that answers.
+        translation: of requests to its observations.
+        metadata: what a client is told first.
+        token: that clients must present, None for none.
+        seed: of the actions' noise, None to draw one for each connection.
+        limits: see :class:`Limits`.
+    """
+
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        translation: Translation,
+        metadata: dict[str, Any],
+        token: str | None,
+        seed: int | None,
+        limits: Limits,
+    ) -> None:
+        self._policy, self._translation, self._token, self._seed = policy, translation, token, seed
+        self._greeting, self._limits = wire.pack(metadata), limits
+        self._latencies = Latencies()
+        self._connections: set[websocket_server.ServerConnection] = set()
+        self._at_work: set[websocket_server.ServerConnection] = set()
+        self._stopping = False
+        self._batcher = Batcher(
+            policy.act, lambda: len(self._connections), self._latencies, limits.max_batch, limits.window_ms / 1000
+        )
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serves on a bound socket until SIGTERM or SIGINT, then finishes the requests under way.
+
+        Raises:
+            OSError: if the socket cannot listen.
+        """
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        server = await websocket_server.serve(
+            self._connection,
+            sock=listener,
+            process_request=self._admit,
+            compression=None,
+            max_size=int(self._limits.max_message_mb * 2**20),
+            max_queue=1,  # a client waits for its answer
+        )
+        host, port = listener.getsockname()[:2]
+        log.info("serving on ws://%s:%d", f"[{host}]" if ":" in host else host, port)
+        work = asyncio.create_task(self._batcher.run())
+        report = asyncio.create_task(self._report())
+        ended = asyncio.create_task(stop.wait())
+        await asyncio.wait([ended, work, report], return_when=asyncio.FIRST_COMPLETED)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)  # a second one ends it at once
+        if stop.is_set():
+            await self._end(server)
+        for task in (report, work):
+            if task.done():
+                task.result()  # raises what ended it
+            task.cancel()
+        self._log_latencies()
+
+    async def _end(self, server: websocket_server.Server) -> None:
+        log.info("stopping: %d requests are under way", len(self._at_work))
+        self._stopping = True  # whoever is at work closes its connection afterwards
+        server.close(close_connections=False)
+        await asyncio.gather(*(c.close(*_STOPPING) for c in self._connections - self._at_work))
+        try:
+            await asyncio.wait_for(server.wait_closed(), _PATIENCE_S)
+        except TimeoutError:
+            log.warning("gave up on %d requests after %.0f s", len(self._at_work), _PATIENCE_S)
+        log.info("stopped")
+
+    def _admit(self, connection: websocket_server.ServerConnection, request: Request) -> Response | None:
+        """Health for anyone, the rest for who has the token."""
+        if request.path == "/healthz":
+            return connection.respond(http.HTTPStatus.OK, "OK\n")
+        if self._token is None:
+            return None
+        kind, _, given = (request.headers.get_all("Authorization") or [""])[0].partition(" ")
+        # "Api-Key" is what openpi's client sends. The comparison takes equally long wherever the first difference is.
+        if kind in ("Bearer", "Api-Key") and hmac.compare_digest(
+            given.strip().encode(errors="surrogateescape"), self._token.encode()
+        ):
+            return None
+        log.warning("%s: refused, no token or a wrong one", _name(connection))
+        response = connection.respond(http.HTTPStatus.UNAUTHORIZED, "a token is needed: Authorization: Bearer …\n")
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    async def _connection(self, connection: websocket_server.ServerConnection) -> None:
+        self._connections.add(connection)
+        log.info("%s: connected, clients: %d", _name(connection), len(self._connections))
+        try:
+            await connection.send(self._greeting)
+            await self._conversation(connection)
+        except ConnectionClosed as closed:
+            log.info("%s: gone, %s", _name(connection), closed)
+        finally:
+            self._connections.discard(connection)
+            self._at_work.discard(connection)
+
+    async def _conversation(self, connection: websocket_server.ServerConnection) -> None:
+        seed = self._seed if self._seed is not None else secrets.randbits(63)
+        number, before_ms, complained = 0, None, False
+        while not self._stopping:
+            frame = await connection.recv()
+            self._at_work.add(connection)
+            start = time.monotonic()
+            try:
+                observation = self._observation(frame)
+            except ValueError as error:
+                self._latencies.refused += 1
+                log.log(logging.DEBUG if complained else logging.WARNING, "%s: refused: %s", _name(connection), error)
+                complained = True  # a client that repeats it at 30 Hz need not fill the log
+                await connection.send(f"refused: {error}")
+            else:
+                noise = self._policy.noise(seed, "serve", number)
+                number += 1
+                before_ms = await self._answer(connection, observation, noise, start, before_ms)
+            self._at_work.discard(connection)
+        await connection.close(*_STOPPING)
+
+    def _observation(self, frame: str | bytes) -> dict[str, Any]:
+        if isinstance(frame, str):
+            raise ValueError(f"got a text of {len(frame)} characters, expected a binary message of msgpack")
+        return self._translation.observation(wire.unpack(frame))
+
+    async def _answer(
+        self,
+        connection: websocket_server.ServerConnection,
+        observation: dict[str, Any],
+        noise: Any,
+        start: float,
+        before_ms: float | None,
+    ) -> float | None:
+        """Sends the actions; returns how long all of it took, in milliseconds."""
+        try:
+            answer = await self._batcher.infer(observation, noise, lambda: connection.state is not State.OPEN)
+        except Exception as error:  # the batcher has logged it; the server goes on
+            self._latencies.failed += 1
+            await connection.send(f"the server failed on this request: {type(error).__name__}: {error}")
+            return None
+        if answer is None:
+            return None  # the next look at the connection finds it closed
+        timing = {"infer_ms": answer.infer_ms, "queue_ms": answer.queue_ms, "batch_size": answer.batch_size}
+        if before_ms is not None:
+            timing["prev_total_ms"] = before_ms
+        await connection.send(wire.pack({"actions": answer.actions, "server_timing": timing}))
+        total_ms = (time.monotonic() - start) * 1000
+        self._latencies.answered(total_ms, answer.queue_ms)
+        return total_ms
+
+    async def _report(self) -> None:
+        while True:
+            await asyncio.sleep(self._limits.log_every_s)
+            self._log_latencies()
+
+    def _log_latencies(self) -> None:
+        if line := self._latencies.line():
+            log.info("%s; clients: %d", line, len(self._connections))
+
+
+def _name(connection: websocket_server.ServerConnection) -> str:
+    address = connection.remote_address
+    return f"{address[0]}:{address[1]}" if address else "a client that has gone"
