@@ -11,7 +11,7 @@ import torch
 from agent import history, optim, resuming, sharding, weights
 from agent.checkpoint import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, make_plan
-from agent.data.build import Data, GivenStatistics, build_data
+from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
 from agent.metrics import Metrics
@@ -134,6 +134,9 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
             tokenizer_path=model.tokenizer_path,
             task_paraphrase=config.task_paraphrase,
             given=_given_statistics(config),
+            relative=RelativeActions(model.relative_exclude_joints, model.action_feature_names)
+            if model.use_relative_actions
+            else None,
         )
     )
     for line in data.report:
@@ -144,7 +147,7 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
             f"the tokenizer {model.tokenizer_path} gives token {largest}, the model's vocabulary has {vocabulary}; raise "
             "vocab_size in model_cfg.paligemma_variant, or use the tokenizer that the model was made for"
         )
-    model.adopt_features(data.spec.camera_slots, data.spec.state_dim, data.spec.action_dim)
+    model.adopt_features(data.spec.camera_slots, data.spec.state_dim, data.spec.action_dim, data.robots[0].action_names)
     return data
 
 
@@ -154,7 +157,7 @@ def _given_statistics(config: TrainPipelineConfig) -> GivenStatistics | None:
         return None
     files = weights.find_weights(reference, "load_from_checkpoint")
     try:
-        return GivenStatistics(reference, registry.adapter(config.model_cfg).read_statistics(files))
+        return GivenStatistics(reference, registry.adapter(config.model_cfg).read_statistics(files, config.model_cfg))
     except ValueError as error:
         raise ValueError(
             f"data.statistics: checkpoint: {error}; write dataset, or another load_from_checkpoint"

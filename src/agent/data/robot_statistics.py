@@ -150,7 +150,7 @@ def _robot(
         statistics["action"] = cached_statistics(actions, shares, root)
         mean_action = statistics["action"].mean
     else:
-        action_names = action_names or _fitting(relative.action_names, dims)
+        action_names = action_names or _given_names(relative, dims)
         chunks, mask = _chunks(members, states, actions, relative, action_names)
         weights = np.asarray(shares) / sum(shares)
         mean_action = np.asarray(weights @ [_mean(blocks) for blocks in actions], np.float32)
@@ -211,6 +211,15 @@ def names_of_action(source: Source) -> tuple[str, ...] | None:
     if isinstance(names, dict) and len(names) == 1:  # older recordings: {"motors": [...]}
         (names,) = names.values()
     return _fitting(names, int(np.prod(feature["shape"])))
+
+
+def _given_names(relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
+    if relative.action_names is not None and len(relative.action_names) != dims:
+        raise ValueError(
+            f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write one "
+            "for each"
+        )
+    return _fitting(relative.action_names, dims)
 
 
 def _fitting(names: Sequence[str] | None, dims: int) -> tuple[str, ...] | None:

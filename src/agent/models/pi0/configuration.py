@@ -1,5 +1,6 @@
 """Every field of π0's model JSON. Imports no torch: a configuration error must show within a second."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -125,11 +126,11 @@ class PI0Config(ModelConfig):
     )
     """Normalisation per feature type: IDENTITY, MEAN_STD, MIN_MAX, QUANTILES or QUANTILE10."""
     use_relative_actions: bool = False
-    """Actions relative to the state; not supported yet."""
+    """Learn actions relative to the state at the chunk's first step; they are made absolute again where they are used."""
     relative_exclude_joints: list[str] = field(default_factory=lambda: ["gripper"])
-    """Carried into the saved config.json."""
+    """Action dimensions whose name contains one of these words, in any case, stay absolute."""
     action_feature_names: list[str] | None = None
-    """Carried into the saved config.json."""
+    """Names of the action's dimensions, for a data set that has none of its own."""
 
     num_inference_steps: int = 10
     """Euler steps when sampling actions."""
@@ -220,10 +221,6 @@ class PI0Config(ModelConfig):
             "rtc_config": (
                 self.rtc_config is not None,
                 "real-time chunking is an option of inference; write null, and set it in LeRobot when deploying",
-            ),
-            "use_relative_actions": (
-                self.use_relative_actions,
-                "relative actions are not supported yet; write false, and store relative actions in the dataset",
             ),
             "dtype": (self.dtype not in ("float32", "bfloat16"), f"unknown {self.dtype!r}; write float32 or bfloat16"),
             "pretrained_revision": (
@@ -351,7 +348,9 @@ class PI0Config(ModelConfig):
         spec = (self.output_features or {}).get(ACTION)
         return None if spec is None else spec.shape[0]
 
-    def adopt_features(self, cameras: tuple[str, ...], state_dim: int, action_dim: int) -> None:
+    def adopt_features(
+        self, cameras: tuple[str, ...], state_dim: int, action_dim: int, action_names: Sequence[str] | None
+    ) -> None:
         """Takes over what the data set has, for a config that leaves its features open."""
         image = FeatureSpec("VISUAL", [3, *self.image_resolution])
         self.input_features = {
@@ -359,6 +358,8 @@ class PI0Config(ModelConfig):
             STATE: FeatureSpec("STATE", [state_dim]),
         }
         self.output_features = {ACTION: FeatureSpec("ACTION", [action_dim])}
+        if self.use_relative_actions and action_names is not None:  # LeRobot decides by them what is relative
+            self.action_feature_names = list(action_names)
         self._check_features()
 
     def to_lerobot(self, last_update: int = 30_000) -> dict[str, Any]:

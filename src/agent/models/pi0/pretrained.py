@@ -105,7 +105,7 @@ def _processors(config: PI0Config) -> dict[str, list[dict[str, Any]]]:
         _step("device_processor", device=device, float_dtype=None),
         _step(
             "relative_actions_processor",
-            enabled=False,
+            enabled=config.use_relative_actions,
             exclude_joints=config.relative_exclude_joints,
             action_names=config.action_feature_names,
         ),
@@ -113,7 +113,7 @@ def _processors(config: PI0Config) -> dict[str, list[dict[str, Any]]]:
     ]
     after = [
         _step("unnormalizer_processor", eps=1e-8, features=outputs, norm_map=mapping),
-        _step("absolute_actions_processor", enabled=False),
+        _step("absolute_actions_processor", enabled=config.use_relative_actions),
         _step("device_processor", device="cpu", float_dtype=None),
     ]
     return {"policy_preprocessor": before, "policy_postprocessor": after}

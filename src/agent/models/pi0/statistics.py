@@ -6,12 +6,17 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from agent.models.pi0.configuration import PI0Config
 
 Statistics = dict[str, dict[str, np.ndarray]]
 """``state`` and ``action`` → statistic → values, (dims,) float32."""
 
+_PREPROCESSOR = "policy_preprocessor.json"
 _FEATURES = {"observation.state": "state", "action": "action"}
 _V1_BUFFER = re.compile(
     r"(?:normalize_inputs\.buffer_observation_(state)|(?:normalize_targets|unnormalize_outputs)\.buffer_(action))\.(\w+)"
@@ -19,7 +24,7 @@ _V1_BUFFER = re.compile(
 _OPENPI = {"state": "state", "actions": "action"}
 
 
-def read_statistics(files: Sequence[Path]) -> Statistics:
+def read_statistics(files: Sequence[Path], config: PI0Config) -> Statistics:
     """The statistics beside, or in, the weights.
 
     LeRobot from 0.4 on, and this project, keep them in the file of the normalising step of ``policy_preprocessor.json``;
@@ -27,9 +32,11 @@ def read_statistics(files: Sequence[Path]) -> Statistics:
 
     Args:
         files: of the weights, as ``agent.weights.find_weights`` finds them.
+        config: of the model that is to be normalised with them.
 
     Raises:
-        ValueError: if there are none, or they are not of one robot.
+        ValueError: if there are none, they are not of one robot, or of relative actions where the model learns absolute
+            ones or reverse. (openpi's files do not say which they are of.)
     """
     folder = files[0].parent
     found = _from_processor(folder) or _from_buffers(files) or _from_openpi(folder)
@@ -40,14 +47,35 @@ def read_statistics(files: Sequence[Path]) -> Statistics:
         )
     if set(found) != {"state", "action"}:
         raise ValueError(f"{folder} holds statistics of {', '.join(found) or 'nothing'}, not of state and action")
+    if (folder / _PREPROCESSOR).is_file():
+        _check_relative(folder, config)
     return found
+
+
+def _check_relative(folder: Path, config: PI0Config) -> None:
+    steps = json.loads((folder / _PREPROCESSOR).read_text(encoding="utf-8"))["steps"]
+    theirs: dict[str, Any] = next(
+        (step["config"] for step in steps if step["registry_name"] == "relative_actions_processor"), {}
+    )
+    relative = bool(theirs.get("enabled"))
+    if relative != config.use_relative_actions:
+        kinds = {True: "relative", False: "absolute"}
+        raise ValueError(
+            f"{folder} was trained on {kinds[relative]} actions, and model_cfg.use_relative_actions is "
+            f"{str(config.use_relative_actions).lower()}: its statistics of actions are others"
+        )
+    if relative and sorted(theirs.get("exclude_joints") or []) != sorted(config.relative_exclude_joints):
+        raise ValueError(
+            f"{folder} was trained with relative_exclude_joints {theirs.get('exclude_joints')}, and model_cfg has "
+            f"{config.relative_exclude_joints}: its statistics of actions are others"
+        )
 
 
 def _from_processor(folder: Path) -> Statistics | None:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    description = folder / "policy_preprocessor.json"
+    description = folder / _PREPROCESSOR
     if not description.is_file():
         return None
     try:
