@@ -48,7 +48,6 @@ from contenders import (
 
 from agent import optim
 from agent.models.pi0.accounting import flop_per_sample
-from agent.trainer import precision
 
 LARGEST_DIFFERENCE = 1e-4
 LARGEST_ROUNDED_DIFFERENCE = 2e-2  # as timed, in bfloat16
@@ -331,7 +330,7 @@ def profile(ours: Ours, steps: int = 3) -> list[tuple[str, float]]:
     assert run is not None
     for _ in range(steps):
         marks = [now()]
-        with precision(run):
+        with run.precision():
             losses = run.model(ours.batch)
         marks.append(now())
         losses.mean().backward()

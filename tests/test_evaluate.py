@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
-from agent.evaluate import evaluate
+from agent.evaluate import DatasetNames, evaluate
+from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
 
 T, A, OWN = 3, 4, 2  # steps, padded and own action dimensions
 MEAN = np.array([10.0, -20.0], np.float32)
@@ -54,11 +55,11 @@ def item(samples: list[dict]) -> ValidationBatch:
     return ValidationBatch(
         batch=Batch(
             observation=Observation({}, {}, torch.zeros(size, 4), torch.zeros(size, 1).long(), torch.ones(size, 1) > 0),
-            actions=ActionChunk(torch.full((size, T, A), 55.0), is_pad, torch.ones(size, A) > 0),
+            actions=ActionChunk(torch.full((size, T, A), 55.0), is_pad, (torch.arange(A) < OWN).expand(size, A)),
             noise=noise,
             time=torch.tensor([sample["loss"] for sample in samples]),
             sample_index=numbers,
-            provenance=torch.zeros(size, 3, dtype=torch.int64),
+            provenance=torch.tensor([[0, 3, sample["index"]] for sample in samples]),
         ),
         index=numbers.numpy(),
         state=np.zeros((size, 4), np.float32),
@@ -82,16 +83,25 @@ class FakeProcesses:
         return [*self.others, value]
 
 
-def run(policy, batches, processes=None, thresholds=(0.5, 2.0), unnormalize=unnormalize, precision=None):
+def evaluation(
+    policy, batches, processes=None, thresholds=(0.5, 2.0), unnormalize=unnormalize, precision=None, size=2
+) -> Evaluation:
     return evaluate(
         policy,
         batches,
         processes or FakeProcesses(),
+        size=size,
         unnormalize=unnormalize,
         mean_actions=MEAN[None],
+        datasets=[DatasetNames("lab/arm", ["lift", "turn"])],
         thresholds=list(thresholds),
         precision=precision or contextlib.nullcontext,
     )
+
+
+def run(*arguments, **keywords) -> dict[str, float]:
+    found = evaluation(*arguments, **keywords)
+    return found.metrics() | found.baselines()
 
 
 TRUTH = [[11.0, -20.0], [12.0, -24.0], [10.0, -18.0]]
@@ -118,10 +128,10 @@ def test_errors_accuracies_and_baselines_by_hand():
     assert list(metrics) == [
         "val/loss",
         "val/action_l1",
-        "val/baseline_mean_l1",
-        "val/baseline_last_l1",
         "val/acc_0.5",
         "val/acc_2",
+        "val/baseline_mean_l1",
+        "val/baseline_last_l1",
     ]
     assert metrics["val/loss"] == (0.5 + 2.0) / 2
     assert metrics["val/action_l1"] == (0.25 + 0.5 + 1 + 0 + 2 + 4 + 1 + 1 + 0.5 + 0) / values
@@ -131,6 +141,23 @@ def test_errors_accuracies_and_baselines_by_hand():
     assert metrics["val/baseline_last_l1"] == (11 + 5) / values
     assert metrics["val/acc_0.5"] == (3 + 2) / values  # a distance equal to the threshold is within it
     assert metrics["val/acc_2"] == (5 + 4) / values
+
+
+def test_errors_by_dimension_and_by_step_by_hand():
+    found = evaluation(FakePolicy(), [item([FIRST, PADDED])])
+    assert found.names == ["lift", "turn"] and found.samples == 2 and found.datasets == []
+    # Five real steps: three of the first sample, two of the second. The third step is real in one sample only.
+    assert found.errors.per_dimension_l1 == [(0.25 + 1 + 2 + 1 + 0.5) / 5, (0.5 + 0 + 4 + 1 + 0) / 5]
+    assert found.errors.per_step_l1 == [(0.75 + 2) / 4, (1 + 0.5) / 4, 6 / 2]
+    assert found.mean.per_dimension_l1 == [(1 + 2 + 0 + 1 + 2) / 5, (0 + 4 + 2 + 0 + 4) / 5]
+    assert found.last.per_step_l1 == [(3 + 0) / 4, (2 + 5) / 4, 6 / 2]
+    assert found.errors.action_l1 == pytest.approx(np.mean(found.errors.per_dimension_l1), rel=1e-15)
+
+
+def test_a_step_that_is_padded_everywhere_has_no_error():
+    found = evaluation(FakePolicy(), [item([PADDED])])
+    assert found.errors.per_step_l1[:2] == [1.0, 0.25] and np.isnan(found.errors.per_step_l1[2])
+    assert document(3, found, None, None)["per_step_l1"] == [1.0, 0.25, None]  # JSON has no NaN
 
 
 def test_padded_steps_count_for_nothing():
@@ -179,15 +206,16 @@ def random_samples(count: int) -> list[dict]:
 @pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 5), (2, 2), (3, 4), (5, 2), (30, 2)])
 def test_any_split_over_processes_and_batches_gives_the_same_bits(world, batch):
     samples = random_samples(23)
-    expected = run(FakePolicy(), [item(samples)])
+    expected = evaluation(FakePolicy(), [item(samples)], size=23)
     shares: list[list] = []
     for rank in range(world):
         mine = samples[rank::world]  # with 30 processes, some have nothing
         processes = FakeProcesses(shares)
         batches = [item(mine[i : i + batch]) for i in range(0, len(mine), batch)]
-        metrics = run(FakePolicy(), batches, processes=processes)  # complete on the last, which sees every share
+        found = evaluation(FakePolicy(), batches, processes=processes, size=23)  # complete on the last: it sees all
         shares.append(processes.share)
-    assert metrics == expected
+    assert found == expected
+    assert [chunk.frame for chunk in found.chunks] == [0, 2, 5, 8, 11, 14, 17, 20]  # eight, evenly spaced
 
 
 def test_a_second_evaluation_gives_the_same_and_changes_nothing():
@@ -227,3 +255,110 @@ def test_the_precision_surrounds_the_policy():
     )
     assert seen == [True, True]
     assert autocast["val/action_l1"] == 7.75 / 6  # these numbers are exact in bfloat16
+
+
+def test_robots_with_other_dimensions_are_counted_by_their_own():
+    wide, narrow = item([FIRST]), item([FIRST | {"index": 1}])
+    narrow.batch.provenance[0, 0] = 1
+    narrow.batch.actions.dim_mask[:] = torch.arange(A) < 1  # it has the first dimension only
+    narrow.actions[..., 1:] = 0
+    datasets = [DatasetNames("lab/arm", ["lift", "turn"]), DatasetNames("lab/slide", ["along"])]
+    keywords = {"size": 2, "unnormalize": unnormalize, "mean_actions": np.stack([MEAN, MEAN]), "datasets": datasets}
+    found = evaluate(
+        FakePolicy(), [wide, narrow], FakeProcesses(), **keywords, thresholds=[1.0], precision=contextlib.nullcontext
+    )
+    assert found.names == ["action 0", "action 1"]  # theirs differ
+    assert found.errors.per_dimension_l1 == [2 * (0.25 + 1 + 2) / 6, (0.5 + 0 + 4) / 3]
+    assert found.errors.action_l1 == (7.75 + 3.25) / (6 + 3)
+    assert found.acc == {"1": (4 + 2) / 9}
+    assert [(one.name, one.names, one.errors.per_dimension_l1) for one in found.datasets] == [
+        ("lab/arm", ["lift", "turn"], [3.25 / 3, 1.5]),
+        ("lab/slide", ["along"], [3.25 / 3]),
+    ]
+    assert [(chunk.dataset, len(chunk.recorded[0])) for chunk in found.chunks] == [("lab/arm", 2), ("lab/slide", 1)]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["dx", "dy", "grip"], ["dx", "dy", "grip"]),
+        ({"motors": ["dx", "dy", "grip"]}, ["dx", "dy", "grip"]),
+        ({"axes": ["dx", "dy"], "gripper": ["grip"]}, ["dx", "dy", "grip"]),
+        ({"grip": 2, "dx": 0, "dy": 1}, ["dx", "dy", "grip"]),
+        (None, ["action 0", "action 1", "action 2"]),
+        (["actions"], ["action 0", "action 1", "action 2"]),
+        (["x", "x", "x"], ["action 0", "action 1", "action 2"]),
+    ],
+)
+def test_the_names_of_the_dimensions(names, expected):
+    assert dimension_names({"names": names}, 3) == expected
+
+
+# ── the record in the run folder ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_record_of_a_validation(tmp_path):
+    raw, ema = evaluation(FakePolicy(), [item([FIRST, PADDED])]), evaluation(FakePolicy(), [item([FIRST, FIRST])])
+    records = ValidationRecords(tmp_path)
+    records.write(document(0, raw, None, None))
+    start = records.read(0)
+    records.write(document(10, raw, ema, start))
+    found = records.read(10)
+    assert found["step"] == 10 and found["names"] == ["lift", "turn"] and found["loss"] == raw.loss
+    assert found["action_l1"] == raw.errors.action_l1 and found["acc"] == {"0.5": 0.5, "2": 0.9}
+    assert found["baselines"]["start"] == {
+        "action_l1": raw.errors.action_l1,
+        "per_dimension_l1": raw.errors.per_dimension_l1,
+        "per_step_l1": raw.errors.per_step_l1,
+    }
+    assert found["baselines"]["mean"]["per_step_l1"] == raw.mean.per_step_l1
+    assert found["baselines"]["last"]["action_l1"] == raw.last.action_l1
+    assert found["ema"]["action_l1"] == ema.errors.action_l1 and found["ema"]["acc"] == ema.acc
+    first, padded = found["chunks"]
+    assert first == {
+        "dataset": "lab/arm",
+        "episode": 3,
+        "frame": 0,
+        "recorded": TRUTH,
+        "predicted": FIRST["predicted"],
+        "valid": [True] * 3,
+    }
+    assert padded["valid"] == [True, True, False] and padded["recorded"][2] == [-5000.0, 7000.0]
+
+
+def test_a_start_on_other_samples_is_no_baseline(tmp_path):
+    start = document(0, evaluation(FakePolicy(), [item([FIRST])]), None, None)
+    assert document(10, evaluation(FakePolicy(), [item([FIRST, PADDED])]), None, start)["baselines"]["start"] is None
+
+
+def write_records(run_dir, *entries: tuple[int, float | None, str]) -> ValidationRecords:
+    """Records of (step, error, validation set)."""
+    records = ValidationRecords(run_dir)
+    complete = document(0, evaluation(FakePolicy(), [item([FIRST])]), None, None)
+    for step, error, samples in entries:
+        records.write(complete | {"step": step, "action_l1": error, "validation_set": samples})
+    return records
+
+
+def test_the_best_is_the_lowest_among_validations_of_the_same_samples(tmp_path):
+    records = write_records(
+        tmp_path, (10, 0.1, "a"), (20, 0.4, "b"), (30, 0.3, "b"), (40, None, "b"), (50, 0.3, "b"), (60, 0.2, "b")
+    )
+    assert records.best([10, 20, 30, 40, 50]) == 30  # that of 10 was on others; the earlier of two alike
+    assert records.best([10]) == 10
+    assert records.best([20, 25]) == 20  # 25 was not validated
+    assert records.best([25]) is None and records.best([40]) is None and records.best([]) is None
+    records.path(30).write_text('{"format": 1, "act')
+    assert records.best([20, 30, 50]) == 50  # one that cannot be read counts for nothing
+
+
+def test_a_rewind_removes_the_records_of_later_updates(tmp_path):
+    records = write_records(tmp_path, (0, 0.5, "a"), (10, 0.4, "a"), (20, 0.3, "a"))
+    records.path(20, ".png").write_bytes(b"")
+    (records.folder / "notes.txt").write_text("mine")
+    records.rewind(10)
+    assert sorted(path.name for path in records.folder.iterdir()) == [
+        "notes.txt",
+        "step_00000000.json",
+        "step_00000010.json",
+    ]

@@ -14,12 +14,14 @@ from agent.configuration_pipeline import TrainPipelineConfig, make_plan
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
+from agent.ema import Ema
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.parallelize import parallelize
 from agent.reproducibility import make_deterministic
 from agent.run_folder import RunFolder
 from agent.train_state import Run, TrainState
+from agent.validation_record import ValidationRecords
 from agent.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,8 @@ def build(
     if config.deterministic:
         make_deterministic()
     torch.autograd.set_detect_anomaly(config.debug)
-    checkpoints = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states)
+    keep = (config.keep_checkpoints, config.keep_training_states)
+    checkpoints = CheckpointStore(config.run_dir, *keep, choose_best=ValidationRecords(config.run_dir).best)
     candidates = processes.main_decides(partial(resuming.candidates, config, checkpoints))
     watchdog.alive("reading the data sets", patience=4)
     data = build_run_data(config, processes)
@@ -69,10 +72,11 @@ def build(
         plan.n_updates,
     )
     log.info(learning_rate.describe())
-    state = resuming.resume(config, data, checkpoints, candidates, processes, policy, optimizer)
-    if state is None:
-        state = TrainState()
+    ema = Ema(policy, config.ema_decay) if config.ema_decay is not None else None
+    resumed = resuming.resume(config, data, checkpoints, candidates, processes, policy, optimizer, ema)
+    if resumed is None:
         _first_weights(config, processes, policy)
+    state = resumed or TrainState()
     if folder is not None:
         for line in history.story(folder.status["attempts"]):
             log.info(line)
@@ -84,9 +88,23 @@ def build(
         activation_checkpointing=config.activation_checkpointing or "none",
         compile_mode=model_config.compile_mode if config.use_torch_compile else None,
     )
+    if ema is not None and resumed is None:
+        ema.begin()  # only now does every process have the weights, which DDP hands out
     metrics = Metrics(config.run_dir, plan.n_updates) if processes.is_main else None
     return Run(
-        config, plan, processes, folder, checkpoints, data, policy, model, optimizer, learning_rate, state, metrics
+        config=config,
+        plan=plan,
+        processes=processes,
+        folder=folder,
+        checkpoints=checkpoints,
+        data=data,
+        policy=policy,
+        model=model,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        state=state,
+        metrics=metrics,
+        ema=ema,
     )
 
 

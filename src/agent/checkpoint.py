@@ -3,8 +3,8 @@
 A checkpoint is written to a hidden sibling folder, every file is flushed to the disk, the manifest with each file's
 size and checksum is written last, and only then is the folder renamed into place. A folder under its final name is
 therefore complete; the manifest is checked all the same before it is loaded, because a disk can damage what was once
-good. This module knows no model: what goes into a checkpoint is the caller's business. Only one process writes to a
-store, the one that holds the lock of the run folder.
+good. This module knows no model: what goes into a checkpoint is the caller's business, and so is which of them is the
+best. Only one process writes to a store, the one that holds the lock of the run folder.
 """
 
 from __future__ import annotations
@@ -14,18 +14,19 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from agent.manifest import MANIFEST, Damaged, Known, check_sizes, files_of, forget, seal, sync, verify
 
-__all__ = ["MANIFEST", "PRETRAINED", "TRAINING", "CheckpointStore", "Found", "verify"]
+__all__ = ["MANIFEST", "PRETRAINED", "PRETRAINED_EMA", "TRAINING", "CheckpointStore", "Found", "verify"]
 
 log = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained_model"
+PRETRAINED_EMA = "pretrained_model_ema"
 TRAINING = "training_state"
 
 
@@ -47,10 +48,19 @@ class CheckpointStore:
         run_dir: the run's folder.
         keep: how many complete checkpoints.
         keep_training_states: how many of these, the newest, keep their training state; None for all.
+        choose_best: of the updates that there are checkpoints of, the one that the link ``best`` leads to and that is
+            never pruned; None where none is known to be better than another.
     """
 
-    def __init__(self, run_dir: Path, keep: int, keep_training_states: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        keep_training_states: int | None = None,
+        choose_best: Callable[[Iterable[int]], int | None] = lambda steps: None,
+    ) -> None:
         self.folder = run_dir / "checkpoints"
+        self._choose_best = choose_best
         self.keep = keep
         assert keep >= 1 and (keep_training_states is None or keep_training_states >= 1)
         self.keep_training_states = keep_training_states
@@ -98,7 +108,7 @@ class CheckpointStore:
         return temporary
 
     def finish(self, step: int, known: Mapping[str, Known] | None = None) -> tuple[Path, int]:
-        """Makes what was written a checkpoint: manifest, rename, ``last``, then pruning.
+        """Makes what was written a checkpoint: manifest, rename, ``last`` and ``best``, then pruning.
 
         Args:
             step: as begun.
@@ -119,7 +129,7 @@ class CheckpointStore:
             raise
         # From here on it is a checkpoint, whatever happens to the rest.
         try:
-            self._link_last(final)
+            self._link("last", final)
         except OSError as error:
             log.warning("%s is complete, but the link `last` could not be set to it: %s", final, error)
         self._prune(step)
@@ -158,12 +168,30 @@ class CheckpointStore:
                 os.rename(replaced, final)
             raise
 
-    def _link_last(self, final: Path) -> None:
-        temporary = self.folder / ".last.tmp"
+    def _link(self, name: str, target: Path) -> None:
+        if os.path.lexists(self.folder / name) and os.readlink(self.folder / name) == target.name:
+            return
+        temporary = self.folder / f".{name}.tmp"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(final.name)
-        os.replace(temporary, self.folder / "last")
+        temporary.symlink_to(target.name)
+        os.replace(temporary, self.folder / name)
         sync(self.folder)
+
+    def link_best(self) -> Path | None:
+        """Sets the link ``best`` to what is the best now, or removes it where nothing is. Returns the checkpoint."""
+        return self._link_best([path for path in self._named() if check_sizes(path) is None])
+
+    def _link_best(self, complete: list[Path]) -> Path | None:
+        by_step = {_step_of(path): path for path in complete}
+        step = self._choose_best(by_step)
+        try:
+            if step is not None:
+                self._link("best", by_step[step])
+            else:
+                (self.folder / "best").unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("the link `best` in %s could not be set: %s", self.folder, error)
+        return by_step[step] if step is not None else None
 
     def _prune(self, step: int) -> None:
         complete = []
@@ -176,10 +204,14 @@ class CheckpointStore:
                 self._tolerant("set aside", path, partial(self.set_aside, reason=damage))
             else:
                 complete.append(path)
-        for path in complete[: -self.keep]:
-            self._tolerant("removed", path, self._remove)
+        # The link first: it must not lead to what is being removed.
+        best = self._link_best(complete)
+        kept = [path for path in complete if path in complete[-self.keep :] or path == best]
+        for path in complete:
+            if path not in kept:
+                self._tolerant("removed", path, self._remove)
         if self.keep_training_states is not None:
-            for path in complete[-self.keep :][: -self.keep_training_states]:
+            for path in kept[: -self.keep_training_states]:
                 self._tolerant("freed of its training state", path, self._drop_training_state)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -246,9 +278,10 @@ class CheckpointStore:
         log.warning("the checkpoint %s is damaged and was renamed to %s: %s", path, aside.name, reason)
         good = [other for other in self._named() if check_sizes(other) is None]
         if good:
-            self._link_last(good[-1])
+            self._link("last", good[-1])
         else:
             (self.folder / "last").unlink(missing_ok=True)
+        self._link_best(good)
         return aside
 
     def _named(self) -> list[Path]:

@@ -65,6 +65,9 @@ class TrainPipelineConfig:
     """How weights and gradients are held: float32, or bfloat16 in half the memory. Each update is computed in float32 and
     rounded up or down at random so that small ones are kept in the mean; the randomness follows from the seed. Implies
     `use_bf16`, and weights are saved in bfloat16."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the trained weights with this decay, 0.999 for instance: float32, validated
+    beside the weights (`val/ema_…`) and saved as `pretrained_model_ema`. Not set: none."""
     activation_checkpointing: Literal["none", "blocks", "full"] | None = None
     """Activations that the backward pass computes again: `full` all of a layer's, which takes least memory; `blocks` only
     what is elementwise, not matrix products and attention; `none`. Not set: `full` when the model JSON's
@@ -85,7 +88,7 @@ class TrainPipelineConfig:
     checkpoint_interval_minutes: float | None = None
     """Save also when this much time has passed since the last checkpoint."""
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep; the one with the lowest `val/action_l1`, to which the link `best` leads, stays too."""
     keep_training_states: int | None = None
     """Of these, how many keep what a resume needs, which is two thirds of the bytes; all when not given."""
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -104,6 +107,8 @@ class TrainPipelineConfig:
     """Updates between validations, and one after the last update; 0 turns validation off."""
     eval_size: int = 256
     """Held-out samples in a validation, the same ones every time."""
+    eval_start: bool = True
+    """Validate also the weights that a run starts from, once, before the first update: a baseline for all later ones."""
     eval_thresholds: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])
     """Validation reports the fraction of action values within each of these distances, in the action's own unit."""
     use_wandb: bool = True
@@ -146,6 +151,10 @@ class TrainPipelineConfig:
             raise ValueError(f"name must be usable as a folder's name, got '{self.name}'")
         if self.eval_freq and self.eval_size < 1:
             raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(
+                f"ema_decay must be between 0 and 1, like 0.999, or null for no average; got {self.ema_decay}"
+            )
         if self.precision == "bfloat16_stochastic" and self.use_bf16 is False:
             raise ValueError(
                 "precision: bfloat16_stochastic computes in bfloat16; write use_bf16: true, or precision: float32_master"
@@ -329,6 +338,7 @@ _FREE_ON_RESUME = (
     "log_freq",
     "eval_freq",
     "eval_size",
+    "eval_start",
     "eval_thresholds",
     "use_wandb",
     "wandb",

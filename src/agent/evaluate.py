@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from agent.batch import ValidationBatch, to_device
+from agent.validation_record import Chunk, DatasetErrors, Errors, Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from agent.distributed import Processes
+
+CHUNKS = 8  # shown of a validation set, evenly spaced
+
+
+class DatasetNames(NamedTuple):
+    """How a validation data set and its action dimensions are called."""
+
+    name: str
+    dimensions: list[str]
+    """(a,)"""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is kept of a sample: sums over its real numbers, small enough to be gathered from every process."""
+
+    index: int
+    provenance: tuple[int, int, int]
+    loss: float
+    steps: np.ndarray
+    """(T,) bool, not padded."""
+    by_dimension: np.ndarray
+    """(3, a) float64, error sums of policy, last action and mean action."""
+    by_step: np.ndarray
+    """(3, T) float64, the same."""
+    within: list[int]
+    """Numbers within each threshold."""
+    shown: tuple[list[list[float]], list[list[float]]] | None
+    """Recorded and predicted (T, a), of the few that are kept whole."""
 
 
 def evaluate(
@@ -21,32 +53,37 @@ def evaluate(
     batches: Iterable[ValidationBatch],
     processes: Processes,
     *,
+    size: int,
     unnormalize: Callable[[Tensor, ValidationBatch], np.ndarray],
     mean_actions: np.ndarray,
+    datasets: Sequence[DatasetNames],
     thresholds: list[float],
     precision: Callable[[], AbstractContextManager],
-) -> dict[str, float]:
-    """Metrics of one validation, the same on every process and for any number of them.
+) -> Evaluation:
+    """One validation; the result is the same on every process and for any number of them.
 
     Args:
         policy: the policy, not wrapped by DDP.
         batches: this process's share of the validation set.
         processes: the process group.
+        size: samples of the whole set.
         unnormalize: normalised actions (B, T, A) of a batch → (B, T, a) in the units of each sample's data set.
         mean_actions: (data sets, a) mean of the training actions, the first baseline.
-        thresholds: distances for ``val/acc_<threshold>``.
+        datasets: by the number in a batch's ``provenance``.
+        thresholds: distances for ``acc``.
         precision: makes the autocast context.
 
     Returns:
-        ``val/loss`` (flow matching, fixed noise and times), ``val/action_l1``, ``val/baseline_mean_l1``,
-        ``val/baseline_last_l1`` and ``val/acc_*``; the errors are means over every unpadded step and dimension.
-        On an episode's first frame nothing was recorded before; there the last-action baseline is the mean action.
+        The loss (flow matching, fixed noise and times) is a mean over samples; the errors are means over every unpadded
+        step and real dimension, in the data set's own units. On an episode's first frame nothing was recorded before;
+        there the last-action baseline is the mean action.
     """
     import torch
 
     was_training = policy.training
     policy.eval()
-    rows: list[tuple[int, list[float]]] = []
+    shown = {number * size // CHUNKS for number in range(CHUNKS)}
+    rows: list[_Row] = []
     with torch.no_grad():
         for item in batches:
             batch = to_device(item.batch, processes.device)
@@ -54,24 +91,98 @@ def evaluate(
                 losses = policy(batch)
                 sampled = policy.sample_actions(batch.observation, batch.noise)
             predicted = unnormalize(sampled.float().cpu(), item)
-            means = mean_actions[item.batch.provenance[:, 0].numpy(), : item.actions.shape[-1]]
-            last = np.where(item.has_previous[:, None], item.previous_action, means)
-            own = item.batch.actions.dim_mask.numpy()[:, : item.actions.shape[-1]]
-            real = ~item.batch.actions.is_pad.numpy()[:, :, None] & own[:, None, :]
-            for place, index in enumerate(item.index.tolist()):
-                if index < 0:
-                    continue
-                truth = item.actions[place]
-                error = np.abs(predicted[place] - truth)[real[place]].astype(np.float64)
-                row = [float(losses[place]), float(error.size), float(error.sum())]
-                row += [float(np.abs(b - truth)[real[place]].sum()) for b in (means[place], last[place])]
-                row += [float((error <= threshold).sum()) for threshold in thresholds]
-                rows.append((index, row))
+            rows += _rows(item, losses.tolist(), predicted, mean_actions, thresholds, shown)
     policy.train(was_training)
     # Added up in the order of the samples, so that the number of processes cannot change the last digit.
-    everything = sorted(row for share in processes.gather(rows) for row in share)
-    totals = np.array([row for _, row in everything], dtype=np.float64).sum(axis=0)
-    values = totals[1]
-    names = ["val/action_l1", "val/baseline_mean_l1", "val/baseline_last_l1", *(f"val/acc_{t:g}" for t in thresholds)]
-    metrics = {name: float(total / values) for name, total in zip(names, totals[2:], strict=True)}
-    return {"val/loss": float(totals[0] / len(everything)), **metrics}
+    everything = sorted((row for share in processes.gather(rows) for row in share), key=lambda row: row.index)
+    return _summary(everything, datasets, thresholds)
+
+
+def _rows(
+    item: ValidationBatch,
+    losses: list[float],
+    predicted: np.ndarray,
+    mean_actions: np.ndarray,
+    thresholds: list[float],
+    shown: set[int],
+) -> list[_Row]:
+    provenance = item.batch.provenance.numpy()
+    means = mean_actions[provenance[:, 0], : item.actions.shape[-1]]
+    last = np.where(item.has_previous[:, None], item.previous_action, means)
+    own = item.batch.actions.dim_mask.numpy().sum(axis=1)  # a robot's own dimensions come first
+    rows = []
+    for place, index in enumerate(item.index.tolist()):
+        if index < 0:
+            continue
+        dims, steps = slice(0, int(own[place])), ~item.batch.actions.is_pad[place].numpy()
+        truth = item.actions[place, :, dims].astype(np.float64)
+        guesses = (predicted[place, :, dims], last[place, None, dims], means[place, None, dims])
+        # What is past the episode's end counts for nothing, whatever it is.
+        errors = np.stack([np.where(steps[:, None], np.abs(guess - truth), 0.0) for guess in guesses])
+        rows.append(
+            _Row(
+                index=index,
+                provenance=tuple(map(int, provenance[place])),  # type: ignore[arg-type]
+                loss=losses[place],
+                steps=steps,
+                by_dimension=errors.sum(axis=1),
+                by_step=errors.sum(axis=2),
+                within=[int((errors[0][steps] <= threshold).sum()) for threshold in thresholds],
+                shown=(item.actions[place, :, dims].tolist(), predicted[place, :, dims].tolist())
+                if index in shown
+                else None,
+            )
+        )
+    return rows
+
+
+def _summary(rows: list[_Row], datasets: Sequence[DatasetNames], thresholds: list[float]) -> Evaluation:
+    policy, last, mean = (_errors(rows, which) for which in range(3))
+    numbers = sum(int(row.steps.sum()) * row.by_dimension.shape[1] for row in rows)
+    within = np.array([row.within for row in rows]).reshape(len(rows), -1).sum(axis=0)
+    there = sorted({row.provenance[0] for row in rows})
+    names = [datasets[number].dimensions for number in there]
+    chunks = [
+        Chunk(datasets[row.provenance[0]].name, *row.provenance[1:], recorded, predicted, row.steps.tolist())
+        for row in rows
+        if row.shown is not None
+        for recorded, predicted in [row.shown]
+    ]
+    identity = xxhash.xxh3_64()
+    for row in rows:
+        identity.update(f"{datasets[row.provenance[0]].name} {row.provenance[1:]}\n".encode())
+    return Evaluation(
+        loss=float(np.array([row.loss for row in rows], dtype=np.float64).sum() / len(rows)),
+        errors=policy,
+        acc={f"{t:g}": float(count / numbers) for t, count in zip(thresholds, within, strict=True)},
+        last=last,
+        mean=mean,
+        names=names[0]
+        if all(some == names[0] for some in names)
+        else [f"action {number}" for number in range(len(policy.per_dimension_l1))],
+        datasets=[_of_dataset(rows, number, datasets[number]) for number in there] if len(there) > 1 else [],
+        chunks=chunks,
+        samples=len(rows),
+        validation_set=identity.hexdigest(),
+    )
+
+
+def _of_dataset(rows: list[_Row], number: int, names: DatasetNames) -> DatasetErrors:
+    return DatasetErrors(names.name, names.dimensions, _errors([r for r in rows if r.provenance[0] == number], 0))
+
+
+def _errors(rows: list[_Row], which: int) -> Errors:
+    """Means over the rows: of all numbers, by dimension, by step. Robots may differ in their dimensions."""
+    widest = max(row.by_dimension.shape[1] for row in rows)
+    by_dimension, of_dimension = np.zeros(widest), np.zeros(widest)
+    by_step, of_step = np.zeros(len(rows[0].steps)), np.zeros(len(rows[0].steps))
+    for row in rows:
+        dims = row.by_dimension.shape[1]
+        by_dimension[:dims] += row.by_dimension[which]
+        of_dimension[:dims] += row.steps.sum()
+        by_step += row.by_step[which]
+        of_step += row.steps * dims
+    total = float(by_dimension.sum() / of_dimension.sum())
+    # A step that is padded in every sample has no error.
+    per_step = np.divide(by_step, of_step, out=np.full(len(of_step), np.nan), where=of_step > 0)
+    return Errors(total, (by_dimension / of_dimension).tolist(), per_step.tolist())

@@ -13,10 +13,11 @@ import torch
 import yaml
 
 from agent import weights
-from agent.checkpoint import TRAINING, CheckpointStore
+from agent.checkpoint import PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
 from agent.data.build import Data
 from agent.distributed import Processes
+from agent.ema import Ema
 from agent.manifest import Verification
 from agent.models import registry
 from agent.saving import exact_weights, restore
@@ -33,6 +34,7 @@ def candidates(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> lis
         ValueError: if there is something, but ``resume_run`` is false.
     """
     checkpoints.recover()
+    checkpoints.link_best()  # a kill between the end of a save and its links leaves an older one
     found = checkpoints.candidates()
     order = "start: own checkpoint of this run → load_from_checkpoint → from scratch; taking "
     if found and not config.resume_run:
@@ -64,6 +66,7 @@ def resume(
     processes: Processes,
     policy: Any,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None = None,
 ) -> TrainState | None:
     """Loads the newest checkpoint that is what was written; None if the run has none.
 
@@ -79,7 +82,7 @@ def resume(
         problem: Exception | None = None
         state: TrainState | None = None
         try:
-            state = _load(config, data, path, policy, optimizer, verification.checksum if verification else None)
+            state = _load(config, data, path, policy, optimizer, ema, verification.checksum if verification else None)
         except Exception as error:  # damage can show in any way; what counts is the verdict on the checkpoint
             problem = error
         damage = processes.main_decides(verification.result if verification is not None else lambda: None)
@@ -109,18 +112,24 @@ def _load(
     path: Path,
     policy: Any,
     optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
     checksums: Checksums | None,
 ) -> TrainState:
     _refuse_changes(config, data, path)
     adapter = registry.adapter(config.model_cfg)
-    coverage = weights.load_into(
-        policy.state_dict(),
-        weights.find_weights(str(exact_weights(path)), "resume"),
-        partial(adapter.from_lerobot, config=config.model_cfg),
-        adapter.fit,
-        checksums,
+    read = partial(
+        weights.load_into,
+        match=partial(adapter.from_lerobot, config=config.model_cfg),
+        fit=adapter.fit,
+        checksums=checksums,
     )
-    log.info(coverage.table())
+    state = policy.state_dict()
+    log.info(read(state, weights.find_weights(str(exact_weights(path)), "resume")).table())
+    if ema is not None and (path / PRETRAINED_EMA).is_dir():
+        read(ema.state(state), weights.find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
+    elif ema is not None:  # switched on by resume_changes
+        log.warning("%s has no moving average of the weights; it begins now, at these weights", path)
+        ema.begin()
     return restore(path, optimizer, policy, checksums)
 
 

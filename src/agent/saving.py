@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from agent import optim, tensor_reader
-from agent.checkpoint import PRETRAINED, TRAINING
+from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING
 from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 _FAILURES_ALLOWED = 3
 _OPTIMIZER = "optimizer"
 _WEIGHTS = "model.safetensors"
+# Where the numbers are that training goes on with, if those of a folder are rounded.
+_EXACT = {PRETRAINED: TRAINING, PRETRAINED_EMA: f"{TRAINING}/ema"}
 _SHARDABLE = {f"{TRAINING}/{_OPTIMIZER}.safetensors"}
 
 
@@ -151,12 +153,15 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     robot = run.data.robots[0]
     statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
     contents = registry.pretrained_contents(run.config.model_cfg)
-    pretrained, write_pretrained = contents(
-        run.config.model_cfg, run.policy.state_dict(), statistics, run.plan.n_updates
-    )
-    files = {f"{PRETRAINED}/{name}": tensors for name, tensors in pretrained.items()}
-    if _stored(run):  # rounded weights are for others; what goes on is what was
-        files[f"{TRAINING}/{_WEIGHTS}"] = pretrained[_WEIGHTS]
+    weights = run.policy.state_dict()
+    versions = {PRETRAINED: weights} | ({PRETRAINED_EMA: run.ema.state(weights)} if run.ema is not None else {})
+    files: dict[str, dict[str, Tensor]] = {}
+    rounded = _stored(run)
+    for folder, tensors in versions.items():
+        pretrained, write_pretrained = contents(run.config.model_cfg, tensors, statistics, run.plan.n_updates)
+        files |= {f"{folder}/{name}": some for name, some in pretrained.items()}
+        if f"{folder}/{_WEIGHTS}" in rounded:  # these are for others; what goes on is what was
+            files[f"{_EXACT[folder]}/{_WEIGHTS}"] = pretrained[_WEIGHTS]
     files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optim.optimizer_tensors(run.optimizer, run.policy)
     details = {
         "data_fingerprint": run.data.fingerprint,
@@ -167,7 +172,11 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     config = dump_yaml(run.config)
 
     def write_small(folder: Path) -> None:
-        write_pretrained(folder / PRETRAINED)
+        for name in versions:
+            (folder / name).mkdir(exist_ok=True)
+            write_pretrained(folder / name)
+        for path in files:
+            (folder / path).parent.mkdir(exist_ok=True)
         (folder / TRAINING / "state.json").write_text(state, encoding="utf-8")
         (folder / TRAINING / "config.yaml").write_text(config, encoding="utf-8")
 
@@ -176,13 +185,16 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
 
 def _stored(run: Run) -> dict[str, torch.dtype]:
     """The files whose numbers are rounded. Weights that are bfloat16 in training are written as they are."""
-    rounded = run.config.save_dtype == "bfloat16" and run.config.precision == "float32_master"
-    return {f"{PRETRAINED}/{_WEIGHTS}": torch.bfloat16} if rounded else {}
+    if run.config.save_dtype != "bfloat16":
+        return {}
+    rounded = [PRETRAINED] if run.config.precision == "float32_master" else []
+    rounded += [PRETRAINED_EMA] if run.ema is not None else []
+    return {f"{folder}/{_WEIGHTS}": torch.bfloat16 for folder in rounded}
 
 
-def exact_weights(checkpoint: Path) -> Path:
-    """The folder with the weights as they were in training."""
-    return checkpoint / (TRAINING if (checkpoint / TRAINING / _WEIGHTS).is_file() else PRETRAINED)
+def exact_weights(checkpoint: Path, of: str = PRETRAINED) -> Path:
+    """The folder with the weights as they were in training; ``of`` is the folder of the published ones."""
+    return checkpoint / (_EXACT[of] if (checkpoint / _EXACT[of] / _WEIGHTS).is_file() else of)
 
 
 def restore(

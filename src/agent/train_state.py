@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from agent.checkpoint import CheckpointStore
 from agent.configuration_pipeline import Plan, TrainPipelineConfig
 from agent.data.build import Data
 from agent.distributed import Processes
+from agent.ema import Ema
 from agent.metrics import Metrics
 from agent.optim import LearningRate
 from agent.run_folder import RunFolder
@@ -48,3 +50,10 @@ class Run:
     learning_rate: LearningRate
     state: TrainState
     metrics: Metrics | None  # on rank 0
+    ema: Ema | None = None
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Around a forward pass: bfloat16 autocast over float32 parameters, or nothing."""
+        if self.config.use_bf16:
+            return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()

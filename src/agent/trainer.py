@@ -10,20 +10,20 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
 from agent import optim
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump, dump_yaml
-from agent.data.loader import TrainLoader, validation_batches
+from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
-from agent.evaluate import evaluate
-from agent.parallelize import accumulating, agree_on_compilation, is_sharded_module
+from agent.parallelize import accumulating, agree_on_compilation
 from agent.run_folder import write_atomically
 from agent.saving import Saver
 from agent.train_state import Run
+from agent.validation import validate, validate_start
+from agent.validation_record import ValidationRecords
 from agent.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             return stop.reasons(processes)
         watchdog.alive("the pass before the first update", patience=4)  # compiles the model, when that is asked for
         batches = _warmed_up(run, iter(loader))
+        if state.step == 0 and config.eval_freq and config.eval_start:
+            watchdog.alive("validation of the starting weights", patience=4)
+            validate_start(run)
         while state.step < run.plan.n_updates:
             watchdog.alive(f"update {state.step + 1}")
             with clock.updating():
@@ -65,6 +68,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             record: dict[str, float] = {}
             if config.eval_freq and (state.step % config.eval_freq == 0 or last):
                 watchdog.alive(f"validation at update {state.step}", patience=4)
+                saver.settle()  # a skipped update does not wait for the copies that a save began
                 record |= validate(run)
             if record or last or state.step % config.log_freq == 0:
                 _report(run, result, clock, saver, record)
@@ -92,19 +96,12 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     """
     first = next(batches)
     for _ in range(1 if run.model is run.policy else 2):
-        with precision(run):
+        with run.precision():
             loss = run.model(to_device(first, run.processes.device)).sum()
         loss.backward()
         run.optimizer.zero_grad(set_to_none=True)
     agree_on_compilation(run.policy, run.processes)
     return itertools.chain([first], batches)
-
-
-def precision(run: Run) -> contextlib.AbstractContextManager:
-    """bfloat16 autocast over float32 parameters, or nothing."""
-    if run.config.use_bf16:
-        return torch.autocast(run.processes.device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
         with clock.waiting_for_data():
             batch = next(batches)
         with accumulating(run.model, last=micro == steps - 1):
-            with precision(run):
+            with run.precision():
                 losses = run.model(to_device(batch, run.processes.device))
             (losses.sum() * scale).backward()
         seen.append((batch, losses.detach()))
@@ -143,6 +140,8 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
     # DDP has summed the gradients, so the norm is the same number on every process, and so is what follows from it.
     if math.isfinite(grad_norm):
         optim.apply_update(run.optimizer, lr, state.step)
+        if run.ema is not None:
+            run.ema.update(state.step - state.skipped_updates)
         state.skipped_in_a_row = 0
     else:
         problem = _name_the_samples(run, seen, grad_norm)
@@ -208,30 +207,6 @@ class _Clock:
         return step_s, fraction
 
 
-def validate(run: Run) -> dict[str, float]:
-    """The metrics of a validation; training's random streams do not move."""
-    config = run.config
-    if run.data.validation is None:  # nothing held out
-        return {}
-    batches = validation_batches(
-        run.data.validation,
-        size=config.eval_size,
-        batch=config.per_device_batch_size,
-        rank=run.processes.rank,
-        world=run.processes.world_size,
-        in_step=is_sharded_module(run.policy),
-    )
-    return evaluate(
-        run.policy,
-        batches,
-        run.processes,
-        unnormalize=run.data.validation.unnormalize,
-        mean_actions=run.data.validation.mean_actions,
-        thresholds=config.eval_thresholds,
-        precision=partial(precision, run),
-    )
-
-
 def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validation: dict[str, float]) -> None:
     """One line of metrics, gathered from all processes once."""
     config, state, processes = run.config, run.state, run.processes
@@ -250,7 +225,7 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
         "samples_seen": state.samples_seen,
         "skipped_updates": state.skipped_updates,
         "eta_s": (run.plan.n_updates - state.step) * step_s,
-        **validation,
+        **{name: _finite(value) for name, value in validation.items()},
     }
     if run.metrics is not None and run.folder is not None:
         run.metrics.write(record)
@@ -276,6 +251,7 @@ def start_reporting(run: Run) -> None:
     def on_main() -> str | None:
         assert run.metrics is not None and run.folder is not None
         write_atomically(run.config.run_dir / "config.yaml", dump_yaml(run.config))
+        ValidationRecords(run.config.run_dir).rewind(run.state.step or -1)
         wandb = run.config.wandb if run.config.use_wandb else None
         if wandb is not None and wandb.run_id is None:
             wandb = replace(wandb, run_id=run.state.wandb_run_id)

@@ -1,0 +1,93 @@
+"""A run's validations: when they are due the trainer says; what they compare, and what is kept of them, is here."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from agent.data.loader import validation_batches
+from agent.evaluate import DatasetNames, evaluate
+from agent.parallelize import is_sharded_module
+from agent.validation_picture import draw
+from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
+
+if TYPE_CHECKING:
+    from agent.train_state import Run
+
+log = logging.getLogger(__name__)
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Validates the weights of now, and their moving average if there is one, and keeps the details in the run folder.
+
+    Training's random streams do not move, and its weights are afterwards what they were, bit for bit. No checkpoint may
+    be under way whose tensors are not copied yet.
+
+    Returns:
+        The numbers for ``metrics.jsonl``, empty if nothing is held out. On rank 0 the baseline of the starting weights
+        is among them.
+    """
+    if run.data.validation is None:
+        return {}
+    raw, average = _evaluate(run), None
+    metrics = raw.metrics() | raw.baselines()
+    if run.ema is not None and run.state.step:  # before the first update it is the weights themselves
+        with run.ema.applied():
+            average = _evaluate(run)
+        metrics |= average.metrics("val/ema_")
+    if run.processes.is_main:
+        metrics |= _keep(run, raw, average)
+    return metrics
+
+
+def validate_start(run: Run) -> None:
+    """Validates the weights that the run starts from, for the baseline of all later validations."""
+    metrics = validate(run)
+    if metrics:
+        log.info("the starting weights: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def _evaluate(run: Run) -> Evaluation:
+    config, reader = run.config, run.data.validation
+    assert reader is not None
+    batches = validation_batches(
+        reader,
+        size=config.eval_size,
+        batch=config.per_device_batch_size,
+        rank=run.processes.rank,
+        world=run.processes.world_size,
+        in_step=is_sharded_module(run.policy),
+    )
+    return evaluate(
+        run.policy,
+        batches,
+        run.processes,
+        size=min(config.eval_size, sum(len(source) for source in reader.sources)),
+        unnormalize=reader.unnormalize,
+        mean_actions=reader.mean_actions,
+        datasets=[_names(source) for source in reader.sources],
+        thresholds=config.eval_thresholds,
+        precision=run.precision,
+    )
+
+
+def _names(source: Any) -> DatasetNames:
+    key = source.config.action
+    return DatasetNames(
+        source.config.repo_id,
+        dimension_names(source.metadata.features[key], source.blocks(key)[0].shape[-1]),
+    )
+
+
+def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, float]:
+    """Writes the record and its picture; a full disk costs these and not the run."""
+    records, step = ValidationRecords(run.config.run_dir), run.state.step
+    start = records.read(0) if step else None
+    contents = document(step, raw, average, start)
+    try:
+        records.write(contents)
+        draw(records.path(step, ".png"), contents)
+    except OSError as error:
+        log.error("the details of the validation at update %d could not be kept: %s", step, error)
+    baseline = contents["baselines"]["start"]
+    return {"val/baseline_start_l1": baseline["action_l1"]} if baseline is not None else {}

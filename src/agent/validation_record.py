@@ -1,0 +1,227 @@
+"""What every validation of a run found, in ``<run>/validation``: ``step_00000100.json`` and the picture beside it.
+
+``metrics.jsonl`` has the totals. These files have the errors by action dimension and by step of the chunk, the
+baselines in the same detail, and a few chunks as they were recorded and predicted. That of update 0 is of the weights
+that the run started from, the baseline of all later ones. Which checkpoint is the best follows from them too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.run_folder import write_atomically
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+_DIGITS = 7  # of a float32
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Mean absolute errors over unpadded steps, in the data set's own units."""
+
+    action_l1: float
+    per_dimension_l1: list[float]
+    """(a,)"""
+    per_step_l1: list[float]
+    """(T,); NaN for a step that is padded in every sample."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One validation sample as it was recorded and as it was predicted."""
+
+    dataset: str
+    episode: int
+    frame: int
+    recorded: Sequence[Sequence[float]]
+    """(T, a), in the data set's own units."""
+    predicted: Sequence[Sequence[float]]
+    """(T, a)"""
+    valid: Sequence[bool]
+    """(T,), False past the episode's end."""
+
+
+@dataclass(frozen=True)
+class DatasetErrors:
+    """The errors on one of several data sets."""
+
+    name: str
+    names: list[str]
+    """(a,) of its own action dimensions."""
+    errors: Errors
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one pass over the validation set gives, the same on every process."""
+
+    loss: float
+    errors: Errors
+    acc: dict[str, float]
+    """Threshold → fraction of action values within it."""
+    last: Errors
+    """Of the last recorded action, repeated."""
+    mean: Errors
+    """Of the training data's mean action."""
+    names: list[str]
+    """(a,) names of the action dimensions."""
+    datasets: list[DatasetErrors]
+    """The policy's errors on each data set; empty when there is one."""
+    chunks: list[Chunk]
+    samples: int
+    validation_set: str
+    """Changes with the samples: errors on different sets are never compared."""
+
+    def metrics(self, prefix: str = "val/") -> dict[str, float]:
+        """The totals under the names of ``metrics.jsonl``, without the baselines, which are no policy's."""
+        acc = {f"{prefix}acc_{threshold}": value for threshold, value in self.acc.items()}
+        return {f"{prefix}loss": self.loss, f"{prefix}action_l1": self.errors.action_l1, **acc}
+
+    def baselines(self) -> dict[str, float]:
+        """The two baselines' totals, under the names of ``metrics.jsonl``."""
+        return {"val/baseline_mean_l1": self.mean.action_l1, "val/baseline_last_l1": self.last.action_l1}
+
+
+def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The contents of a file.
+
+    Args:
+        step: updates done.
+        raw: of the weights in training.
+        ema: of their moving average, if the run has one.
+        start: the file of update 0; None where there is none.
+    """
+    if start is not None and start["validation_set"] != raw.validation_set:
+        start = None
+    keys = ("action_l1", "per_dimension_l1", "per_step_l1")
+    return {
+        "format": _FORMAT,
+        "step": step,
+        "names": raw.names,
+        "units": "data set's own",
+        "samples": raw.samples,
+        "validation_set": raw.validation_set,
+        **_policy(raw),
+        "baselines": {
+            "last": _errors(raw.last),
+            "mean": _errors(raw.mean),
+            "start": {key: start[key] for key in keys} if start is not None else None,
+        },
+        "datasets": [{"name": one.name, "names": one.names, **_errors(one.errors)} for one in raw.datasets],
+        "ema": _policy(ema) if ema is not None else None,
+    }
+
+
+def _policy(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "loss": _number(evaluation.loss),
+        **_errors(evaluation.errors),
+        "acc": evaluation.acc,
+        "chunks": [
+            {
+                "dataset": chunk.dataset,
+                "episode": chunk.episode,
+                "frame": chunk.frame,
+                "recorded": [_rounded(row) for row in chunk.recorded],
+                "predicted": [_rounded(row) for row in chunk.predicted],
+                "valid": list(map(bool, chunk.valid)),
+            }
+            for chunk in evaluation.chunks
+        ],
+    }
+
+
+def _errors(errors: Errors) -> dict[str, Any]:
+    return {
+        "action_l1": _number(errors.action_l1),
+        "per_dimension_l1": list(map(_number, errors.per_dimension_l1)),
+        "per_step_l1": list(map(_number, errors.per_step_l1)),
+    }
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _rounded(values: Iterable[float]) -> list[float | None]:
+    """As short as a float32 can be written without loss that anybody sees."""
+    return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in values]
+
+
+class ValidationRecords:
+    """``<run>/validation``; rank 0 writes and reads it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.folder = run_dir / "validation"
+
+    def path(self, step: int, suffix: str = ".json") -> Path:
+        """Where the record of an update is, or its picture (``.png``)."""
+        return self.folder / f"step_{step:08d}{suffix}"
+
+    def write(self, contents: Mapping[str, Any]) -> None:
+        """Writes the record of an update, whole or not at all; after a resume, over an equal one.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path(contents["step"]), json.dumps(contents, separators=(",", ":")) + "\n")
+
+    def read(self, step: int) -> dict[str, Any] | None:
+        """The record of an update; None if there is none, or none that can be read, which the log says."""
+        path = self.path(step)
+        try:
+            contents = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(contents, dict) or contents["format"] != _FORMAT:
+                raise ValueError("not of this format")
+            return contents
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s cannot be read and counts for nothing: %s", path, error)
+            return None
+
+    def rewind(self, step: int) -> None:
+        """Removes what is of later updates, which will be done again."""
+        for path in self.folder.glob("step_*"):
+            found = re.fullmatch(r"step_(\d{8,})\.(json|png)", path.name)
+            if found is not None and int(found[1]) > step:
+                path.unlink()
+
+    def best(self, steps: Iterable[int]) -> int | None:
+        """Of these updates the one with the lowest ``action_l1``, the earliest if several have it.
+
+        Counted are those whose validation was on the same samples as that of the newest. None if none was validated.
+        """
+        found = [record for step in sorted(steps) if (record := self.read(step)) is not None]
+        alike = [r for r in found if r["validation_set"] == found[-1]["validation_set"] and r["action_l1"] is not None]
+        return min(alike, key=lambda record: (record["action_l1"], record["step"]))["step"] if alike else None
+
+
+def dimension_names(feature: Mapping[str, Any], dims: int) -> list[str]:
+    """The names of a feature's dimensions from LeRobot's ``meta/info.json``; numbers where it names none.
+
+    Args:
+        feature: the entry of ``features``; its ``names`` are a list, ``{group: list}``, or ``{name: place}``.
+        dims: how many dimensions the data has.
+    """
+    names = feature.get("names")
+    if isinstance(names, Mapping):
+        values = list(names.values())
+        if all(isinstance(value, int) for value in values):
+            names = sorted(names, key=names.__getitem__)
+        else:
+            names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    if not isinstance(names, list) or len(names) != dims or len(set(map(str, names))) != dims:
+        return [f"action {number}" for number in range(dims)]
+    return [str(name) for name in names]
