@@ -22,7 +22,6 @@ as well.
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 import warnings
@@ -31,15 +30,14 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.simulation.rendering import Camera, choose_backend, settle
+
 log = logging.getLogger("record_metaworld")
 
 DEFAULT_TASKS = "reach-v3,button-press-topdown-v3,drawer-open-v3"
-CAMERA = "corner2"
-CAMERA_POSITION = (0.75, 0.075, 0.7)  # where LeRobot's environment puts this camera
 LOWEST_SEED = 100_000  # lerobot-eval counts its seeds upwards from 1000: keep well clear of them
 FRAMES_AFTER_SUCCESS = 5
 FAILURES_IN_A_ROW = 10
-BLANK_STD = 4.0  # grey levels; a rendered frame has 40 and more, an unrendered one 0
 WORST_MEAN_ERROR = 8.0  # grey levels between the rendered and the decoded frame; h264 at crf 23 gives about 5
 
 STATE_NAMES = ["x", "y", "z", "gripper"]
@@ -63,7 +61,6 @@ class Scene:
 
     def __init__(self, task: str, size: int):
         import metaworld
-        import mujoco
         from metaworld.policies import ENV_POLICY_MAP
 
         # As LeRobot's environment does it: one fixed task, and then a start drawn from the seed at every reset.
@@ -75,43 +72,21 @@ class Scene:
         self.env.seeded_rand_vec = True
         self.expert = ENV_POLICY_MAP[task]()
 
-        # MuJoCo allocates the shadow map (4096 x 4096 in these models) with the context: switch it off before.
-        model = self.env.model
-        model.camera(CAMERA).pos = CAMERA_POSITION
-        model.vis.quality.shadowsize = 0
-        model.vis.quality.offsamples = 0
-        # mujoco's own renderer makes its GL context current before each frame; gymnasium's does not, and shows
-        # wrong or black images as soon as a process holds two of them.
-        self.renderer = mujoco.Renderer(model, height=size, width=size)
-        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        self.camera = Camera(self.env, size, size)
 
     def reset(self, seed: int) -> np.ndarray:
-        import mujoco
-
         self.env.seed(seed)  # env.reset ignores the seed it is given
         self.env.reset()
-        # The reset moves goals and objects in the model without computing where that puts them, so the first image
-        # would show the layout of the draw before. With the positions up to date, observe once more.
-        mujoco.mj_kinematics(self.env.model, self.env.data)
-        return self.env._get_obs()
+        return settle(self.env)
 
     def image(self) -> np.ndarray:
-        self.renderer.update_scene(self.env.data, camera=CAMERA)
-        image = np.ascontiguousarray(np.flip(self.renderer.render(), (0, 1)))  # the camera hangs upside down
-        if image.std() < BLANK_STD:
-            raise RuntimeError(
-                f"the renderer gave a blank image (standard deviation {image.std():.1f} grey levels). "
-                f"MUJOCO_GL is {os.environ['MUJOCO_GL']!r}: try the other of egl and osmesa, and see the top of "
-                "this file for the packages they need."
-            )
-        return image
+        return self.camera.image()
 
     def action(self, observation: np.ndarray) -> np.ndarray:
         return np.clip(self.expert.get_action(observation), -1.0, 1.0).astype(np.float32)
 
     def close(self) -> None:
-        self.renderer.close()
+        self.camera.close()
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -119,6 +94,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist yet")
     parser.add_argument("--tasks", default=DEFAULT_TASKS, help=f"separated by commas; default {DEFAULT_TASKS}")
     parser.add_argument("--episodes", type=int, default=20, help="per task; default 20")
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="keep every frame as it was rendered, as PNG, instead of h264 video: twenty times the space",
+    )
     parser.add_argument("--size", type=int, default=128, help="width and height of the images; default 128")
     parser.add_argument(
         "--seed",
@@ -162,9 +142,10 @@ def check_arguments(arguments: argparse.Namespace, known_tasks: dict[str, str]) 
         raise ValueError(f"--out: {arguments.out} exists already; remove it or name another folder")
 
 
-def features(size: int) -> dict[str, dict]:
+def features(size: int, images: bool) -> dict[str, dict]:
+    dtype = "image" if images else "video"
     return {
-        "observation.image": {"dtype": "video", "shape": (size, size, 3), "names": ["height", "width", "channels"]},
+        "observation.image": {"dtype": dtype, "shape": (size, size, 3), "names": ["height", "width", "channels"]},
         "observation.state": {"dtype": "float32", "shape": (4,), "names": STATE_NAMES},
         "action": {"dtype": "float32", "shape": (4,), "names": ACTION_NAMES},
         "next.reward": {"dtype": "float32", "shape": (1,), "names": None},
@@ -176,18 +157,23 @@ def create_dataset(arguments: argparse.Namespace):
     from lerobot.configs.video import RGBEncoderConfig
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+    common = {
+        "repo_id": "/".join(arguments.out.resolve().parts[-2:]),
+        "root": arguments.out,
+        "fps": arguments.fps,
+        "robot_type": "sawyer",
+        "features": features(arguments.size, arguments.images),
+    }
+    if arguments.images:
+        return LeRobotDataset.create(use_videos=False, **common)
     return LeRobotDataset.create(
-        repo_id="/".join(arguments.out.resolve().parts[-2:]),
-        root=arguments.out,
-        fps=arguments.fps,
-        robot_type="sawyer",
         use_videos=True,
-        features=features(arguments.size),
         streaming_encoding=True,
         encoder_queue_maxsize=600,  # more than an episode has steps: a full queue drops frames
         encoder_threads=1,  # the encoder's output depends on its number of threads
         # A key frame every second frame: training reads frames in random order.
         rgb_encoder=RGBEncoderConfig(vcodec="h264", pix_fmt="yuv420p", g=2, crf=23, preset="veryfast"),
+        **common,
     )
 
 
@@ -327,7 +313,7 @@ def silence_libraries() -> None:
 
 def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco reads it when it is imported
+    choose_backend()
     arguments = parse_arguments()
     try:
         import metaworld  # noqa: F401
