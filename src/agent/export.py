@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,6 @@ from agent.export_source import (
     datasets_of,
     open_checkpoint,
     prevailing_dtype,
-    read_json,
     statistics_of,
     trained_on,
 )
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from agent.models.pi0.deployment import Deployment
     from agent.models.pi0.exporting import Contents
 
 _FORMATS = ("lerobot", "lerobot_v1", "openpi")
@@ -63,8 +64,13 @@ def export(options: argparse.Namespace) -> None:
     source = open_checkpoint(options.checkpoint)
     cast = getattr(torch, options.save_dtype) if options.save_dtype else None
     dtype = cast or prevailing_dtype(source.files)
-    contents = _contents(options.to, source, dtype)
-    small = _small_files(options, source, contents)
+    deployed = _deployment(options, source)
+    if deployed is not None:
+        source = replace(source, config=deployed.config, written=deployed.written)
+    statistics = deployed.statistics if deployed is not None else statistics_of(source.pretrained)
+    contents = _contents(options.to, source, statistics, dtype)
+    contents.notes.extend(_other_robots(options, source))
+    small = _small_files(options, source, contents, deployed)
     if options.push_to_hub:
         publishing.create(options.push_to_hub, options.private)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
@@ -86,15 +92,36 @@ def export(options: argparse.Namespace) -> None:
         print(publishing.upload(options.push_to_hub, out, f"{source.name}, format {options.to}"))
 
 
-def _contents(target: str, source: Source, dtype: torch.dtype) -> Contents:
+def _deployment(options: argparse.Namespace, source: Source) -> Deployment | None:
+    """Config and processors for the robot that ``--statistics`` names; None for the checkpoint's own."""
+    from agent.models.pi0.deployment import deployment
+
+    if options.statistics is None:
+        return None
+    return deployment(source.pretrained, source.config, source.written, options.statistics)
+
+
+def _other_robots(options: argparse.Namespace, source: Source) -> list[str]:
+    """A note if the checkpoint could be exported for other robots too."""
+    from agent.models.pi0.deployment import robots_of
+
+    robots = robots_of(source.pretrained)
+    chosen = options.statistics or (robots[0] if robots else None)
+    others = [robot for robot in robots if robot != chosen]
+    return [f"it acts on {chosen}; --statistics exports it for {' or '.join(others)}"] if others else []
+
+
+def _contents(target: str, source: Source, statistics: Any, dtype: torch.dtype) -> Contents:
     from agent.models.pi0 import exporting
 
     datasets = [entry["repo_id"] for entry in datasets_of(source.training)]
     asset = datasets[0] if len(datasets) == 1 and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", datasets[0]) else source.name
-    return exporting.contents(target, source.config, source.written, statistics_of(source.pretrained), dtype, asset)
+    return exporting.contents(target, source.config, source.written, statistics, dtype, asset)
 
 
-def _small_files(options: argparse.Namespace, source: Source, contents: Contents) -> dict[str, bytes]:
+def _small_files(
+    options: argparse.Namespace, source: Source, contents: Contents, deployed: Deployment | None
+) -> dict[str, bytes]:
     """File → contents of all but the weights and the card."""
     from agent.model_card import is_hub_id
 
@@ -106,8 +133,9 @@ def _small_files(options: argparse.Namespace, source: Source, contents: Contents
             documents["config.json"]["pretrained_path"] = None  # a folder of this machine
         for path in sorted(source.pretrained.glob("policy_*")):
             files[path.name] = path.read_bytes()
+        files |= deployed.processors if deployed is not None else {}
         if PREPROCESSOR in files:
-            documents[PREPROCESSOR] = _with_tokenizer(options, source)
+            documents[PREPROCESSOR] = _with_tokenizer(options, json.loads(files[PREPROCESSOR]))
         else:
             contents.notes.append("the checkpoint has no processors, so LeRobot cannot normalise for it")
     elif options.tokenizer:
@@ -115,9 +143,8 @@ def _small_files(options: argparse.Namespace, source: Source, contents: Contents
     return files | {name: (json.dumps(entry, indent=2) + "\n").encode() for name, entry in documents.items()}
 
 
-def _with_tokenizer(options: argparse.Namespace, source: Source) -> dict[str, Any]:
+def _with_tokenizer(options: argparse.Namespace, content: dict[str, Any]) -> dict[str, Any]:
     """The preprocessor with the tokenizer that ``--tokenizer`` names, or its own."""
-    content = read_json(source.pretrained / PREPROCESSOR)
     for step in content.get("steps", []):
         if step.get("registry_name") == "tokenizer_processor":
             name = step["config"]["tokenizer_name"] = options.tokenizer or step["config"]["tokenizer_name"]
@@ -192,6 +219,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--to", required=True, choices=_FORMATS, help="LeRobot 0.6, LeRobot before 0.4, or openpi")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, not there or empty")
     parser.add_argument("--save_dtype", choices=["float32", "bfloat16"], help="of the weights; default: as they are")
+    parser.add_argument("--statistics", metavar="ROBOT", help="of the robots it was trained on, the one to act on")
     parser.add_argument("--tokenizer", metavar="NAME", help="for lerobot: name of the tokenizer, if not the one in use")
     parser.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload it as well")
     parser.add_argument("--private", action="store_true", help="the model on the hub is private if it is created")

@@ -6,11 +6,13 @@ both padded to one size, each normalised by its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from agent.data.normalization import FeatureStatistics, Normalizer
+from agent.data.normalization import FeatureStatistics, Normalizer, to_lerobot_stats
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,20 @@ class Robot:
     def _offset(self, state: np.ndarray) -> np.ndarray:
         assert self.relative is not None
         return np.where(self.relative, state[: len(self.relative)], np.float32(0.0))
+
+
+def robots_document(robots: Sequence[Robot]) -> dict[str, Any] | None:
+    """What ``robots.json`` of a checkpoint holds, so that it can be exported for each robot; None if there is but one."""
+    if len(robots) == 1:
+        return None
+    entries = {}
+    for robot in robots:
+        statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
+        entries[robot.name] = {
+            "action_names": robot.action_names and list(robot.action_names),
+            "statistics": {
+                feature: {name: values.tolist() for name, values in entry.items()}
+                for feature, entry in statistics.items()
+            },
+        }
+    return {"processors_are_of": robots[0].name, "robots": entries}

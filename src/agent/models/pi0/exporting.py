@@ -80,6 +80,11 @@ def contents(
     if target == "lerobot":
         return Contents(names, documents={"config.json": written}, notes=_size_notes(target, config))
     _check_periods(target, config)
+    if config.use_relative_actions and target == "lerobot_v1":
+        raise ValueError(
+            "config.json: use_relative_actions is true, and LeRobot v1 would execute relative actions as absolute ones; "
+            "export to lerobot"
+        )
     modes = {name: config.normalization_mapping.get(name, "IDENTITY") for name in ("STATE", "ACTION")}
     if statistics is None:
         raise ValueError(
@@ -96,6 +101,12 @@ def contents(
     notes = _size_notes(target, config)
     if modes["STATE"] == "QUANTILES":
         notes.append("it was trained with quantiles: set use_quantile_norm=True in openpi's data config")
+    if config.use_relative_actions:
+        absolute = ", ".join(config.relative_exclude_joints) or "none"
+        notes.append(
+            "it was trained on actions relative to the state: put DeltaActions and AbsoluteActions into openpi's data config, "
+            f"with a mask that leaves out the dimensions named {absolute}"
+        )
     return Contents(names, documents=documents, notes=notes)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from agent.models.pi0.configuration import PI0Config
 
+ROBOTS = "robots.json"
 Statistics = dict[str, dict[str, np.ndarray]]
 
 
@@ -43,17 +44,24 @@ def write_pretrained(
 
 
 def pretrained_contents(
-    config: PI0Config, tensors: dict[str, Tensor], statistics: Statistics, last_update: int
+    config: PI0Config,
+    tensors: dict[str, Tensor],
+    statistics: Statistics,
+    last_update: int,
+    robots: dict[str, Any] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
     """What ``pretrained_model/`` consists of, for a writer that works in the background.
 
-    Args: as of :func:`write_pretrained`.
+    Args: as of :func:`write_pretrained`, and
+        robots: statistics of every robot, for ``robots.json``; None if it is one.
 
     Returns:
         The tensor files, whose tensors are the model's own and not copies, and a function that writes all other files
         into a folder. That function holds values of now: it may be called later, from any thread.
     """
-    documents = {"config.json": config.to_lerobot(last_update)}
+    documents: dict[str, Any] = {"config.json": config.to_lerobot(last_update)}
+    if robots is not None:
+        documents[ROBOTS] = robots
     normalizers = []
     for pipeline, steps in _processors(config).items():
         for index, step in enumerate(steps):

@@ -1,0 +1,87 @@
+"""A checkpoint of several robots, for one of them: the same weights, its own statistics and dimensions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.models.pi0.configuration import ACTION, STATE, FeatureSpec, PI0Config
+from agent.models.pi0.pretrained import ROBOTS, Statistics
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """A policy's processors and config for one of the robots that it was trained on."""
+
+    config: PI0Config
+    written: dict[str, Any]
+    """config.json."""
+    statistics: Statistics
+    processors: dict[str, bytes]
+    """File → contents."""
+
+
+def robots_of(pretrained: Path) -> list[str]:
+    """The robots that a checkpoint has statistics of, the one of its own processors first; empty for a single robot."""
+    path = pretrained / ROBOTS
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    first = content["processors_are_of"]
+    return [first, *(name for name in content["robots"] if name != first)]
+
+
+def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], robot: str) -> Deployment:
+    """A checkpoint for another of its robots: the same weights, other statistics and dimensions.
+
+    Raises:
+        ValueError: if the checkpoint does not know the robot.
+    """
+    known = robots_of(pretrained)
+    if robot not in known:
+        if not known:
+            raise ValueError(
+                f"--statistics: {pretrained} has no {ROBOTS}, it was trained with one set of statistics; leave the option out"
+            )
+        near = get_close_matches(robot, known, n=1) or known
+        raise ValueError(f"--statistics: {robot!r} is no robot of {pretrained}; write {' or '.join(near)}")
+    entry = json.loads((pretrained / ROBOTS).read_text(encoding="utf-8"))["robots"][robot]
+    statistics = {
+        feature: {name: np.asarray(values, np.float32) for name, values in some.items()}
+        for feature, some in entry["statistics"].items()
+    }
+    shapes = {feature: list(statistics[feature]["mean"].shape) for feature in (STATE, ACTION)}
+    changes: dict[str, Any] = {
+        "input_features": dict(config.input_features or {}) | {STATE: FeatureSpec("STATE", shapes[STATE])},
+        "output_features": {ACTION: FeatureSpec("ACTION", shapes[ACTION])},
+    }
+    written = json.loads(json.dumps(written))
+    written["input_features"][STATE]["shape"], written["output_features"][ACTION]["shape"] = (
+        shapes[STATE],
+        shapes[ACTION],
+    )
+    if config.use_relative_actions:
+        changes["action_feature_names"] = written["action_feature_names"] = entry["action_names"]
+    files: dict[str, bytes] = {}
+    for path in sorted(pretrained.glob("policy_*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for step in content["steps"]:
+            for feature in shapes.keys() & step["config"].get("features", {}).keys():
+                step["config"]["features"][feature]["shape"] = shapes[feature]
+            if step["registry_name"] == "relative_actions_processor" and config.use_relative_actions:
+                step["config"]["action_names"] = entry["action_names"]
+            if "state_file" in step:
+                files[step["state_file"]] = _statistics_file(statistics)
+        files[path.name] = (json.dumps(content, indent=2) + "\n").encode()
+    return Deployment(replace(config, **changes), written, statistics, files)
+
+
+def _statistics_file(statistics: Statistics) -> bytes:
+    from safetensors.numpy import save
+
+    return save({f"{feature}.{name}": values for feature, some in statistics.items() for name, values in some.items()})
