@@ -18,6 +18,7 @@ D     width of a transformer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -105,18 +106,23 @@ class ValidationBatch:
     """(B,) bool, False on an episode's first frame, where ``previous_action`` is that frame's own."""
 
 
-def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:
-    """A copy of a (nested) batch with all its tensors on ``device``."""
-    moved: dict[str, Any] = {}
+def map_tensors(tree: T_co, function: Callable[[Tensor], Any]) -> T_co:
+    """A copy of a (nested) batch with what ``function`` makes of each tensor in the tensor's place."""
+    mapped: dict[str, Any] = {}
     assert is_dataclass(tree)
     for field in fields(tree):
         value = getattr(tree, field.name)
         if is_dataclass(value) and not isinstance(value, type):
-            moved[field.name] = to_device(value, device, non_blocking)
+            mapped[field.name] = map_tensors(value, function)
         elif isinstance(value, dict):
-            moved[field.name] = {k: v.to(device, non_blocking=non_blocking) for k, v in value.items()}
+            mapped[field.name] = {key: function(tensor) for key, tensor in value.items()}
         elif isinstance(value, bool):
-            moved[field.name] = value
+            mapped[field.name] = value
         else:
-            moved[field.name] = value.to(device, non_blocking=non_blocking)
-    return replace(tree, **moved)  # type: ignore[type-var]
+            mapped[field.name] = function(value)
+    return replace(tree, **mapped)  # type: ignore[type-var]
+
+
+def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:
+    """A copy of a (nested) batch with all its tensors on ``device``."""
+    return map_tensors(tree, lambda tensor: tensor.to(device, non_blocking=non_blocking))

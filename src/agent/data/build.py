@@ -81,9 +81,9 @@ def build_data(
         raise ValueError("data.train.datasets is empty: name at least one data set")
     if normalization_mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
-    if config.train.num_workers:
-        start_fork_server()
     training, validation, report = _open_sources(config, spec)
+    if config.train.num_workers:
+        start_fork_server(training)
     names, deployed = assign_robots(training, validation, config.train)
     spec, notes = check_features([*training, *validation], spec, names, deployed)
     report += notes + _stores([*training, *validation], _wanted(config, spec))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.batch import Batch, ValidationBatch, map_tensors
 from agent.data.mixture import Mixture
 from agent.data.reader import Sample, SampleReader, collate
-from agent.data.source import DatasetConfig
-from agent.data.transforms import SampleSpec, pad_vector
+from agent.data.source import DatasetConfig, Source
+from agent.data.transforms import pad_vector
+from agent.data.worker_pool import WorkerPool
 
 
 @dataclass
@@ -115,58 +116,53 @@ class DataConfig:
 
 
 @dataclass
-class _Stream:
-    """The samples of the run by number, for torch's DataLoader."""
+class _MicroBatches:
+    """One rank's micro-batches by number, from the first one of ``first_update`` on, for ever."""
 
     reader: SampleReader
     mixture: Mixture
-
-    def __getitem__(self, k: int) -> Sample:
-        return self.reader.sample(k, *self.mixture[k])
-
-
-@dataclass
-class _Numbers:
-    """The sample numbers of one rank's micro-batches, from an update on, for ever."""
-
     global_batch: int
     batch: int
     rank: int
     world: int
     first_update: int
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __call__(self, number: int) -> Batch:
+        """Micro-batch ``number``.
+
+        Raises:
+            RuntimeError: if a sample cannot be read, naming data set, episode and frame.
+        """
         # Updates are whole multiples of what all ranks take together, so this counts through u and m at once.
-        start = self.first_update * self.global_batch + self.rank * self.batch
-        while True:
-            yield list(range(start, start + self.batch))
-            start += self.batch * self.world
+        start = self.first_update * self.global_batch + (number * self.world + self.rank) * self.batch
+        samples = [self._sample(k) for k in range(start, start + self.batch)]
+        return collate(samples, self.reader.spec, self.reader.tokens.pad_token_id)
+
+    def _sample(self, k: int) -> Sample:
+        dataset, position = self.mixture[k]
+        try:
+            return self.reader.sample(k, dataset, position)
+        except Exception as error:
+            source = self.reader.sources[dataset]
+            name = "{}, episode {}, frame {}".format(source, *source.frame(position))
+            if name in str(error):  # a file that cannot be read has said it
+                raise
+            raise RuntimeError(
+                f"{name}, sample {k} of the run, cannot be prepared ({type(error).__name__}: {error})"
+            ) from error
 
 
-def _as_tree(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> dict[str, Any]:
-    """A batch as nested dictionaries, which is what torch knows how to pin."""
-    batch = collate(samples, spec, pad_token_id)
-    return {**vars(batch), "observation": dict(vars(batch.observation)), "actions": dict(vars(batch.actions))}
-
-
-def _as_batch(tree: dict[str, Any]) -> Batch:
-    observation, actions = Observation(**tree["observation"]), ActionChunk(**tree["actions"])
-    return Batch(**{**tree, "observation": observation, "actions": actions})
-
-
-def _start_worker(_number: int) -> None:
-    """Runs first in a new worker."""
-    from agent.data import worker
-
-    worker.ignore_cluster_signals()  # once more: torch has given it a handler of its own
-    worker.end_with_trainer()
-
-
-def start_fork_server() -> None:
+def start_fork_server(sources: Sequence[Source]) -> None:
     """Begins to import in the background what workers need, some seconds ahead of the first loader."""
     from multiprocessing import forkserver
 
-    forkserver.set_forkserver_preload(["agent.data.worker"])
+    modules = {"agent.data.worker"}
+    for source in sources:
+        if source.store is None and source.metadata.video_keys:
+            modules.add("torchcodec.decoders" if source.video_backend == "torchcodec" else "av")
+        if source.store is None and set(source.metadata.camera_keys) - set(source.metadata.video_keys):
+            modules.add("lerobot.datasets.io_utils")
+    forkserver.set_forkserver_preload(sorted(modules))
     forkserver.ensure_running()
 
 
@@ -204,53 +200,43 @@ class TrainLoader(Iterator[Batch]):
         prefetch_factor: int = 2,
         pin: bool = False,
     ) -> None:
-        import torch
-        from torch.utils.data import DataLoader
-
         assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
+        self._made = 0
+        self._pin = pin
+        self._make: _MicroBatches | None = _MicroBatches(
+            reader, mixture, global_batch, per_device_batch, rank, world, first_update
+        )
+        self._pool: WorkerPool | None = None
         if num_workers:
-            start_fork_server()
+            start_fork_server(reader.sources)
             for source in reader.sources:
                 source.open()  # once here; workers take it over
-        self._workers = num_workers
-        self._batches: Iterator[dict[str, Any]] | None = iter(
-            DataLoader(
-                _Stream(reader, mixture),  # type: ignore[arg-type]
-                batch_sampler=_Numbers(global_batch, per_device_batch, rank, world, first_update),  # type: ignore[arg-type]
-                collate_fn=partial(_as_tree, spec=reader.spec, pad_token_id=reader.tokens.pad_token_id),
-                num_workers=num_workers,
-                prefetch_factor=prefetch_factor if num_workers else None,
-                multiprocessing_context="forkserver" if num_workers else None,
-                worker_init_fn=_start_worker,
-                pin_memory=pin,
-                # A generator of its own: DataLoader would otherwise draw from the process's.
-                generator=torch.Generator().manual_seed(0),
+            advice = (
+                f"data.train.num_workers (now {num_workers}), data.train.prefetch_factor (now {prefetch_factor}) or "
+                f"per_device_batch_size (now {per_device_batch})"
             )
-        )
+            self._pool = WorkerPool(self._make, workers=num_workers, ahead=prefetch_factor, pin=pin, advice=advice)
+            weakref.finalize(self, self._pool.close)
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
+        """The next micro-batch, in memory of its own.
 
         Raises:
-            RuntimeError: if a sample cannot be read, or a worker was killed.
+            RuntimeError: if a sample cannot be read, naming data set, episode and frame, or a worker was killed.
         """
-        if self._batches is None:
+        if self._make is None:
             raise StopIteration
-        try:
-            return _as_batch(next(self._batches))
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            # The last two are what taking over a dead worker's memory looks like before its death is noticed.
-            if isinstance(error, RuntimeError) and "exited unexpectedly" not in str(error):
-                raise
-            raise RuntimeError(
-                "a data worker was killed, most often by the system when memory runs out "
-                f"({type(error).__name__}: {error}). Ask for more memory (--mem), or lower data.train.num_workers "
-                f"(now {self._workers}), data.train.prefetch_factor or per_device_batch_size."
-            ) from error
+        if self._pool is not None:
+            return self._pool.next()
+        batch = self._make(self._made)
+        self._made += 1
+        return map_tensors(batch, lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def close(self) -> None:
         """Ends the workers; further batches are not to be had."""
-        self._batches = None  # torch ends them when its iterator is released
+        self._make = None
+        if self._pool is not None:
+            self._pool.close()
 
 
 def validation_batches(

@@ -1,17 +1,27 @@
-"""What the server that data workers are forked from imports: this module, nothing else of the program.
+"""What the server that data workers are forked from imports: this module, and the decoders that the data need.
 
 The training process has threads and perhaps a CUDA context, which a fork would copy half dead. A fork server is a
 fresh process without either; with the heavy imports done there once, a worker starts in milliseconds and shares
 their memory. Importing this module is what prepares the server; in the training process nobody imports it.
 """
 
+import faulthandler
 import os
 import signal
 import threading
 from multiprocessing import connection, parent_process
 
-import lerobot.datasets.lerobot_dataset  # noqa: F401
-import torch.utils.data  # noqa: F401
+import torch
+
+import agent.data.reader  # noqa: F401
+
+
+def settle() -> None:
+    """Comes first in a new worker."""
+    ignore_cluster_signals()
+    end_with_trainer()
+    faulthandler.enable()  # a decoder that crashes says where
+    torch.set_num_threads(1)  # there are as many workers as cores already
 
 
 def ignore_cluster_signals() -> None:
@@ -27,8 +37,7 @@ def ignore_cluster_signals() -> None:
 def end_with_trainer() -> None:
     """Ends this worker when the training process is gone, however it went.
 
-    Torch's workers watch their parent, which here is the fork server, and the server lives as long as it has
-    workers: after a SIGKILL of the trainer they would keep each other, and their memory, for ever.
+    A worker would notice when it next speaks to the trainer, which may be never: it may wait for a file system.
     """
     trainer = parent_process()
     assert trainer is not None, "called in a worker only"
