@@ -19,6 +19,7 @@ from agent.configuration_pipeline import dump, dump_yaml
 from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
 from agent.parallelize import accumulating, agree_on_compilation
+from agent.reporting.writing import RunReport
 from agent.run_folder import write_atomically
 from agent.saving import Saver
 from agent.train_state import Run
@@ -50,6 +51,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
     )
     run.model.train()
     saver, clock = Saver(run), _Clock()
+    report = RunReport(config.run_dir) if run.folder is not None else None
     with contextlib.closing(loader), contextlib.closing(saver):
         if processes.any(stop.pending()):  # asked before the first update: there is nothing new to save
             return stop.reasons(processes)
@@ -72,6 +74,8 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
                 record |= validate(run)
             if record or last or state.step % config.log_freq == 0:
                 _report(run, result, clock, saver, record)
+            if record and report is not None:
+                report.refresh()
             saver.prepare()
             saver.poll()
             # One small collective for all that the processes have to agree on at an update's end.

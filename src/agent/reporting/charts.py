@@ -31,7 +31,7 @@ class Frame:
 
     width: int = 400
     height: int = 226
-    left: int = 46
+    left: int = 50
     right: int = 16
     top: int = 8
     bottom: int = 36
@@ -41,7 +41,9 @@ class Frame:
     """Most places with a hover title."""
 
 
-SMALL = Frame(width=190, height=104, left=38, right=10, top=6, bottom=18, columns=120, strips=0)
+_FEW_MARKS = 8
+
+SMALL = Frame(width=190, height=104, left=42, right=10, top=6, bottom=18, columns=120, strips=0)
 
 
 def wants_log(lines: Sequence[Line]) -> bool:
@@ -75,13 +77,11 @@ def line_chart(
     drawn = [(line, columns_of(line.points, frame.columns)) for line in lines]
     pieces = [column for _, columns in drawn for column in columns if column is not None]
     assert pieces, f"nothing to draw in {title}"
-    x_axis = Axis(*widened(min(c.x for c in pieces), max(c.x for c in pieces), 0.0), *_across(frame))
+    x_axis = Axis(*widened(min(c.first for c in pieces), max(c.last for c in pieces), 0.0), *_across(frame))
     low, high = min(c.low for c in pieces), max(c.high for c in pieces)
     y_axis = Axis(*value_range(low, high, from_zero, log), *_up(frame), log=log)
     parts = [f"<title>{escape(title)}</title>", _grid(x_axis, y_axis, frame, x_label)]
-    for x, text in marks:
-        place = f'x1="{x_axis.at(x):.1f}" x2="{x_axis.at(x):.1f}" y1="{frame.top}" y2="{frame.height - frame.bottom}"'
-        parts.append(f'<line class="mark" {place}><title>{escape(text)}</title></line>')
+    parts += _marks(marks, x_axis, frame)
     parts += [_curve(line, columns, x_axis, y_axis) for line, columns in drawn]
     if frame.strips:
         parts.append(_hover_strips(drawn, x_axis, frame, x_label))
@@ -112,7 +112,7 @@ def dot_chart(
     parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
     for number, (name, row) in enumerate(rows):
         y = top + row_height * (number + 0.5)
-        short = name if len(name) <= 17 else f"{name[:8]}…{name[-8:]}"
+        short = name if len(name) <= 17 else f"…{name[-16:]}"  # arms and joints are told apart at the end
         parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(short)}</text>')
         for (label, style), value in zip(series, row, strict=True):
             if not math.isnan(value):
@@ -164,6 +164,17 @@ def _grid(x_axis: Axis, y_axis: Axis, frame: Frame, x_label: str) -> str:
         middle = (frame.left + wall) / 2
         parts.append(f'<text x="{middle}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
+
+
+def _marks(marks: Sequence[tuple[float, str]], axis: Axis, frame: Frame) -> list[str]:
+    """Lines from top to bottom, or short ones where many would hide the curves; at most one for each pixel."""
+    floor = frame.height - frame.bottom
+    top = frame.top if len(marks) <= _FEW_MARKS else floor - 9
+    places = {f"{axis.at(x):.0f}": text for x, text in marks if axis.low <= x <= axis.high}
+    return [
+        f'<line class="mark" x1="{x}" x2="{x}" y1="{top}" y2="{floor}"><title>{escape(text)}</title></line>'
+        for x, text in places.items()
+    ]
 
 
 def _curve(line: Line, columns: list[Column | None], x_axis: Axis, y_axis: Axis) -> str:

@@ -37,7 +37,6 @@ BASELINES = {
     "mean": ("mean training action", "base-mean dashed"),
     "start": ("starting checkpoint", "base-start dashed"),
 }
-_MOST_MARKS = 60
 
 
 def style_of(place: int) -> str:
@@ -55,7 +54,7 @@ def training(runs: Sequence[RunRecord]) -> str:
         for run in long
     ]
     if len(runs) == 1 and runs[0].attempts[1:]:
-        notes.append("A vertical line marks where an attempt began after a restart.")
+        notes.append("A dotted vertical line stands where an attempt began after a restart.")
     return section("training", "Training", _grid(charts), *(paragraph(note, "note") for note in notes))
 
 
@@ -114,7 +113,7 @@ def _figure(
 ) -> str:
     kept = [line for line in lines if any(not math.isnan(y) for _, y in line.points)]
     gaps = sum(math.isnan(y) for line in lines for _, y in line.points)
-    note = f"{gaps} logged updates have no finite number." if gaps else ""
+    note = "" if not gaps else f"{gaps} logged update{'s have' if gaps > 1 else ' has'} no finite number."
     unit = ", ".join(filter(None, [unit, "logarithmic" if log else ""]))
     if not kept:
         return figure(title, missing("Not in metrics.jsonl."), unit=unit, note=note)
@@ -150,8 +149,7 @@ def _restarts(run: RunRecord) -> list[tuple[float, str]]:
         for place, attempt in enumerate(run.attempts, start=1)
         if place > 1 and "first_step" in attempt
     ]
-    first = min(numbers.steps[0] for numbers in run.series.values())
-    return [(max(place, first), text) for place, text in found if place <= run.last_step][-_MOST_MARKS:]
+    return found
 
 
 def _validation_loss(runs: Sequence[RunRecord]) -> str:
@@ -199,4 +197,4 @@ def _action_error(runs: Sequence[RunRecord]) -> str:
             steps = runs[0].series["val/action_l1"].steps
             label, style = BASELINES["start"]
             lines.append(Line(label, [(float(step), start.action_l1) for step in (steps[0], steps[-1])], style))
-    return _figure("Error of sampled actions", "mean |error|, data set's units", lines, runs, from_zero=True)
+    return _figure("Action error", "mean |error|, data set's units", lines, runs, from_zero=True)

@@ -57,7 +57,8 @@ def numbers(runs: Sequence[RunRecord]) -> str:
         ("updates", [f"{run.last_step:,}" + (f" of {run.planned:,}" if run.planned else "") for run in runs]),
         ("training loss, last logged", [number(_last(run, "loss")) for run in runs]),
         ("training loss, mean of the last tenth", [number(_last_tenth(run)) for run in runs]),
-        ("lowest val/action_l1", [_best(run) for run in runs]),
+        ("lowest val/action_l1", [number(_best(run)[1]) for run in runs]),
+        ("at update", [number(_best(run)[0]) for run in runs]),
     ]
     keys = list(dict.fromkeys(key for run in runs for key in run.series if key.startswith("val/")))
     rows += [(f"{key}, last", [number(_last(run, key)) for run in runs]) for key in keys]
@@ -171,7 +172,7 @@ def settings(runs: Sequence[RunRecord]) -> str:
         differing = [key for key in keys if len({one.get(key, NOTHING) for one in flat}) > 1]
         rows = [[key, *(one.get(key, NOTHING) for one in flat)] for key in differing]
         heads = ["key", *(run.label for run in runs)]
-        alike = f"{len(keys) - len(differing)} other keys are alike."
+        alike = f"Keys that are alike and not shown: {len(keys) - len(differing)}."
         parts += (
             [table("Where the configs differ", heads, rows, text_columns=range(1, len(heads)))]
             if rows
@@ -217,7 +218,8 @@ def _series(run: RunRecord, key: str) -> Series:
 
 
 def _last(run: RunRecord, key: str) -> float | None:
-    return (_series(run, key).numbers or [None])[-1]
+    found = _series(run, key).numbers
+    return found[-1] if found else None
 
 
 def _mean(run: RunRecord, key: str) -> float | None:
@@ -236,9 +238,8 @@ def _last_tenth(run: RunRecord) -> float | None:
     return math.fsum(last) / len(last) if last else None
 
 
-def _best(run: RunRecord) -> str:
-    best = _series(run, "val/action_l1").lowest()
-    return f"{number(best[1])} at update {best[0]:,}" if best else NOTHING
+def _best(run: RunRecord) -> tuple[int | None, float | None]:
+    return _series(run, "val/action_l1").lowest() or (None, None)
 
 
 def _lifetime(run: RunRecord) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from html import escape
@@ -94,7 +95,9 @@ def table(
         style = ' class="text"' if place in text_columns or place == 0 else ""
         scope = {"head": ' scope="col"', "row": ' scope="row"'}.get(kind, "")
         tag = "td" if kind == "cell" else "th"
-        return f"<{tag}{scope}{style}>{_folded(text)}</{tag}>"
+        # A long key may break after its parts, not within a word.
+        inside = re.sub(r"([/._])", r"\1<wbr>", escape(text)) if kind == "row" else _folded(text)
+        return f"<{tag}{scope}{style}>{inside}</{tag}>"
 
     head = "".join(cell(place, text, "head") for place, text in enumerate(heads))
     body = "".join(

@@ -33,7 +33,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     assert runs
     _label_apart(runs)
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs: {', '.join(run.label for run in runs)}"
-    head = _about(runs[0]) + facts.tiles(runs[0]) if len(runs) == 1 else "".join(map(_about, runs))
+    head = _about(runs[0]) + facts.tiles(runs[0]) if len(runs) == 1 else "".join(_about(run, run.label) for run in runs)
     sections = [
         curves.training(runs),
         validation.validation(runs),
@@ -66,12 +66,13 @@ def _label_apart(runs: Sequence[RunRecord]) -> None:
             run.label = f"{run.label} ({run.path})"
 
 
-def _about(run: RunRecord) -> str:
+def _about(run: RunRecord, label: str = "") -> str:
     state = str(run.status.get("state", "unknown"))
     known = state if state in ("running", "preempted", "finished", "failed") else "unknown"
     step = run.status.get("step", run.last_step)
     of = f" of {run.planned:,}" if run.planned else ""
-    parts = [f'<p class="state"><span class="badge {known}">{escape(state)}</span> at update {step:,}{of}']
+    name = f"<b>{escape(label)}</b> " if label else ""
+    parts = [f'<p class="state">{name}<span class="badge {known}">{escape(state)}</span> at update {step:,}{of}']
     if "updated" in run.status and isinstance(run.status["updated"], int | float):
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.status["updated"]))
         parts.append(f", {when}")

@@ -34,7 +34,8 @@ def _detail(runs: Sequence[RunRecord]) -> str:
     for one in shown:
         by_names.setdefault(tuple(one[1].names), []).append(one)
     for alike in by_names.values():
-        parts += [_by_dimension(alike, len(runs)), _by_step(alike, len(runs))]
+        charts = [_dimension_chart(alike, len(runs)), _step_chart(alike, len(runs))]
+        parts += [f'<div class="charts uneven">{"".join(charts)}</div>', _dimension_table(alike, len(runs))]
     parts += [_by_dataset(one, len(runs)) for one in shown if one[1].datasets]
     return "".join(parts)
 
@@ -62,36 +63,38 @@ def _columns(shown: Sequence[Shown], total: int) -> list[tuple[str, str, ActionE
     return found
 
 
-def _by_dimension(shown: Sequence[Shown], total: int) -> str:
-    names, columns, where = shown[0][1].names, _columns(shown, total), _where(shown)
+def _dimension_chart(shown: Sequence[Shown], total: int) -> str:
+    mean = shown[0][1].baselines.get("mean")
+    if mean is None:
+        return ""
+    columns = [column for column in _columns(shown, total) if column[2] is not mean]
+    series = [(label, style) for label, style, _ in columns]
+    values = [
+        (name, [_ratio(error.per_dimension[place], mean.per_dimension[place]) for _, _, error in columns])
+        for place, name in enumerate(shown[0][1].names)
+    ]
+    caption, unit = f"Error by dimension {_where(shown)}", "relative to the mean action's"
+    drawing = dot_chart(f"{caption}, {unit}. The table has the numbers", values, series, line_at=1.0)
+    note = "Left of the line at 1: better than always predicting the mean training action."
+    return figure(caption, drawing, unit=unit, note=note, below=legend(series, "dot"))
+
+
+def _dimension_table(shown: Sequence[Shown], total: int) -> str:
+    columns = _columns(shown, total)
     rows = [
-        [name, *(number(error.per_dimension[place]) for _, _, error in columns)] for place, name in enumerate(names)
+        [name, *(number(error.per_dimension[place]) for _, _, error in columns)]
+        for place, name in enumerate(shown[0][1].names)
     ]
     rows.append(["all", *(number(error.action_l1) for _, _, error in columns)])
     heads = ["dimension", *(label for label, _, _ in columns)]
-    listed = table(f"Action error by dimension {where}", heads, rows)
-    mean = shown[0][1].baselines.get("mean")
-    if mean is None:
-        return listed + paragraph(_UNITS, "note")
-    series = [(label, style) for label, style, error in columns if error is not mean]
-    values = [
-        (name, [_ratio(error.per_dimension[place], mean.per_dimension[place]) for _, _, error in columns if error is not mean])
-        for place, name in enumerate(names)
-    ]  # fmt: skip
-    caption = f"Error by dimension {where}"
-    drawing = dot_chart(
-        f"{caption}, relative to the mean action's. The table has the numbers", values, series, line_at=1.0
-    )
-    note = "Left of the line at 1: better than always predicting the mean training action."
-    chart = figure(caption, drawing, unit="relative to the mean action's", note=note, below=legend(series, "dot"))
-    return f'<div class="pair">{chart}<div>{listed}{paragraph(_UNITS, "note")}</div></div>'
+    return table(f"Action error by dimension {_where(shown)}", heads, rows) + paragraph(_UNITS, "note")
 
 
 def _ratio(error: float, reference: float) -> float:
     return error / reference if reference > 0 else math.nan
 
 
-def _by_step(shown: Sequence[Shown], total: int) -> str:
+def _step_chart(shown: Sequence[Shown], total: int) -> str:
     columns = [
         (label, style, error)
         for label, style, error in _columns(shown, total)
@@ -107,7 +110,7 @@ def _by_step(shown: Sequence[Shown], total: int) -> str:
     length = max(len(error.per_step) for _, _, error in columns)
     said = f"{caption}, steps 1 to {length}, mean over all dimensions"
     drawing = line_chart(said, lines, x_label="step of the chunk", from_zero=True)
-    return f'<div class="charts">{figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))}</div>'
+    return figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))
 
 
 def _dashed(style: str) -> str:

@@ -35,21 +35,27 @@ class RunReport:
     """The report that a run keeps in its own folder. A failure is logged and stops nothing."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+        self._out, self._lines = run_dir / "report.html", run_dir / "metrics.jsonl"
         self._ended, self._took = time.monotonic(), 0.0
 
     def refresh(self) -> None:
         """Writes it again, unless that would take more than a hundredth of the time."""
         if self._took <= _SHARE * (time.monotonic() - self._ended):
-            self.write()
+            self._write()
 
     def write(self) -> None:
-        """Writes it, if anything was logged yet."""
-        begin = time.monotonic()
+        """Writes it at the end of the run, if anything was logged."""
+        if self._write():
+            log.info("report: %s", self._out)
+
+    def _write(self) -> bool:
+        begin, written = time.monotonic(), False
         try:
-            if (self._run_dir / "metrics.jsonl").exists() and (self._run_dir / "metrics.jsonl").stat().st_size:
-                write_page([collect(self._run_dir)], self._run_dir / "report.html")
+            if self._lines.exists() and self._lines.stat().st_size:
+                write_page([collect(self._out.parent)], self._out)
+                written = True
         except Exception:  # whatever a file may hold: the training is worth more than its report
-            log.exception("the report could not be written; later: python -m agent.report %s", self._run_dir)
+            log.exception("the report could not be written; later: python -m agent.report %s", self._out.parent)
         self._ended = time.monotonic()
         self._took = self._ended - begin
+        return written
