@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from agent.data.augmentation import augmentations
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
 from agent.data.files import spelled
@@ -45,6 +46,24 @@ class Data:
     """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
     report: list[str]
     """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
+
+    @property
+    def labels(self) -> list[str]:
+        """A short name for each training data set, no two alike."""
+        names = [source.config.repo_id for source in self.reader.sources]
+        short = [name.rpartition("/")[2] for name in names]
+        names = short if len(set(short)) == len(set(names)) else names
+        return [f"{name}#{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+    def count(self, drawn: dict[str, int], first: int, stop: int) -> None:
+        """Adds to ``drawn`` how many of the samples ``first`` to ``stop - 1`` each of several data sets gives."""
+        if len(self.mixture.lengths) > 1:
+            for label, number in zip(self.labels, self.mixture.counts(first, stop), strict=True):
+                drawn[label] = drawn.get(label, 0) + number
+
+    def mix(self, drawn: Mapping[str, int]) -> dict[str, float]:
+        """The metrics ``mix/<data set>``: the fraction of the samples so far."""
+        return {f"mix/{label}": number / sum(drawn.values()) for label, number in drawn.items()}
 
 
 def build_data(
@@ -110,6 +129,11 @@ def build_data(
     for source in [*training, *validation]:
         source.table.release()  # every page was touched
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
+    changes = [
+        augmentations(s.config.augmentation, s.recorded_sizes(), spec.camera_slots, spec.image_resolution, str(s))
+        for s in training
+    ]
+    report += [f"{s}: pictures of {', '.join(c)} are augmented" for s, c in zip(training, changes, strict=True) if c]
     tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
     report += tokens.warnings()
     for source in training:
@@ -122,7 +146,7 @@ def build_data(
         digest.update(tokens(text))
     return Data(
         spec=spec,
-        reader=SampleReader(training, each[: len(training)], tokens, spec, draw, seed, paraphrases),
+        reader=SampleReader(training, each[: len(training)], tokens, spec, draw, seed, paraphrases, changes),
         mixture=mixture,
         validation=SampleReader(validation, each[len(training) :], tokens, spec, validation_draw, seed)
         if validation

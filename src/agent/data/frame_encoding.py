@@ -47,7 +47,7 @@ class Encoding:
             return simplejpeg.encode_jpeg(
                 picture, quality=self.quality, colorsubsampling="420" if halved_colours else "444"
             )
-        planes = _planes(np.ascontiguousarray(image))
+        planes = in_planes(np.ascontiguousarray(image))
         if self.kind == "raw":
             return memoryview(planes).cast("B")
         # Each row as its difference from the one above: half the bytes of zstd alone.
@@ -61,7 +61,7 @@ class Encoding:
             import simplejpeg
 
             # Colours at half resolution are repeated, not smoothed: so did the video's decoder.
-            planes = _planes(simplejpeg.decode_jpeg(data, fastupsample=True))
+            planes = in_planes(simplejpeg.decode_jpeg(data, fastupsample=True))
         elif self.kind == "raw":
             planes = data.reshape(3, height, width)
         else:
@@ -73,7 +73,7 @@ class Encoding:
         return planes
 
 
-def _planes(image: np.ndarray) -> np.ndarray:
+def in_planes(image: np.ndarray) -> np.ndarray:
     """(H, W, 3) → (3, H, W)."""
     import cv2
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.data.augmentation import Augmentation
 from agent.data.robot import Robot
 from agent.data.source import Source
 from agent.data.transforms import SampleSpec, TaskTokens, pad_vector, paraphrase, resize_with_pad
@@ -67,6 +68,8 @@ class SampleReader:
     """See ``Draw``."""
     seed: int = 0
     paraphrases: dict[str, list[str]] = field(default_factory=dict)
+    augmentations: Sequence[Mapping[str, Augmentation]] = ()
+    """For each source: camera → how its pictures are changed. Empty for validation."""
 
     def sample(self, k: int, dataset: int, position: int) -> Sample:
         """Sample ``k`` of the stream, which is the frame at ``position`` of a data set.
@@ -77,8 +80,12 @@ class SampleReader:
         raw, robot = self.sources[dataset].read(position), self.robots[dataset]
         noise, time = self.draw(k)
         height, width = self.spec.image_resolution
+        images = {slot: resize_with_pad(image, height, width) for slot, image in raw.images.items()}
+        if self.augmentations:
+            for slot, change in self.augmentations[dataset].items():
+                images[slot] = change(images[slot], self.seed, k, slot)
         return Sample(
-            images={slot: resize_with_pad(image, height, width) for slot, image in raw.images.items()},
+            images=images,
             state=pad_vector(robot.state.normalize(raw.state), self.spec.max_state_dim),
             tokens=self.tokens(paraphrase(raw.task, self.paraphrases, self.seed, k)),
             actions=pad_vector(robot.encode(raw.actions, raw.state), self.spec.max_action_dim),
