@@ -215,4 +215,5 @@ def restore(
         digest = checksums(path) if checksums is not None else None
         tensor_reader.stream(path, {entry.name: state[entry.name] for entry in entries[path]}, digest)
     saved = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
-    return TrainState(**{field.name: saved[field.name] for field in fields(TrainState)})
+    # what is newer than the checkpoint begins anew
+    return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})

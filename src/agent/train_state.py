@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class TrainState:
     """How many of them were the last ones."""
     wandb_run_id: str | None = None
     """The wandb run, the same across restarts."""
+    drawn: dict[str, int] = field(default_factory=dict)
+    """Of several data sets, how many samples each gave."""
 
 
 @dataclass

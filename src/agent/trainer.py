@@ -156,7 +156,8 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
         log.warning("%s; skipped (%d in a row, %d in all)", problem, state.skipped_in_a_row, state.skipped_updates)
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    state.samples_seen += config.global_batch_size
+    first, state.samples_seen = state.samples_seen, state.samples_seen + config.global_batch_size
+    run.data.count(state.drawn, first, state.samples_seen)
     return StepResult(torch.stack([losses.sum() for _, losses in seen]).sum(), grad_norm, lr)
 
 
@@ -227,6 +228,7 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
         "memory_gb": _peak_memory_gb(processes.device),
         "epoch": state.step / run.plan.updates_per_epoch,
         "samples_seen": state.samples_seen,
+        **run.data.mix(state.drawn),
         "skipped_updates": state.skipped_updates,
         "eta_s": (run.plan.n_updates - state.step) * step_s,
         **{name: _finite(value) for name, value in validation.items()},
