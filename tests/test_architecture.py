@@ -22,7 +22,7 @@ MODULES = {
     if path.name != "__init__.py"
 }
 COMMANDS = ["run", "command_line", "describe_config", "requeue", "sync_wandb", "prepare", "export", "report", "serve"]
-COMMANDS += ["data.prepare"]
+COMMANDS += ["data.prepare", "evaluate_sim"]
 LEAVES = [
     "batch",
     "reproducibility",
@@ -43,6 +43,7 @@ MAY_IMPORT = {
         "metrics",
         "reporting.writing",
         "preflight.check",
+        "simulation.starting",
         "watchdog",
     ],
     "preflight.gpus": [],
@@ -62,6 +63,7 @@ MAY_IMPORT = {
         "models.registry",
         "optim",
         "preflight.gpus",
+        "simulation.configuration",
     ],
     "strict_config": ["config_check", "models.base"],  # the first two were one file
     "config_check": ["older_keys"],
@@ -114,6 +116,12 @@ MAY_IMPORT = {
     "low_memory_adamw": ["adamw8bit", "sharding", "stochastic_rounding"],
     **{name: [] for name in ("adamw8bit", "stochastic_rounding")},
     "run_folder": ["history"],
+    **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video", "results")},
+    "simulation.starting": ["simulation.configuration"],
+    "simulation.environment": ["simulation.rendering"],
+    "simulation.rollout": ["simulation.results"],
+    "simulation.evaluation": ["inference", "simulation.*"],
+    "simulation.watching": ["simulation.*"],
 }
 
 

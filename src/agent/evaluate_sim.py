@@ -1,0 +1,101 @@
+"""A saved policy in simulation: ``uv run --extra sim python -m agent.evaluate_sim --checkpoint DIR --tasks reach-v3``.
+
+``--checkpoint`` is a run folder (its newest checkpoint is taken), a checkpoint, or its ``pretrained_model``::
+
+    uv run --extra sim python -m agent.evaluate_sim --checkpoint runs/pi0_metaworld --tasks reach-v3,push-v3 --episodes 20
+
+prints success rates with 95% Wilson intervals. The same command again plays what is missing and changes nothing else.
+``--run DIR`` evaluates the checkpoints of a run as its config's ``eval_cfg`` says, and waits for more while it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+INSTALL = (
+    "install the extra `sim`: uv sync --extra sim, or start with uv run --extra sim python -m agent.evaluate_sim …"
+)
+
+
+def default_out(pretrained: Path) -> Path:
+    """``simulation/<checkpoint>`` in the run folder.
+
+    Raises:
+        ValueError: if the policy lies in none.
+    """
+    checkpoint = pretrained.parent
+    if checkpoint.parent.name != "checkpoints":
+        raise ValueError(f"--out: {pretrained} is not in a run folder, so say where the results are to go: --out DIR")
+    ema = "_ema" if pretrained.name.endswith("_ema") else ""
+    return checkpoint.parent.parent / "simulation" / f"{checkpoint.name}{ema}"
+
+
+def evaluate_sim(options: argparse.Namespace) -> None:
+    """Runs what the command line asks for and prints the table.
+
+    Raises:
+        ValueError: for everything that the user has to put right.
+    """
+    from agent.simulation.rendering import choose_backend
+
+    choose_backend()
+    try:
+        import metaworld  # noqa: F401
+        import mujoco  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error.name} is not installed; {INSTALL}") from None
+    from agent.simulation.environment import TASK_DESCRIPTIONS
+    from agent.simulation.evaluation import Request, evaluate
+    from agent.simulation.results import table
+
+    if options.run:
+        from agent.simulation.watching import watch
+
+        return watch(Path(options.run), list(TASK_DESCRIPTIONS), once=options.once)
+    tasks = tuple(task.strip() for task in options.tasks.split(",") if task.strip())
+    request = Request(tasks, options.episodes, options.seed, options.max_steps, options.videos)
+    request.check(list(TASK_DESCRIPTIONS))
+
+    def out(pretrained: Path) -> Path:
+        return Path(options.out).expanduser() if options.out else default_out(pretrained)
+
+    summary = evaluate(options.checkpoint, request, out, device=options.device, tokenizer=options.tokenizer)
+    print(table(summary))
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 2 for what the user has to put right, 1 if simulation itself failed."""
+    parser = argparse.ArgumentParser(prog="python -m agent.evaluate_sim", description=str(__doc__).split("\n")[0])
+    parser.add_argument("--checkpoint", metavar="DIR", help="run folder, checkpoint or pretrained_model")
+    parser.add_argument("--run", metavar="DIR", help="run folder: evaluate its checkpoints by the config's eval_cfg")
+    parser.add_argument("--once", action="store_true", help="with --run: those that are there now, without waiting")
+    parser.add_argument("--tasks", default="", help="Meta-World's names, separated by commas")
+    parser.add_argument("--episodes", type=int, default=20, help="per task; default 20")
+    parser.add_argument("--seed", type=int, default=1000, help="of noise; episode e starts from seed + e; default 1000")
+    parser.add_argument("--max_steps", type=int, default=500, help="of an episode without success; default 500")
+    parser.add_argument("--videos", type=int, default=0, metavar="N", help="film the first N episodes of each task")
+    parser.add_argument(
+        "--out", metavar="DIR", help="of the results; default: simulation/<checkpoint> in the run folder"
+    )
+    parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
+    parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name, if not the checkpoint's own")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        if bool(options.checkpoint) == bool(options.run):
+            raise ValueError("name what to evaluate: --checkpoint DIR, or --run DIR")
+        evaluate_sim(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""The evaluation of one checkpoint: what is missing of its episodes, played and kept."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.simulation.results import ResultsFolder
+from agent.simulation.rollout import DEMONSTRATION_SEEDS, MOST_STEPS, Actor, PolicyActor, check_policy, play
+from agent.simulation.video import write_video
+
+log = logging.getLogger(__name__)
+DEFAULT_SEED = 1000
+"""Where lerobot-eval begins, too."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be played."""
+
+    tasks: tuple[str, ...]
+    episodes: int = 20
+    seed: int = DEFAULT_SEED
+    max_steps: int = MOST_STEPS
+    videos: int = 0
+
+    def check(self, known: Sequence[str]) -> None:
+        """Raises ValueError for what cannot be played; ``known`` are Meta-World's tasks."""
+        if not self.tasks:
+            raise ValueError("--tasks names no task; write for example --tasks reach-v3,push-v3")
+        for task in self.tasks:
+            if task not in known:
+                near = difflib.get_close_matches(task, known, n=1, cutoff=0.3)
+                hint = f"; the nearest name is {near[0]}" if near else ""
+                raise ValueError(f"--tasks: Meta-World has no task {task!r}{hint}")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ValueError("--tasks names a task twice; raise --episodes instead")
+        if self.episodes < 1 or self.videos < 0 or self.seed < 0:
+            raise ValueError(
+                f"--episodes must be at least 1 (is {self.episodes}), --videos and --seed at least 0 (are {self.videos} "
+                f"and {self.seed})"
+            )
+        if not 1 <= self.max_steps <= MOST_STEPS:
+            raise ValueError(f"--max_steps must be 1 to {MOST_STEPS}, where Meta-World ends, not {self.max_steps}")
+        if self.seed + self.episodes > DEMONSTRATION_SEEDS:
+            raise ValueError(
+                f"--seed {self.seed} with {self.episodes} episodes reaches {DEMONSTRATION_SEEDS}, from where on the "
+                "demonstrations were recorded; write a lower one"
+            )
+
+
+def digest_of(pretrained: Path) -> str:
+    """A fingerprint of weights, config and processors of a ``pretrained_model``."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(pretrained.iterdir()):
+        if path.suffix in (".safetensors", ".json") and path.name != "train_config.json":
+            with open(path, "rb") as stream:
+                digest.update(f"{path.name}:".encode() + hashlib.file_digest(stream, "blake2b").digest())
+    return digest.hexdigest()
+
+
+def evaluate(
+    checkpoint: str,
+    request: Request,
+    out: Callable[[Path], Path],
+    *,
+    device: str | None = None,
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """Plays what is missing and returns the summary, which ``results.json`` holds as well.
+
+    Args:
+        checkpoint: see ``agent.inference.load_policy``.
+        request: checked already.
+        out: ``pretrained_model`` → folder of the results.
+        device: ``cpu`` or ``cuda``; by default the GPU if there is one.
+        tokenizer: another one than the checkpoint names.
+
+    Raises:
+        ValueError: if the checkpoint does not fit, or the folder holds other results.
+        RuntimeError: if a picture is blank.
+    """
+    import torch
+
+    from agent.inference import load_policy
+
+    # The number of threads changes how sums are rounded, and a robot's path after some steps.
+    torch.set_num_threads(1)
+    policy = load_policy(checkpoint, device=device, tokenizer=tokenizer)
+    height, width = check_policy(policy, policy.pretrained)
+    settings = {
+        "checkpoint": digest_of(policy.pretrained),
+        "seed": request.seed,
+        "max_steps": request.max_steps,
+        "action_steps": policy.action_steps,
+        "resolution": [height, width],
+        "device": policy.device.type,
+    }
+    results = ResultsFolder(out(policy.pretrained), settings)
+    try:
+        play_missing(request, results, PolicyActor(policy, request.seed, policy.action_steps), height, width)
+        return results.summarize(request.tasks, request.episodes)
+    finally:
+        results.close()
+
+
+def play_missing(request: Request, results: ResultsFolder, actor: Actor, height: int, width: int) -> None:
+    """Plays the episodes that the results lack, and those whose video is asked for and not there."""
+    from agent.simulation.environment import PlainMetaworldEnv
+
+    def video_of(task: str, episode: int) -> Path | None:
+        if episode >= request.videos:
+            return None
+        path = results.path / "videos" / f"{task}_{episode:03d}.mp4"
+        return None if path.is_file() and (task, episode) in results.done else path
+
+    for task in request.tasks:
+        plan = [(episode, video_of(task, episode)) for episode in range(request.episodes)]
+        missing = [(e, video) for e, video in plan if video is not None or (task, e) not in results.done]
+        log.info("%s: %d of %d episodes to play", task, len(missing), request.episodes)
+        if not missing:
+            continue
+        environment = PlainMetaworldEnv(task, height, width)
+        try:
+            for episode, video in missing:
+                played = play(
+                    environment,
+                    actor,
+                    task,
+                    episode,
+                    seed=request.seed,
+                    max_steps=request.max_steps,
+                    keep_images=video is not None,
+                )
+                if video is not None:
+                    write_video(video, played.images, environment.metadata["render_fps"])
+                results.add(played.result)
+                outcome = "success" if played.result.success else "no success"
+                log.info("%s episode %d: %s after %d steps", task, episode, outcome, played.result.steps)
+        finally:
+            environment.close()

@@ -1,0 +1,156 @@
+"""What an evaluation in simulation leaves: one line per episode, and the summary with its intervals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.run_folder import write_atomically
+
+EPISODES, SETTINGS, SUMMARY = "episodes.jsonl", "settings.json", "results.json"
+Z95 = 1.959963984540054
+"""The 97.5% quantile of the normal distribution."""
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """How an episode ended; all but ``seconds`` follow from checkpoint, settings, task and number."""
+
+    task: str
+    episode: int
+    environment_seed: int
+    success: bool
+    steps: int
+    """Until the success, or all that were allowed."""
+    reward: float
+    """Meta-World's, summed over the steps."""
+    seconds: float
+
+
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """The 95% interval of a success rate (Wilson, 1927): right also near 0 and 1, where mean ± deviation is not."""
+    assert 0 <= successes <= episodes and episodes > 0, (successes, episodes)
+    rate, z2 = successes / episodes, Z95**2
+    middle = (rate + z2 / (2 * episodes)) / (1 + z2 / episodes)
+    half = Z95 / (1 + z2 / episodes) * math.sqrt(rate * (1 - rate) / episodes + z2 / (4 * episodes**2))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class ResultsFolder:
+    """The results of one checkpoint under one set of settings; an evaluation that was stopped continues from it.
+
+    Args:
+        path: made if it is not there.
+        settings: everything that an episode's outcome depends on.
+
+    Raises:
+        ValueError: if the folder holds results of other settings, or another process is writing to it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ValueError(f"--out: another evaluation is writing to {path}; wait for it or name another") from None
+        self._check_settings()
+        self.done: dict[tuple[str, int], EpisodeResult] = {}
+        self._read_episodes()
+
+    def _check_settings(self) -> None:
+        file = self.path / SETTINGS
+        if not file.is_file():
+            write_atomically(file, json.dumps(self.settings, indent=1) + "\n")
+            return
+        try:
+            old = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"--out: {file} is not JSON ({error}); name another folder, or remove this one") from None
+        keys = [*old, *(key for key in self.settings if key not in old)]
+        changed = [
+            f"{key}: {old.get(key)} → {self.settings.get(key)}"
+            for key in keys
+            if old.get(key) != self.settings.get(key)
+        ]
+        if changed:
+            raise ValueError(
+                f"--out: {self.path} holds results of another evaluation ({'; '.join(changed)}); name another folder, or "
+                "remove this one"
+            )
+
+    def _read_episodes(self) -> None:
+        file = self.path / EPISODES
+        if not file.is_file():
+            return
+        text = file.read_text(encoding="utf-8")
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a process that was killed while it wrote
+            write_atomically(file, whole)
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                result = EpisodeResult(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"--out: {file}, line {number}, is no result ({error}); remove the line") from None
+            self.done[result.task, result.episode] = result
+
+    def add(self, result: EpisodeResult) -> None:
+        """Keeps a result, on the disk when this returns."""
+        known = self.done.get((result.task, result.episode))
+        self.done[result.task, result.episode] = result
+        if known is not None:  # done once more for its video
+            return
+        with open(self.path / EPISODES, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(result)) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def summarize(self, tasks: Sequence[str], episodes: int) -> dict[str, Any]:
+        """Writes ``results.json`` on these tasks' first episodes, all of them done, and returns its contents."""
+        rows = []
+        for task in tasks:
+            results = [self.done[task, episode] for episode in range(episodes)]
+            wins = [result for result in results if result.success]
+            low, high = wilson(len(wins), episodes)
+            rows.append(
+                {
+                    "task": task,
+                    "episodes": episodes,
+                    "successes": len(wins),
+                    "success_rate": len(wins) / episodes,
+                    "wilson95": [low, high],
+                    "mean_steps_to_success": sum(r.steps for r in wins) / len(wins) if wins else None,
+                    "mean_reward": sum(r.reward for r in results) / episodes,
+                    "seconds": sum(r.seconds for r in results),
+                }
+            )
+        everything = [asdict(self.done[task, episode]) for task in tasks for episode in range(episodes)]
+        summary = {"settings": self.settings, "tasks": rows, "episodes": everything}
+        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    def close(self) -> None:
+        """Lets others write."""
+        os.close(self._lock)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+    width = max(len(row["task"]) for row in summary["tasks"])
+    lines = [f"{'task':<{width}}  successes     rate   95% interval     steps to success"]
+    for row in summary["tasks"]:
+        low, high = (100 * bound for bound in row["wilson95"])
+        steps = row["mean_steps_to_success"]
+        lines.append(
+            f"{row['task']:<{width}}  {row['successes']:>4} of {row['episodes']:<4}{100 * row['success_rate']:>7.1f}%"
+            f"   {low:5.1f} to {high:5.1f}%   {'–' if steps is None else format(steps, '.0f'):>8}"
+        )
+    return "\n".join(lines)

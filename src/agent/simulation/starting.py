@@ -1,0 +1,51 @@
+"""Starts the evaluation of a run beside its training, which goes on whatever becomes of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from agent.simulation.configuration import SimulationConfig
+
+log = logging.getLogger(__name__)
+_OF_THE_TRAINING = ("TORCHELASTIC_", "VLA_ATTEMPT", "VLA_STATUS_FILE", "VLA_STOP_FILE", "RANK", "LOCAL_RANK", "ROLE_")
+_OF_THE_TRAINING += ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "MASTER_", "OMP_NUM_THREADS", "PYTHONHASHSEED")
+
+
+def start(config: SimulationConfig | None, run_dir: Path) -> None:
+    """Does what ``eval_cfg.start`` says; a failure is an error in the log and nothing more."""
+    if config is None or config.start == "by_hand":
+        return
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THE_TRAINING)}
+    folder = run_dir.resolve() / "simulation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if config.start == "sbatch":
+            done = subprocess.run(
+                ["sbatch", config.script, str(run_dir.resolve())],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            )
+            log.info("evaluation in simulation: %s", done.stdout.strip())
+            return
+        # Nothing of it is to wait for, or to be stopped with, the training; and no GPU is for it.
+        with open(folder / "log.txt", "ab") as output:
+            process = subprocess.Popen(
+                ["nice", "-n", "19", "bash", config.script, str(run_dir.resolve())],
+                env=environment | {"CUDA_VISIBLE_DEVICES": ""},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        log.info("evaluation in simulation: process %d, its log is %s", process.pid, folder / "log.txt")
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        log.error("evaluation in simulation could not be started, training goes on: %s", str(said).strip())

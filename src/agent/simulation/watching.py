@@ -1,0 +1,147 @@
+"""The checkpoints of a run, evaluated as its ``eval_cfg`` says while it trains, or afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.run_folder import write_atomically
+from agent.simulation.configuration import SimulationConfig
+from agent.simulation.evaluation import Request, evaluate
+from agent.simulation.results import SUMMARY, table
+
+log = logging.getLogger(__name__)
+POLL_S = 20.0
+SILENCE_S = 600.0
+CURVE = "success.jsonl"
+
+
+def watch(run_dir: Path, known: Sequence[str], once: bool) -> None:
+    """Evaluates the chosen checkpoints; unless ``once``, waits for more until the training has ended.
+
+    Args:
+        run_dir: the run folder.
+        known: Meta-World's tasks.
+        once: only what is there now.
+
+    Raises:
+        ValueError: if there is no such run, it has no ``eval_cfg``, or another process watches it.
+    """
+    config = read_config(run_dir)
+    request = Request(tuple(config.tasks), config.episodes, config.seed, config.max_steps, config.videos)
+    request.check(known)
+    folder = run_dir / "simulation"
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder / ".watch.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"--run: another process evaluates {run_dir} already") from None
+    failed: set[Path] = set()
+    try:
+        while True:
+            # Asked before looking: what was saved up to the end is then seen by one more look.
+            going_on = not once and is_training(run_dir)
+            for checkpoint in chosen(run_dir, config.every, last=not going_on):
+                if checkpoint not in failed and not _evaluate(checkpoint, request, folder / checkpoint.name):
+                    failed.add(checkpoint)
+            if not going_on:
+                return
+            time.sleep(POLL_S)
+    finally:
+        os.close(lock)
+
+
+def read_config(run_dir: Path) -> SimulationConfig:
+    """The ``eval_cfg`` of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"--run: there is no {file}; name the folder of a run that has been started")
+    values = (yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("eval_cfg")
+    if not values:
+        raise ValueError(
+            f"--run: {file} has no eval_cfg; write one in the training config (docs/simulation.md), or evaluate single "
+            "checkpoints with --checkpoint"
+        )
+    return SimulationConfig(**values)
+
+
+def chosen(run_dir: Path, every: int, last: bool) -> list[Path]:
+    """The complete checkpoints at multiples of ``every``, and with ``last`` the newest one, ascending."""
+    steps = {
+        int(match[1]): path
+        for path in (run_dir / "checkpoints").glob("step_*")
+        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "manifest.json").is_file()
+    }
+    wanted = {step for step in steps if step % every == 0} | ({max(steps)} if steps and last else set())
+    return [steps[step] for step in sorted(wanted)]
+
+
+def is_training(run_dir: Path) -> bool:
+    """Whether more checkpoints may come: the run says that it runs, and is alive or was a short time ago."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if status.get("state") != "running":
+        return False
+    if time.time() - status.get("updated", 0) < SILENCE_S:
+        return True
+    with open(run_dir / ".lock", "rb") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _evaluate(checkpoint: Path, request: Request, out: Path) -> bool:
+    """Whether it worked; one that does not is no reason to give up the others."""
+    if is_complete(out, request):
+        return True
+    log.info("evaluating %s", checkpoint)
+    try:
+        summary = evaluate(str(checkpoint), request, lambda _: out)
+    except (ValueError, OSError, RuntimeError) as error:
+        gone = " It was removed meanwhile: raise keep_checkpoints." if not checkpoint.exists() else ""
+        log.error("%s could not be evaluated: %s%s", checkpoint, error, gone)
+        return False
+    print(f"{checkpoint}\n{table(summary)}", flush=True)
+    write_curve(out.parent)
+    return True
+
+
+def is_complete(out: Path, request: Request) -> bool:
+    """Whether ``results.json`` covers the request."""
+    try:
+        rows = {row["task"]: row["episodes"] for row in _rows(out / SUMMARY)}
+    except (OSError, ValueError):
+        return False
+    return all(rows.get(task, 0) >= request.episodes for task in request.tasks)
+
+
+def write_curve(folder: Path) -> None:
+    """``success.jsonl``: a line per checkpoint and task, by update."""
+    lines = []
+    for path in sorted(folder.glob(f"step_*/{SUMMARY}")):
+        step = int(path.parent.name.removeprefix("step_"))
+        lines += [json.dumps({"step": step, **row}) for row in _rows(path)]
+    write_atomically(folder / CURVE, "".join(f"{line}\n" for line in lines))
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["tasks"]
