@@ -65,24 +65,6 @@ class Data:
         """The metrics ``mix/<data set>``: the fraction of the samples so far."""
         return {f"mix/{label}": number / sum(drawn.values()) for label, number in drawn.items()}
 
-    @property
-    def labels(self) -> list[str]:
-        """A short name for each training data set, no two alike."""
-        names = [source.config.repo_id for source in self.reader.sources]
-        short = [name.rpartition("/")[2] for name in names]
-        names = short if len(set(short)) == len(set(names)) else names
-        return [f"{name}#{n}" if names.count(name) > 1 else name for n, name in enumerate(names)]
-
-    def count(self, drawn: dict[str, int], first: int, stop: int) -> None:
-        """Adds to ``drawn`` how many of the samples ``first`` to ``stop - 1`` each of several data sets gives."""
-        if len(self.mixture.lengths) > 1:
-            for label, number in zip(self.labels, self.mixture.counts(first, stop), strict=True):
-                drawn[label] = drawn.get(label, 0) + number
-
-    def mix(self, drawn: Mapping[str, int]) -> dict[str, float]:
-        """The metrics ``mix/<data set>``: the fraction of the samples so far."""
-        return {f"mix/{label}": number / sum(drawn.values()) for label, number in drawn.items()}
-
 
 def build_data(
     config: DataConfig,
