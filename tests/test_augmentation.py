@@ -195,6 +195,16 @@ def test_the_configs_forms(place):
     assert entry == AugmentationConfig((0.9, 1.0), cameras={FRONT: CameraAugmentation(hue=0.0), WRIST: None})
 
 
+def test_the_shipped_configs_say_it(monkeypatch):
+    monkeypatch.setenv("VLA_DATA_DIR", "/data")
+    found = {}
+    for path in sorted((REPOSITORY / "config" / "data").glob("*.yaml")):
+        arguments = ["--data.train.datasets", f"!include {path}"]
+        (dataset,) = load_config(REPOSITORY / "config/train/pi0_demo.yaml", arguments, 1)[0].data.train.datasets
+        found[path.stem] = dataset.augmentation
+    assert found["bridge"] == found["fractal"] == AugmentationConfig() and found["demo"] is None
+
+
 BAD = {
     "{crop_scale: [0, 1]}": r"augmentation.crop_scale must be two shares 0 < least ≤ most ≤ 1.*got \[0.0, 1.0\]",
     "{crop_scale: [0.8, 1.2]}": "augmentation.crop_scale must be two shares",
