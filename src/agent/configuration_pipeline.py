@@ -18,6 +18,7 @@ from agent.data.loader import DataConfig
 from agent.metrics import WandbConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
+from agent.preflight.gpus import check_name
 from agent.strict_config import ConfigError, cannot_use, load
 
 
@@ -35,6 +36,11 @@ class TrainPipelineConfig:
     """Seed of every random draw: order of the samples, noise, times, fresh weights."""
     debug: bool = False
     """Log every detail, load data in the main process, no wandb, and let autograd name the operation that made a NaN."""
+    check: bool = False
+    """Train nothing: check the config, the data, the weights and the machine, say what to change, and leave with 0 or 2."""
+    check_gpu: str | None = None
+    """The GPU that the job will get, for the predictions of `check`: a100-40g, a100-80g, h100, h200, b200, a6000, l40s,
+    3090, 4090 or 5090. Not set: the one that is here, else what the SLURM script asks for."""
     load_from_checkpoint: str | None = None
     """Weights to start from: a folder, a `.safetensors` file or a hub id. Only weights; the run starts at update 0."""
     resume_run: bool = True
@@ -149,6 +155,8 @@ class TrainPipelineConfig:
             raise ValueError(f"n_epochs must be above 0, got {self.n_epochs}")
         if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise ValueError(f"name must be usable as a folder's name, got '{self.name}'")
+        if self.check_gpu is not None:
+            check_name(self.check_gpu)
         if self.eval_freq and self.eval_size < 1:
             raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -282,10 +290,13 @@ def load_config(path: str | Path, arguments: list[str], world_size: int) -> tupl
     lines: list[str] = list(config.model_cfg.notes)
     checks: tuple[Callable[[], Any], ...] = (
         lambda: lines.extend(reconcile(config)),
-        lambda: accumulation_steps(config, world_size),
         lambda: _check_data(config),
-        lambda: config.wandb.check() if config.use_wandb else None,
     )
+    if not config.check:  # which is not about this machine, and lists these beside all else
+        checks += (
+            lambda: accumulation_steps(config, world_size),
+            lambda: config.wandb.check() if config.use_wandb else None,
+        )
     for check in checks:
         try:
             check()
@@ -320,6 +331,8 @@ def dump_yaml(config: TrainPipelineConfig) -> str:
 _FREE_ON_RESUME = (
     "name",
     "debug",
+    "check",
+    "check_gpu",
     "resume_run",
     "resume_changes",
     "load_from_checkpoint",

@@ -1,5 +1,7 @@
 """Trains one policy: ``torchrun --standalone --nproc_per_node=N src/agent/run.py --config_path config/train/X.yaml``.
 
+With ``--check true`` nothing is trained; see ``agent.preflight``.
+
 Exit codes: 0 finished (now or earlier), 2 a mistake in the config, the data or the weights, 75 stopped on request
 with a checkpoint saved, 1 anything else.
 """
@@ -14,8 +16,9 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from agent import command_line, history
+from agent import command_line, environment, history
 from agent.distributed import Launch, Processes, StopRequest, choose_device, read_launch
+from agent.reporting.writing import RunReport
 from agent.run_folder import RunFolder, report_attempt
 from agent.watchdog import Watchdog
 
@@ -53,6 +56,10 @@ def main(arguments: list[str]) -> int:
     setup_logging(launch.rank, config.debug)
     for note in notes:
         log.info(note)
+    if config.check:
+        from agent.preflight.check import check
+
+        return check(config, launch)
     with StopRequest().listening() as stop:
         return execute(config, launch, stop)
 
@@ -68,7 +75,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         # Longer than any phase may be silent: the watchdog, which prints the stacks, is to be the one that ends a hang.
         hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
         processes = Processes(launch, choose_device(launch, model_config.device), timedelta(hours=hours))
-        folder = processes.on_main(lambda: _open_folder(config, stop))
+        folder = processes.on_main(lambda: _open_folder(config, stop, processes))
         watchdog = Watchdog(
             config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder, config)
         )
@@ -97,6 +104,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
     finally:
         watchdog.close()
         _close_metrics(run, folder, exit_code)
+        if folder is not None:
+            RunReport(folder.path).write()
         if exit_code != EXIT_FAILED:
             processes.any(
                 False
@@ -117,10 +126,11 @@ def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:
         log.exception("the metrics could not be closed")
 
 
-def _open_folder(config: TrainPipelineConfig, stop: StopRequest) -> RunFolder:
+def _open_folder(config: TrainPipelineConfig, stop: StopRequest, processes: Processes) -> RunFolder:
     folder = RunFolder(config.run_dir)
     stop.watch_files(config.run_dir)
     folder.begin_attempt()
+    folder.note(environment=environment.describe(processes.world_size, processes.device.type))
     return folder
 
 

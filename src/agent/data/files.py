@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,16 +214,35 @@ def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) 
         ValueError: on the first file that is missing, empty, cut short or holds too few rows or frames, naming
             the file and the selected episodes that it holds.
     """
+    for _, problem in look_through(metadata, episodes, videos):
+        if problem is not None:
+            raise problem
+
+
+def look_through(
+    metadata: Metadata, episodes: np.ndarray, videos: bool = True
+) -> Iterator[tuple[np.ndarray, ValueError | None]]:
+    """Opens the same files one after the other: the selected episodes in each, and what is wrong with it."""
     _, number = np.unique(metadata.data_places(), return_inverse=True)
     # Rows of episodes that are not selected are in the file, too.
     rows = np.bincount(number, weights=metadata.episodes["length"]).astype(np.int64)
     for path, members in files_of(metadata, episodes, "data", metadata.data_file):
-        _verify_parquet(metadata.repo_id, path, members, int(rows[number[members[0]]]))
+        expected = int(rows[number[members[0]]])
+        yield members, _problem(partial(_verify_parquet, metadata.repo_id, path, members, expected))
     for key in metadata.video_keys if videos else []:
         place = f"videos/{key}"
         for path, members in files_of(metadata, episodes, place, partial(metadata.video_file, key=key)):
             last = float(metadata.episodes[f"{place}/to_timestamp"][members].max())
-            _verify_video(metadata.repo_id, path, members, last, float(metadata.info["fps"]))
+            fps = float(metadata.info["fps"])
+            yield members, _problem(partial(_verify_video, metadata.repo_id, path, members, last, fps))
+
+
+def _problem(verify: Callable[[], None]) -> ValueError | None:
+    try:
+        verify()
+    except ValueError as error:
+        return error
+    return None
 
 
 def files_of(

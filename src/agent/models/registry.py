@@ -82,3 +82,13 @@ def pretrained_writer(config: ModelConfig) -> Callable[..., None]:
 def pretrained_contents(config: ModelConfig) -> Callable[..., Any]:
     """``contents(config, tensors, statistics, last_update)``: the same as tensor files and a writer of the rest."""
     return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.pretrained").pretrained_contents
+
+
+def accounting(config: ModelConfig) -> ModuleType:
+    """The module with ``flop_per_sample(config, cameras_present, language_tokens, draws)``, forward and backward."""
+    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.accounting")
+
+
+def memory(config: ModelConfig) -> ModuleType:
+    """The module with ``Training(batch, cameras, …)`` and ``predict(config, training)``: bytes of a training step."""
+    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.memory")

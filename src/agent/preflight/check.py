@@ -1,0 +1,115 @@
+"""``--check true``: everything that a minute can show before a job waits for hours; see docs/preflight.md.
+
+Each check is a function from what all share to rows. None stops the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from agent import hub
+from agent.preflight import (
+    cameras,
+    disk,
+    environment,
+    integrity,
+    loading,
+    memory,
+    normalised,
+    rehearsal,
+    schedule,
+    settings,
+    start,
+    time_limit,
+)
+from agent.preflight.context import Context
+from agent.preflight.pace import MFU
+from agent.preflight.report import NotChecked, Row, failed, table, worst, write
+from agent.run_folder import report_attempt
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.distributed import Launch
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[Context], list[Row]]
+
+# Name for rows that a check could not write itself → the check, in the order of the table. A later one may use what an
+# earlier one has measured.
+CHECKS: dict[str, Check] = {
+    "config": settings.check,
+    "environment": environment.check,
+    "data": integrity.check,
+    "data: together": integrity.check_together,
+    "cameras": cameras.check,
+    "statistics": normalised.check,
+    "start": start.check,
+    "schedule": schedule.check,
+    "memory": memory.check,
+    "disk": disk.check,
+    "update": rehearsal.check,
+    "loader": loading.check,
+    "time": time_limit.check,
+}
+
+
+def check(config: TrainPipelineConfig, launch: Launch) -> int:
+    """Runs every check, prints the table and writes ``check/`` in the run folder.
+
+    Returns:
+        The exit code: 0, or 2 if a check failed.
+    """
+    if launch.rank != 0:  # of torchrun; one process is enough, and no group is formed
+        return 0
+    if not config.debug:
+        logging.getLogger("agent").setLevel(logging.ERROR)  # the table says it
+    context = Context(config, launch)
+    rows: list[Row] = []
+    with hub.offline():  # a check downloads nothing
+        for name, function in CHECKS.items():
+            print(f"checking: {name} …", file=sys.stderr, flush=True)
+            rows += _rows(name, function, context)
+    seconds = time.time() - context.started
+    facts = {
+        "config": config.name,
+        "gpus": context.gpus[0],
+        "gpu": [gpu.name for gpu in context.kinds[0]],
+        "assumed_mfu": MFU,
+        "seconds": round(seconds, 1),
+    }
+    print(table(rows))
+    try:
+        write(context.folder / "report.json", rows, facts)
+    except OSError as error:  # a row says so already
+        print(f"\nreport.json could not be written: {error}", file=sys.stderr)
+    counts = {result: sum(row.result == result for row in rows) for result in ("pass", "warn", "fail")}
+    told = ", ".join(f"{number} {result}" for result, number in counts.items())
+    print(f"\n{told}, in {seconds:.0f} s; more in {config.run_dir / 'check'}", flush=True)
+    fine = worst(rows) != "fail"
+    names = ", ".join(dict.fromkeys(row.name for row in rows if row.result == "fail"))
+    # A SLURM script asks whether to requeue: a check never is.
+    report_attempt(
+        "finished" if fine else "failed",
+        reason="" if fine else f"the check fails: {names}",
+        error_kind=None if fine else "config",
+        run_dir=str(config.run_dir),
+    )
+    return 0 if fine else 2
+
+
+def _rows(name: str, function: Check, context: Context) -> list[Row]:
+    try:
+        return function(context)
+    except NotChecked as error:
+        return [Row(name, "warn", f"not checked, because {error}", "put right what fails above, and check again")]
+    except ValueError as error:
+        return [failed(name, error)]
+    except Exception as error:  # the others are still worth having; this one fails
+        log.exception("the check of %s could not be made", name)
+        what = f"the check could not be made: {type(error).__name__}: {error}"
+        return [Row(name, "fail", what, "see the traceback above; what stopped the check may stop the training")]

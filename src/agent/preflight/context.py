@@ -1,0 +1,190 @@
+"""What the checks share: the config, what the job will get, and the data, each looked at once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.preflight import needs
+from agent.preflight.gpus import GPUS, Gpu, recognised
+from agent.preflight.report import NotChecked
+from agent.preflight.slurm import Job, find_job
+from agent.preflight.survey import Survey, survey
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.build import Data
+    from agent.distributed import Launch
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@dataclass
+class Rehearsal:
+    """What was measured by a real update."""
+
+    device: str
+    samples: int
+    """Of a micro-batch."""
+    micro_batch_s: float
+
+
+@dataclass
+class Context:
+    """Everything that a check may ask."""
+
+    config: TrainPipelineConfig
+    launch: Launch
+    started: float = field(default_factory=time.time)
+    rehearsal: Rehearsal | None = None
+    """Set by the check that makes an update."""
+
+    @property
+    def model(self) -> Any:
+        """The model's config."""
+        return self.config.model_cfg
+
+    @cached_property
+    def folder(self) -> Path:
+        """``check`` in the run folder."""
+        folder = self.config.run_dir / "check"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    # ---- the job
+
+    @cached_property
+    def job(self) -> Job | None:
+        """What the job gets, as far as SLURM or the script of the run's name say."""
+        assert self.config.name is not None
+        return find_job(self.config.name, [Path.cwd(), REPOSITORY], time.time())
+
+    @cached_property
+    def visible_gpus(self) -> list[str]:
+        """Device names of the GPUs of this machine that the config allows."""
+        import torch
+
+        if self.model.device == "cpu":
+            return []
+        return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+    @cached_property
+    def gpus(self) -> tuple[int, str]:
+        """How many GPUs, hence processes, the job will have, and who says so."""
+        if self.launch.under_torchrun:
+            return self.launch.world_size, "torchrun"
+        if self.job is not None and self.job.gpus:
+            return self.job.gpus, self.job.source
+        if self.visible_gpus:
+            return len(self.visible_gpus), "the GPUs here"
+        return 1, "no GPU and no SLURM script known"
+
+    @cached_property
+    def kinds(self) -> tuple[list[Gpu], str]:
+        """The kinds of GPU that the job may get, none if that is not known, and who says so."""
+        if self.config.check_gpu is not None:
+            return [GPUS[self.config.check_gpu]], "check_gpu"
+        if self.visible_gpus:
+            return recognised(self.visible_gpus[0]), f"the GPU here, {self.visible_gpus[0]}"
+        if self.job is not None and self.job.gpu_words:
+            found = {gpu.name: gpu for word in self.job.gpu_words for gpu in recognised(word)}
+            return list(found.values()), self.job.source
+        return [], ""
+
+    # ---- the data
+
+    @cached_property
+    def surveys(self) -> list[Survey]:
+        """What is to be said of each data set, those to train on first."""
+        return [survey(key, dataset, self.config) for key, dataset in needs.data_sets(self.config)]
+
+    @cached_property
+    def usable(self) -> TrainPipelineConfig:
+        """The config without the episodes that cannot be read, so that the rest can be checked.
+
+        Raises:
+            NotChecked: if a data set cannot be used at all.
+        """
+        config = copy.deepcopy(self.config)
+        for (key, dataset), found in zip(needs.data_sets(config), self.surveys, strict=True):
+            if found.source is None or found.mismatch is not None:
+                raise NotChecked(f"{key} cannot be used")
+            if found.bad:
+                dataset.episodes, dataset.split = found.good.tolist(), None
+        return config
+
+    @cached_property
+    def _data(self) -> Data | Exception:
+        from agent.building import build_run_data
+        from agent.distributed import Launch, Processes
+
+        try:
+            import torch
+
+            return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")))
+        except Exception as error:  # `data_problem` gives it back, once
+            return error
+
+    @property
+    def data(self) -> Data:
+        """The data of the run, as training builds it, without the episodes that cannot be read.
+
+        Raises:
+            NotChecked: if it cannot be built; ``data_problem`` says why.
+        """
+        if isinstance(self._data, Exception):
+            raise NotChecked("the data cannot be read") from self._data
+        return self._data
+
+    def require_data(self) -> None:
+        """Ends a check that is worth nothing without the data.
+
+        Raises:
+            NotChecked: if they cannot be read.
+        """
+        assert self.data is not None
+
+    def data_problem(self) -> ValueError | None:
+        """Why training would refuse data sets that are each usable.
+
+        Raises:
+            Exception: what was raised, if it is no answer to the user.
+        """
+        if isinstance(self._data, ValueError):
+            return self._data
+        if isinstance(self._data, Exception) and not isinstance(self._data, NotChecked):
+            raise self._data
+        return None
+
+    @property
+    def cameras(self) -> int:
+        """Cameras that have an image in at least one data set; all of the model's if that is not known."""
+        slots = {slot for found in self.surveys if found.source is not None for slot in found.source.cameras}
+        return len(slots) or len([slot for slot in self.model.camera_slots if ".empty_camera_" not in slot]) or 1
+
+    @property
+    def language_tokens(self) -> int:
+        """Tokens of the longest instruction as a batch has them; the model's most if the data cannot be read."""
+        if isinstance(self._data, Exception):
+            return self.model.tokenizer_max_length
+        longest = max(len(self.data.reader.tokens(text)) for text in self.texts)
+        return min(-(-longest // 8) * 8, self.model.tokenizer_max_length)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Every instruction that is trained on, paraphrases included."""
+        reader = self.data.reader
+        tasks = {task for source in reader.sources for task in source.tasks()}
+        return sorted(tasks | {text for task in tasks for text in reader.paraphrases.get(task, [])})
+
+    def model_size(self) -> int:
+        """The number of the model's parameters."""
+        from agent.models import registry
+
+        shapes = registry.adapter(self.model).shapes(self.model)
+        return sum(math.prod(shape) for shape in shapes.values())

@@ -1,0 +1,109 @@
+"""Peak memory of a GPU, predicted, and the largest batch per device that fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from agent.models import registry
+from agent.preflight.context import Context
+from agent.preflight.gpus import GPUS, Gpu
+from agent.preflight.report import Row
+
+GIB = 1 << 30
+_MOST = 4096
+
+
+def check(context: Context) -> list[Row]:
+    """One row per kind of GPU that the job may get, or one for all that are known."""
+    kinds, source = context.kinds
+    if kinds:
+        rows = [_verdict(context, gpu, source) for gpu in kinds]
+        if any(row.result != "fail" for row in rows):  # the job may get one that it fits
+            advice = f"ask for another kind of GPU than this in {source}, or "
+            rows = [replace(r, result="warn", change=advice + r.change) if r.result == "fail" else r for r in rows]
+        return rows
+    largest = {name: largest_batch(context, gpu.memory) for name, gpu in GPUS.items()}
+    batch = context.config.per_device_batch_size
+    fits = [name for name, most in largest.items() if most >= batch]
+    text = f"{_needed(context)}; largest per_device_batch_size: " + ", ".join(
+        f"{name} {most or 'none'}" for name, most in largest.items()
+    )
+    details = {"largest": largest, "predicted_bytes": predicted(context, batch)}
+    if len(fits) == len(largest):
+        return [Row("memory", "pass", f"{_needed(context)}; fits every known GPU", details=details)]
+    return [Row("memory", "warn", text, "name the job's GPU with --check_gpu for a verdict", details)]
+
+
+def predicted(context: Context, batch: int) -> int:
+    """Bytes that the card must have for a batch."""
+    config = context.config
+    gpus = context.gpus[0]
+    predictor: Any = registry.memory(context.model)
+    sharded = config.parallel == "fsdp" and gpus > 1
+    training = predictor.Training(
+        batch=batch,
+        cameras=context.cameras,
+        language_tokens=context.language_tokens,
+        draws=config.flow_samples_per_observation,
+        activation_checkpointing=config.activation_checkpointing or "none",
+        optimizer=config.optimizer,
+        precision=config.precision,
+        use_bf16=bool(config.use_bf16),
+        ema=config.ema_decay is not None,
+        # DDP holds its buckets of gradients from the first update to the last.
+        accumulates=config.global_batch_size > batch * gpus or (gpus > 1 and not sharded),
+    )
+    memory = predictor.predict(context.model, training)
+    if not sharded:
+        return memory.card
+    # Each holds a share; what is gathered for one layer after the other is within the activations' uncertainty.
+    split = memory.parameters + memory.gradients + memory.optimizer + memory.ema
+    return memory.card - split * (gpus - 1) // gpus
+
+
+def largest_batch(context: Context, memory: int) -> int:
+    """The largest batch whose prediction fits; 0 if not even one sample does."""
+    low, high = 0, 1
+    while high <= _MOST and predicted(context, high) <= memory:
+        low, high = high, high * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        if predicted(context, middle) <= memory:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _needed(context: Context) -> str:
+    batch = context.config.per_device_batch_size
+    return f"about {predicted(context, batch) / GIB:.1f} GiB with {batch} samples on a GPU, {context.cameras} cameras"
+
+
+def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
+    config, batch = context.config, context.config.per_device_batch_size
+    need, most = predicted(context, batch), largest_batch(context, gpu.memory)
+    text = f"{gpu.name} ({source}) has {gpu.memory / GIB:.1f} GiB: {_needed(context)}; largest per_device_batch_size {most}"
+    details = {"gpu": gpu.name, "predicted_bytes": need, "gpu_bytes": gpu.memory, "largest_batch": most}
+    if need <= 0.95 * gpu.memory:
+        return Row("memory", "pass", text, details=details)
+    changes = [f"write per_device_batch_size: {_divisor(context, most)}"] if most else []
+    if config.activation_checkpointing != "full":
+        changes.append("activation_checkpointing: full")
+    if config.precision == "float32_master":
+        changes.append("precision: bfloat16_stochastic")
+    if config.optimizer == "adamw":
+        changes.append("optimizer: adamw8bit")
+    if config.parallel == "ddp" and context.gpus[0] > 1:
+        changes.append("parallel: fsdp")
+    change = ", or ".join(changes) or "take a GPU with more memory"
+    if need <= gpu.memory:
+        return Row("memory", "warn", f"{text}; less than 5% is left", change, details)
+    return Row("memory", "fail", text, change, details)
+
+
+def _divisor(context: Context, most: int) -> int:
+    """The largest batch up to this one that divides the global batch."""
+    whole = context.config.global_batch_size // context.gpus[0] or 1
+    return max(batch for batch in range(1, min(most, whole) + 1) if whole % batch == 0)

@@ -1,0 +1,82 @@
+"""Statistics: dimensions that hardly vary, and values that normalisation throws far out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from agent.preflight.cameras import dimension_names
+from agent.preflight.context import Context
+from agent.preflight.report import Row
+
+if TYPE_CHECKING:
+    from agent.data.robot import Robot
+    from agent.data.source import Source
+
+FAR = 5.0
+_OFTEN = 0.01  # of a dimension's values; a normal distribution has 6e-7 beyond 5
+_VERY_FAR = 20.0
+_MOST_FRAMES = 500_000  # of a data set, evenly spaced
+
+
+def check(context: Context) -> list[Row]:
+    """State and action of every training data set, normalised as training does."""
+    reader = context.data.reader
+    rows = []
+    for source, robot in zip(reader.sources, reader.robots, strict=True):
+        for what, key, values in _normalised(source, robot):
+            name = f"statistics: {source.config.repo_id}"
+            names = dimension_names(source.metadata, key)
+            clamped = robot.state_statistics.clamped if what == "state" else robot.action_statistics.clamped
+            far = np.abs(values) > FAR
+            share = far.mean(axis=0)
+            details = {"beyond_5": dict(zip(names, share.round(6).tolist(), strict=True)), "key": key}
+            found = [*_constant(what, key, names, clamped), *_outliers(what, key, names, values, share, source)]
+            rows += [Row(name, "warn", text, change, details) for text, change in found]
+            if not found:
+                most = int(share.argmax())
+                beyond = (
+                    f"{share[most]:.2%} of {names[most]} and less of the others is" if share[most] else "no value is"
+                )
+                rows.append(Row(name, "pass", f"{what}: every dimension varies; {beyond} beyond ±5", details=details))
+    return rows
+
+
+def _normalised(source: Source, robot: Robot) -> Iterator[tuple[str, str, np.ndarray]]:
+    """``state`` or ``action``, its key, and (frames, dims) as the model sees them."""
+    states, actions = (source.columns(key).astype(np.float32) for key in (source.config.state, source.config.action))
+    every = -(-len(states) // _MOST_FRAMES)
+    states, actions = states[::every], actions[::every]
+    yield "state", source.config.state, robot.state.normalize(states)
+    if robot.relative is not None:
+        offset = np.where(robot.relative, states[:, : actions.shape[1]], np.float32(0.0))
+        actions = actions - offset  # the first step of a chunk
+    yield "action", source.config.action, robot.action.normalize(actions)
+
+
+def _constant(what: str, key: str, names: list[str], clamped: tuple[int, ...]) -> Iterator[tuple[str, str]]:
+    if clamped:
+        text = f"{what}: {', '.join(names[dim] for dim in clamped)} hardly varies; its statistics are clamped"
+        change = (
+            f"is {key} recorded rightly? A gripper that never moves, or a joint that was not connected, teaches nothing"
+        )
+        yield text, change
+
+
+def _outliers(
+    what: str, key: str, names: list[str], values: np.ndarray, share: np.ndarray, source: Source
+) -> Iterator[tuple[str, str]]:
+    furthest = np.abs(values).max(axis=0)
+    for dim in np.flatnonzero((share > _OFTEN) | (furthest > _VERY_FAR)).tolist():
+        column = np.abs(values[:, dim])
+        every = -(-len(source) // len(values))
+        episode, frame = source.frame(int(column.argmax()) * every)
+        text = (
+            f"{what}: {share[dim]:.2%} of {names[dim]} is beyond ±5 after normalisation; the furthest is "
+            f"{column.max():.1f}, at episode {episode}, frame {frame}"
+        )
+        kind = "STATE" if what == "state" else "ACTION"
+        change = f"look at that episode; or write normalization_mapping.{kind}: QUANTILES in model_cfg, for a long-tailed {key}"
+        yield text, change

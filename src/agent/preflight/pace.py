@@ -1,0 +1,38 @@
+"""How long a micro-batch takes on the job's GPU: measured where that is here, else predicted from its data sheet."""
+
+from __future__ import annotations
+
+from agent.models import registry
+from agent.preflight.context import Context
+from agent.preflight.gpus import Gpu
+
+MFU = 0.45
+"""Part of a GPU's matrix FLOP that a training step of a large model is taken to use. An assumption, not a measurement."""
+SHORTEST_S = 0.02
+"""Seconds that forward and backward pass of a micro-batch take at least, to start their kernels. Assumed."""
+
+
+def paces(context: Context) -> list[tuple[str, float]]:
+    """Where, and seconds of a micro-batch there; empty if nothing is known.
+
+    A measurement on the device that the job will use counts before a prediction.
+    """
+    batch, measured, kinds = context.config.per_device_batch_size, context.rehearsal, context.kinds[0]
+    on_gpu = measured is not None and measured.device != "cpu" and context.config.check_gpu is None
+    if measured is not None and (on_gpu or not kinds):
+        return [(f"measured on {measured.device}", measured.micro_batch_s * batch / measured.samples)]
+    return [(f"predicted for {gpu.name} at {MFU:.0%} of its arithmetic", predicted(context, gpu)) for gpu in kinds]
+
+
+def predicted(context: Context, gpu: Gpu) -> float:
+    """Seconds of a micro-batch on a GPU."""
+    rate = gpu.bfloat16 if context.config.use_bf16 else gpu.float32
+    return max(context.config.per_device_batch_size * flop(context) / (rate * MFU), SHORTEST_S)
+
+
+def flop(context: Context) -> float:
+    """FLOP of a sample's forward and backward pass, with what is computed twice."""
+    draws = context.config.flow_samples_per_observation
+    count = registry.accounting(context.model).flop_per_sample
+    needed = count(context.model, context.cameras, context.language_tokens, draws)
+    return needed * (4 / 3 if context.config.activation_checkpointing == "full" else 1)

@@ -1,0 +1,212 @@
+"""One real update on the device that is here, its checkpoint, and what comes back when that is loaded.
+
+The run's own folder ``checkpoints`` is not looked at: all happens in ``check/rehearsal``, which is removed.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.preflight import disk
+from agent.preflight.context import Context, Rehearsal
+from agent.preflight.memory import predicted
+from agent.preflight.pace import flop
+from agent.preflight.report import Row, amount, span
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.saving import Saver
+    from agent.train_state import Run
+
+SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
+_CPU_FLOP = 2e11  # of a micro-batch on a CPU, at most; some seconds
+_PATIENCE_S = 20.0  # an update that takes longer is not repeated
+
+
+def check(context: Context) -> list[Row]:
+    """On a GPU for every model, on a CPU for a small one."""
+    import torch
+
+    context.require_data()
+    size = context.model_size()
+    if not context.visible_gpus and (size > SMALL or context.model.device == "cuda"):
+        text = f"not made: there is no GPU here, and {size / 1e6:.0f} M parameters are too many for a CPU"
+        return [Row("update", "warn", text, "run the check once more on a machine with a GPU, if you can")]
+    device = torch.device("cuda", 0) if context.visible_gpus else torch.device("cpu")
+    weights, training = disk.checkpoint_bytes(context)
+    free = shutil.disk_usage(context.folder).free
+    if free < 1.1 * (weights + training):
+        text = f"not made: its checkpoint of {amount(weights + training)} does not fit, {amount(free)} are free"
+        return [Row("update", "fail", text, "make room where the run folder is, or set VLA_LOG_DIR to a larger disk")]
+    place = context.folder / "rehearsal"
+    shutil.rmtree(place, ignore_errors=True)  # of a check that was killed
+    try:
+        with _variable("VLA_LOG_DIR", str(place)):
+            return _rehearse(context, _config(context, device.type), device)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _variable(name: str, value: str) -> Iterator[None]:
+    """An environment variable that has another value within."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _config(context: Context, device: str) -> TrainPipelineConfig:
+    """The run's config for two updates of one process."""
+    config = copy.deepcopy(context.usable)
+    config.name = "rehearsal"
+    config.use_wandb, config.resume_run, config.resume_changes = False, True, True
+    config.use_torch_compile, config.parallel = False, "ddp"
+    config.data.train.num_workers = 0
+    batch = config.per_device_batch_size
+    if device == "cpu":
+        batch = max(1, min(batch, int(_CPU_FLOP / flop(context))))
+    accumulates = config.global_batch_size > config.per_device_batch_size * context.gpus[0]
+    config.per_device_batch_size, config.global_batch_size = batch, batch * (2 if accumulates else 1)
+    config.n_updates = max(config.n_updates or 2, 2)
+    if not _weights_are_here(config):  # a row says so; what is drawn at random does for a rehearsal
+        config.load_from_checkpoint, config.model_cfg.paligemma_pretrained_path = None, None  # type: ignore[attr-defined]
+    return config
+
+
+def _weights_are_here(config: TrainPipelineConfig) -> bool:
+    from agent.preflight import needs
+
+    item = needs.weights(config)
+    try:
+        return item is None or bool(item.look())
+    except ValueError:
+        return False
+
+
+def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
+    import torch
+
+    from agent.building import build
+    from agent.data.loader import TrainLoader
+    from agent.distributed import Launch, Processes
+    from agent.saving import Saver
+    from agent.watchdog import Watchdog
+
+    watchdog = Watchdog(0, [], lambda _: None)
+    run = build(config, Launch(), Processes(Launch(), device), None, watchdog)
+    saver = Saver(run)
+    loader = TrainLoader(
+        run.data.reader,
+        run.data.mixture,
+        global_batch=config.global_batch_size,
+        per_device_batch=config.per_device_batch_size,
+    )
+    try:
+        batches = list(itertools.islice(loader, run.plan.accumulation_steps))
+        row = _update(context, run, batches)
+        return [row] if row.result == "fail" else [row, _round_trip(run, saver)]
+    except torch.cuda.OutOfMemoryError as error:
+        change = (
+            f"write a smaller per_device_batch_size than {config.per_device_batch_size}; the row `memory` says which"
+        )
+        return [Row("update", "fail", f"out of memory on {device}: {str(error).splitlines()[0]}", change)]
+    finally:
+        saver.close()
+        loader.close()
+        watchdog.close()
+
+
+def _update(context: Context, run: Run, batches: list[Any]) -> Row:
+    """Two updates on the same batch, because the first allocates; the last is timed."""
+    import torch
+
+    from agent.trainer import train_step
+
+    device = run.processes.device
+    cuda = device.type == "cuda"
+    run.model.train()
+    clock: Any = _NoClock()
+    losses, seconds = [], 0.0
+    for _ in range(2):
+        begin = time.perf_counter()
+        result = train_step(run, iter(batches), clock)
+        losses.append(float(result.loss_sum) / run.config.global_batch_size)
+        if cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - begin
+        if seconds > _PATIENCE_S:
+            break
+    samples, name = run.config.per_device_batch_size, torch.cuda.get_device_name() if cuda else "cpu"
+    context.rehearsal = Rehearsal(name, samples, seconds / len(batches))
+    text = (
+        f"{len(batches)} × {samples} samples on {name}: loss {', then '.join(f'{loss:.4g}' for loss in losses)}; gradient "
+        f"{result.grad_norm:.3g}; {span(seconds)} an update"
+    )
+    details = {"losses": losses, "grad_norm": result.grad_norm, "seconds": seconds}
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        details["peak_bytes"] = peak
+        text += f"; {peak / 2**30:.1f} GiB at the peak, {predicted(context, samples) / 2**30:.1f} predicted with the context"
+    if not all(map(math.isfinite, [*losses, result.grad_norm])):
+        change = (
+            "look for the operation with --debug true; are the statistics of this data set's, and the weights whole?"
+        )
+        return Row("update", "fail", text, change, details)
+    return Row("update", "pass", text, details=details)
+
+
+class _NoClock:
+    """Measures nothing."""
+
+    def waiting_for_data(self) -> _NoClock:
+        return self
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _round_trip(run: Run, saver: Saver) -> Row:
+    """Saves as training does, forgets, loads as a restart does, and compares every bit."""
+    import torch
+
+    from agent import resuming
+    from agent.replicas import fingerprints
+
+    before, step, begin = fingerprints(run.policy, run.optimizer), run.state.step, time.perf_counter()
+    saver.save()
+    saver.finish(must_succeed=True)
+    saved = time.perf_counter()
+    with torch.no_grad():
+        for tensor in run.policy.state_dict().values():
+            tensor.zero_()
+    run.optimizer.state.clear()
+    found = run.checkpoints.candidates()
+    state = resuming.resume(
+        run.config, run.data, run.checkpoints, found, run.processes, run.policy, run.optimizer, run.ema
+    )
+    after = fingerprints(run.policy, run.optimizer)
+    size = sum(path.stat().st_size for path in Path(found[0]).rglob("*") if path.is_file())
+    text = f"{amount(size)}, saved in {span(saved - begin)}, loaded in {span(time.perf_counter() - saved)}"
+    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if different or state is None or state.step != step:
+        text += f"; {len(different)} tensors came back otherwise, {', '.join(different[:3])}"
+        return Row("save and load", "fail", text, "do not train on this disk; copy a large file to it and compare")
+    return Row("save and load", "pass", f"{text}; {len(before)} tensors the same bit for bit", details={"bytes": size})

@@ -1,0 +1,95 @@
+"""Batch arithmetic, epochs, the learning rate's course, and instructions that are cut."""
+
+from __future__ import annotations
+
+from agent.configuration_pipeline import Plan, accumulation_steps, make_plan
+from agent.optim import LearningRate
+from agent.preflight.context import Context
+from agent.preflight.report import NotChecked, Row, failed
+
+
+def check(context: Context) -> list[Row]:
+    """What follows from the numbers of the config, with the GPUs that the job will have."""
+    return [*_batch(context), *_course(context), *_tokens(context)]
+
+
+def plan(context: Context) -> Plan:
+    """The run's numbers.
+
+    Raises:
+        NotChecked: if the frames are not known or the batch does not divide.
+    """
+    frames = context.data.mixture.frames
+    try:
+        return make_plan(context.config, context.gpus[0], frames)
+    except ValueError as error:
+        raise NotChecked("the batch does not divide") from error
+
+
+def _batch(context: Context) -> list[Row]:
+    config, (gpus, source) = context.config, context.gpus
+    try:
+        steps = accumulation_steps(config, gpus)
+    except ValueError as error:
+        return [failed("batch", f"{error} (with {gpus} processes: {source})")]
+    text = (
+        f"{config.global_batch_size} = {config.per_device_batch_size} per device × {gpus} processes ({source}) × "
+        f"{steps} accumulation steps"
+    )
+    return [Row("batch", "pass", text)]
+
+
+def _course(context: Context) -> list[Row]:
+    try:
+        numbers = plan(context)
+    except NotChecked as error:
+        return [Row("schedule", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+    config, model = context.config, context.model
+    epochs = numbers.n_updates / numbers.updates_per_epoch
+    text = (
+        f"{numbers.train_frames} training frames = {numbers.updates_per_epoch:.1f} updates per epoch; {numbers.n_updates} "
+        f"updates = {epochs:.2f} epochs"
+    )
+    rate = LearningRate.plan(
+        model.optimizer_lr,
+        model.scheduler_decay_lr,
+        model.scheduler_warmup_steps,
+        model.scheduler_decay_steps,
+        numbers.n_updates,
+    )
+    last = numbers.n_updates - 1
+    points = {update: rate.at(update) for update in (0, last // 4, last // 2, last * 3 // 4, last)}
+    course = ", ".join(f"{value:.3g} at update {update + 1}" for update, value in points.items())
+    rows = [
+        Row("epochs", "pass", text) if epochs <= 100 else Row("epochs", "warn", text, "fewer n_epochs or n_updates"),
+        Row("learning rate", "pass", f"{course}; {rate.warmup_updates} updates of warm-up", details={"lr": points}),
+    ]
+    if rate.warmup_updates != model.scheduler_warmup_steps:
+        text = f"the run is shorter than its schedule: warm-up {model.scheduler_warmup_steps} → {rate.warmup_updates} updates"
+        rows.append(
+            Row("learning rate", "warn", text, "write a smaller model_cfg.scheduler_warmup_steps, or train longer")
+        )
+    if config.save_model_freq > numbers.n_updates:
+        text = (
+            f"save_model_freq is {config.save_model_freq}, the run has {numbers.n_updates} updates: a crash costs all"
+        )
+        if config.checkpoint_interval_minutes is None:
+            rows.append(
+                Row("checkpoints", "warn", text, "write a smaller save_model_freq, or checkpoint_interval_minutes")
+            )
+    return rows
+
+
+def _tokens(context: Context) -> list[Row]:
+    try:
+        tokens, texts = context.data.reader.tokens, context.texts
+    except NotChecked as error:
+        return [Row("instructions", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+    most = context.model.tokenizer_max_length
+    if not tokens.too_long:
+        longest = max(len(tokens(text)) for text in texts)
+        return [Row("instructions", "pass", f"{len(texts)}, the longest of {longest} tokens; {most} are allowed")]
+    task, count = max(tokens.too_long.items(), key=lambda item: item[1])
+    text = f"{len(tokens.too_long)} are cut at {most} tokens, the longest has {count}: {task!r}"
+    change = f"write tokenizer_max_length: {-(-count // 8) * 8} in model_cfg"
+    return [Row("instructions", "warn", text, change, {"too_long": tokens.too_long})]

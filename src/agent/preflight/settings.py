@@ -1,0 +1,81 @@
+"""The training config: keys that have no effect, and values that are allowed and hardly ever meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
+
+from agent.preflight.context import Context
+from agent.preflight.report import Row
+
+
+def check(context: Context) -> list[Row]:
+    """Unknown keys and values that cannot be are refused before this; what is left is what a person would frown at."""
+    config = context.config
+    unused = [f"{key} has no effect, because {why}" for key, why in _unused(context)]
+    rows = [Row("config: keys", "warn", text, "take it out, or change what it depends on") for text in unused] or [
+        Row("config: keys", "pass", f"{_given(config)} keys differ from their defaults; all are known and used")
+    ]
+    odd = [Row("config: values", "warn", text, change) for text, change in _odd(context)]
+    return rows + (odd or [Row("config: values", "pass", "nothing unusual")])
+
+
+def _given(config: Any) -> int:
+    """How many values are not the defaults, all levels counted."""
+    count = 0
+    for item in fields(config):
+        default: Any
+        value, default = getattr(config, item.name), item.default
+        if item.default_factory is not MISSING:
+            default = item.default_factory()
+        if is_dataclass(value) and type(value) is type(default):
+            count += sum(getattr(value, inner.name) != getattr(default, inner.name) for inner in fields(value))
+        else:
+            count += value != default
+    return count
+
+
+def _unused(context: Context) -> Iterator[tuple[str, str]]:
+    """Key that was set, and why nothing reads it."""
+    config, data = context.config, context.config.data
+    changed = {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+    if config.n_updates is not None and "n_epochs" in changed:
+        yield "n_epochs", "n_updates is given"
+    if not config.eval_freq:
+        yield from ((key, "eval_freq is 0") for key in ("eval_size",) if key in changed)
+        if data.val.datasets:
+            yield "data.val.datasets", "eval_freq is 0"
+    if data.val.datasets and data.val.fraction != type(data.val)().fraction:
+        yield "data.val.fraction", "data.val.datasets is given"
+    if config.load_from_checkpoint is not None and context.model.paligemma_pretrained_path is not None:
+        yield "model_cfg.paligemma_pretrained_path", "load_from_checkpoint is given"
+    if not data.train.num_workers and data.train.prefetch_factor != type(data.train)().prefetch_factor:
+        yield "data.train.prefetch_factor", "data.train.num_workers is 0"
+    if config.parallel == "fsdp" and context.gpus[0] == 1:
+        yield "parallel: fsdp", "there is one GPU"
+    if config.precision == "bfloat16_stochastic" and config.save_dtype == "bfloat16":
+        yield "save_dtype", "precision: bfloat16_stochastic saves bfloat16"
+
+
+def _odd(context: Context) -> Iterator[tuple[str, str]]:
+    """What is unusual, and what to write instead."""
+    config, model = context.config, context.model
+    for key, value, low, high in (
+        ("model_cfg.optimizer_lr", model.optimizer_lr, 1e-7, 2e-3),
+        ("model_cfg.optimizer_weight_decay", model.optimizer_weight_decay, 0, 0.5),
+        ("n_epochs", config.n_epochs if config.n_updates is None else 1, 0, 200),
+    ):
+        if not low <= value <= high:
+            yield f"{key} is {value:g}, which is outside of what is usual ({low:g} to {high:g})", f"look at {key} again"
+    if model.scheduler_decay_lr > model.optimizer_lr:
+        yield (
+            f"the learning rate rises from {model.optimizer_lr:g} to {model.scheduler_decay_lr:g}",
+            "write a model_cfg.scheduler_decay_lr below model_cfg.optimizer_lr",
+        )
+    if not config.max_grad_norm:
+        yield "gradients are not clipped", "write max_grad_norm: 1.0, unless that is meant"
+    if config.use_bf16 is False and context.kinds[0]:
+        yield "a GPU is asked for and computes in float32, which takes several times as long", "write use_bf16: true"
+    if config.debug:
+        yield "debug is true: no loader workers, and every operation is watched for NaN", "write debug: false to train"

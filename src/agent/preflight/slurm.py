@@ -1,0 +1,103 @@
+"""What the job will get: from SLURM's variables within one, else from the script of the run's name."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SCRIPTS = Path("slurms") / "train_scripts"
+
+
+@dataclass
+class Job:
+    """What is known of a job; None for what is not."""
+
+    source: str
+    """Where this is from, for people."""
+    limit_s: float | None = None
+    """Seconds that it may run, or that are left."""
+    warning_s: float = 0.0
+    """Seconds before the limit at which the run is told to save."""
+    gpus: int | None = None
+    gpu_words: list[str] = field(default_factory=list)
+    """The cluster's words for the GPUs that it asks for."""
+    cores: int | None = None
+    requeue: bool = False
+
+
+def find_job(name: str, folders: list[Path], now: float) -> Job | None:
+    """The job of a run.
+
+    Args:
+        name: of the run, and of its script.
+        folders: where ``slurms/train_scripts`` may be.
+        now: seconds since 1970.
+
+    Returns:
+        None outside a job if there is no such script.
+    """
+    script = next((path for folder in folders if (path := folder / SCRIPTS / f"{name}.sh").is_file()), None)
+    job = _of_script(script) if script is not None else None
+    if "SLURM_JOB_ID" not in os.environ:
+        return job
+    job = job or Job("")
+    job.source = f"job {os.environ['SLURM_JOB_ID']}"
+    if (end := os.environ.get("SLURM_JOB_END_TIME", "")).isdigit():
+        job.limit_s = max(float(end) - now, 0.0)
+    for variable, key in (("SLURM_GPUS_ON_NODE", "gpus"), ("SLURM_CPUS_ON_NODE", "cores")):
+        if os.environ.get(variable, "").isdigit():
+            setattr(job, key, int(os.environ[variable]))
+    return job
+
+
+def _of_script(path: Path) -> Job:
+    options = _options(path.read_text(encoding="utf-8"))
+    job = Job(str(SCRIPTS / path.name), requeue="requeue" in options)
+    if (limit := options.get("time")) is not None:
+        job.limit_s = seconds_of(limit)
+    if signal := re.search(r"@(\d+)", options.get("signal", "")):
+        job.warning_s = float(signal[1])
+    for key in ("gres", "gpus-per-node", "gpus"):
+        match = re.fullmatch(r"(?:gpu:)?(?:([a-zA-Z][\w.-]*):)?(\d+)", options.get(key, ""))
+        if match:
+            job.gpus = int(match[2])
+            job.gpu_words += [match[1]] if match[1] else []
+    job.gpu_words += [word for word in re.split(r"[|&,\[\]()]", options.get("constraint", "")) if word]
+    tasks = int(options.get("ntasks-per-node", "1"))
+    if options.get("cpus-per-task", "").isdigit():
+        job.cores = tasks * int(options["cpus-per-task"])
+    return job
+
+
+_SHORT = {"t": "time", "C": "constraint", "c": "cpus-per-task", "G": "gpus"}
+
+
+def _options(text: str) -> dict[str, str]:
+    """The ``#SBATCH`` lines of a script: long name → value."""
+    options: dict[str, str] = {}
+    for line in re.findall(r"^#SBATCH\s+(.*)$", text, flags=re.MULTILINE):
+        words = shlex.split(line, comments=True)
+        for place, word in enumerate(words):
+            following = words[place + 1] if place + 1 < len(words) else ""
+            if word.startswith("--"):
+                key, given, value = word[2:].partition("=")
+                options[key] = value if given else "" if following.startswith("-") else following
+            elif re.fullmatch(r"-[A-Za-z].*", word) and word[1] in _SHORT:
+                options[_SHORT[word[1]]] = word[2:] or following
+    return options
+
+
+def seconds_of(limit: str) -> float | None:
+    """SLURM's time: ``minutes``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``; None for no limit or no time."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
+    if match is None:
+        return None
+    days, first, second, third = (float(part or 0) for part in match.groups())
+    if match[1] is not None:
+        return days * 86400 + first * 3600 + second * 60 + third
+    if match[4] is not None:
+        return first * 3600 + second * 60 + third
+    return first * 60 + second

@@ -1,0 +1,87 @@
+"""What the run would begin with: its own checkpoint, else weights, whose coverage is accounted for; and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, fields
+
+import yaml
+
+from agent import hub
+from agent.checkpoint import TRAINING, CheckpointStore
+from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
+from agent.preflight import needs
+from agent.preflight.context import Context
+from agent.preflight.report import NotChecked, Row, failed
+
+
+def check(context: Context) -> list[Row]:
+    """Reads headers of weights and the run's own records; changes nothing in the run folder."""
+    rows = [_resume(context)]
+    if own_step(context) is None:
+        rows += _weights(context)
+    return [*rows, _look(needs.tokenizer(context.config))]
+
+
+def own_step(context: Context) -> int | None:
+    """The update after which the run would continue; None if it would begin."""
+    config = context.config
+    found = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states).candidates()
+    return int(found[0].name.removeprefix("step_")) if found else None
+
+
+def _resume(context: Context) -> Row:
+    config = context.config
+    store = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states)
+    found = store.candidates()
+    if not found:
+        if store.unusable() and config.resume_run:
+            names = ", ".join(map(str, store.unusable()))
+            change = "begin a new run with load_from_checkpoint and another name, or remove the folder `checkpoints`"
+            return Row("start", "fail", f"this run has checkpoints that it cannot continue from: {names}", change)
+        return Row("start", "pass", "a new run; nothing to continue from")
+    if not config.resume_run:
+        return Row(
+            "start",
+            "fail",
+            f"resume_run is false, but {found[0]} exists and would be overwritten",
+            "give this run another name, or remove its folder",
+        )
+    training = found[0] / TRAINING
+    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
+    saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
+    changes = changes_since(saved, dump(config))
+    try:
+        fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+        if fingerprint != context.data.fingerprint:
+            changes.append("the training data: states, actions, episodes or instructions")
+    except NotChecked:  # a row of the data says so
+        pass
+    text = f"continues from {found[0]}"
+    if changes and not config.resume_changes:
+        change = "take these changes back, write another name, or allow them with --resume_changes true"
+        return Row("start", "fail", f"{text}, which was made with another config:\n" + "\n".join(changes), change)
+    return Row("start", "pass", text)
+
+
+def _weights(context: Context) -> list[Row]:
+    item = needs.weights(context.config)
+    if item is None:
+        text = "none are named: every tensor is drawn at random"
+        large = context.model_size() > 100e6
+        change = "write load_from_checkpoint: lerobot/pi0_base, or other weights, unless that is meant"
+        return [Row("weights", "warn", text, change) if large else Row("weights", "pass", text)]
+    return [_look(item)]
+
+
+def _look(item: needs.Item) -> Row:
+    """A row of something that is here or not; a look never downloads."""
+    try:
+        found = item.look()
+    except hub.Unreachable as error:
+        text = f"{item.key}: '{item.name}' is not on this machine"
+        _, _, advice = str(error).partition("\n")
+        return Row(item.kind, "fail", text, advice.removeprefix("It is not in the cache of this machine. "))
+    except ValueError as error:
+        return failed(item.kind, error)
+    return Row(item.kind, "pass", found.note, details={"folder": str(found.folder), "bytes": found.size})

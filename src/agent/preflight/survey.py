@@ -1,0 +1,172 @@
+"""One data set looked through as a whole: all metadata, every file, all numbers, and a sample of frames.
+
+Training refuses a data set at the first thing that is wrong. Here everything that is wrong is collected, by episode.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from agent import hub
+from agent.data import files
+from agent.data.columns import ColumnTable
+from agent.data.episodes import choose_episodes
+from agent.data.features import check_features
+from agent.data.frame_store import WantedStore, find_store
+from agent.data.source import Source, open_source
+from agent.preflight import needs
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.source import DatasetConfig
+
+_FRAMES = 48  # of a data set, read as training reads them
+_SECONDS = 20.0  # for these, and for the files, at most
+_EVEN = 1e-4  # seconds that a frame's time may be off
+
+
+@dataclass
+class Survey:
+    """What is to be said of a data set."""
+
+    key: str
+    """Its config key."""
+    config: DatasetConfig
+    problem: Exception | None = None
+    """Why it cannot be used at all."""
+    mismatch: ValueError | None = None
+    """What of it does not fit the model."""
+    metadata: files.Metadata | None = None
+    chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """The episodes that the config selects."""
+    bad: dict[int, str] = field(default_factory=dict)
+    """Episode that cannot be used → why."""
+    uneven: dict[int, str] = field(default_factory=dict)
+    """Episode whose time stamps are not even → how."""
+    dark: list[str] = field(default_factory=list)
+    """Frames of which a picture has one colour."""
+    source: Source | None = None
+    """Of the good episodes; its cameras are known unless there is a mismatch."""
+    files: tuple[int, int] = (0, 0)
+    """Looked through, and not for lack of time."""
+    frames_read: int = 0
+
+    @property
+    def good(self) -> np.ndarray:
+        """The selected episodes that can be used."""
+        return np.setdiff1d(self.chosen, list(self.bad))
+
+    def name(self) -> str:
+        """For people."""
+        return f"{self.key} ({self.config.repo_id})"
+
+
+def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Survey:
+    """Looks through one data set; nothing is downloaded."""
+    found = Survey(key, dataset)
+    try:
+        with hub.offline():
+            root = files.locate(dataset.repo_id, dataset.root, dataset.revision)
+        found.metadata = files.read_metadata(dataset.repo_id, root)
+        found.chosen = choose_episodes(found.metadata, dataset.episodes, dataset.split)
+        wanted = WantedStore(
+            config.data.train.frame_store, config.data.train.frame_quality, needs.sample_spec(config).image_resolution
+        )
+        stored = find_store(found.metadata, dataset.frames, wanted, found.chosen) is not None
+        _look_at_files(found, found.metadata, videos=not stored)
+        _look_at_numbers(found, found.metadata)
+        _open(found, config, wanted)
+        if found.source is not None and found.mismatch is None:
+            _look_at_frames(found, found.source)
+    except ValueError as error:
+        found.problem, found.source = error, None
+    return found
+
+
+def _look_at_files(found: Survey, metadata: files.Metadata, videos: bool) -> None:
+    empty = found.chosen[metadata.episodes["length"][found.chosen] <= 0]
+    found.bad.update({int(episode): "it has no frames" for episode in empty})
+    looked, skipped, end = 0, 0, time.monotonic() + _SECONDS
+    for members, problem in files.look_through(metadata, found.chosen, videos):
+        looked += 1
+        if problem is not None:
+            found.bad.update({int(episode): str(problem) for episode in members if int(episode) not in found.bad})
+        if time.monotonic() > end:
+            kinds = ["data", *(f"videos/{key}" for key in (metadata.video_keys if videos else []))]
+            skipped = sum(len(np.unique(metadata.places(kind)[found.chosen])) for kind in kinds) - looked
+            break
+    found.files = (looked, skipped)
+
+
+def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
+    """State, action, time stamps and instructions of every frame."""
+    good = found.good
+    if not len(good):
+        return
+    keys = [key for key in (found.config.state, found.config.action) if key in metadata.features]
+    table = ColumnTable(metadata, good, tuple(dict.fromkeys([*keys, "task_index", "timestamp"])))
+    lengths, begins = metadata.episodes["length"][good], table.begins(good)
+    ends = np.cumsum(lengths)
+    owner = np.repeat(np.arange(len(good)), lengths)
+    frame = np.arange(ends[-1]) - (ends - lengths)[owner]
+    rows = begins[owner] + frame
+    stamps = table["timestamp"][rows, 0].astype(np.float64)
+    tasks = table["task_index"][rows, 0]
+    said = np.asarray([bool(task.strip()) for task in metadata.tasks] + [False])
+    known = (tasks >= 0) & (tasks < len(metadata.tasks))
+    after = np.append(True, (np.diff(stamps) > 0) | (frame[1:] == 0))
+    tests = {f"{key} is not finite": np.isfinite(table[key][rows]).all(axis=1) for key in keys}
+    tests["its time stamp is not finite"] = np.isfinite(stamps)
+    tests["its instruction is empty or missing"] = said[np.where(known, tasks, -1)]
+    tests["its time stamp is not after the one before it"] = after
+    for why, fine in tests.items():
+        for place, row in zip(*np.unique(owner[~fine], return_index=True), strict=True):
+            found.bad.setdefault(int(good[place]), f"frame {frame[~fine][row]}: {why}")
+    off = np.abs(stamps - frame / float(metadata.info["fps"]))
+    for place, row in zip(*np.unique(owner[off > _EVEN], return_index=True), strict=True):
+        number, late = int(frame[off > _EVEN][row]), off[off > _EVEN][row]
+        found.uneven[int(good[place])] = f"frame {number} is {late:.4f} s away from frame/fps"
+
+
+def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> None:
+    if not len(found.good):
+        raise ValueError(
+            f"{found.key}: none of the {len(found.chosen)} episodes can be used. The first: {next(iter(found.bad.values()))}"
+        )
+    train, model = config.data.train, needs.sample_spec(config)
+    usable = replace(found.config, episodes=found.good.tolist(), split=None)
+    with hub.offline():
+        source = open_source(
+            usable, model.chunk_size, train.video_backend, train.tolerance_s, wanted=wanted, verify_videos=False
+        )
+    source.config = found.config
+    found.source = source
+    try:
+        check_features([source], model)
+    except ValueError as error:
+        found.mismatch = error
+
+
+def _look_at_frames(found: Survey, source: Source) -> None:
+    """Reads frames spread over the data set: of an episode its first and its last, which a file cut short lacks."""
+    end = time.monotonic() + _SECONDS
+    ends = np.cumsum(source.metadata.episodes["length"][source.episodes])
+    some = np.unique(np.linspace(0, len(ends) - 1, _FRAMES // 2).astype(int))
+    for place in np.random.default_rng(0).permutation(some).tolist():
+        for position in (int(ends[place]) - 1, int(ends[place - 1]) if place else 0):
+            if time.monotonic() > end:
+                return
+            episode, frame = source.frame(position)
+            try:
+                images: dict[str, Any] = source.read(position).images
+            except RuntimeError as error:
+                found.bad.setdefault(episode, str(error))
+                break
+            found.frames_read += 1
+            for slot, image in images.items():
+                if int(image.amax()) == int(image.amin()):
+                    found.dark.append(f"{slot} of episode {episode}, frame {frame}")
