@@ -184,8 +184,6 @@ def load_policy(
     Raises:
         ValueError: if a part is missing, damaged or does not fit, with what to do.
     """
-    import torch
-
     from agent.export_source import open_checkpoint
     from agent.models import registry
     from agent.weights import load_into
@@ -198,6 +196,9 @@ def load_policy(
             "nobody knows what the policy sees; it needs both"
         )
     processors = read_processors(source.pretrained, config.state_dim, config.action_dim)
+
+    import torch  # after what is quickly found to be wrong
+
     words = _load_tokenizer(source.pretrained, processors, tokenizer)
     target = _device(device)
     config.dtype = dtype or config.dtype

@@ -112,7 +112,7 @@ class Server:
         self._log_latencies()
 
     async def _end(self, server: websocket_server.Server) -> None:
-        log.info("stopping: %d requests are under way", len(self._at_work))
+        log.info("stopping, requests under way: %d", len(self._at_work))
         self._stopping = True  # whoever is at work closes its connection afterwards
         server.close(close_connections=False)
         await asyncio.gather(*(c.close(*_STOPPING) for c in self._connections - self._at_work))

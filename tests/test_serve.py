@@ -1,0 +1,498 @@
+"""The policy server: a real process, real sockets, openpi's own client, and clients that misbehave.
+
+Run: pytest tests/test_serve.py      (about thirty seconds, most of them starting processes)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+import websockets.asyncio.client
+from launching import REPOSITORY, Workplace
+from openpi_client import msgpack_numpy
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from agent.inference import LoadedPolicy, load_policy
+from agent.serving import wire
+from agent.serving.batching import Answer, Batcher
+from agent.serving.latency import Latencies
+from agent.serving.requests import Translation
+from agent.serving.server import Limits, Server
+
+# openpi's client connects in a way that its library will give up.
+pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
+
+FRONT, SEED, WINDOW_MS, TOKEN = "observation.images.front", 5, 1000, "s3cret"
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "agent.serve", *arguments],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+    )
+
+
+class Served:
+    """A server's process and what it has said so far."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = start(*arguments, "--port", "0", **environment)
+        self.said: list[str] = []
+        self.open: list[ClientConnection] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.port = int(self.wait_for(r"serving on ws://127\.0\.0\.1:(\d+)"))
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(line)
+
+    def wait_for(self, pattern: str, seconds: float = 120) -> str:
+        """The group of the first line that matches, or the whole of it."""
+        end = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.log())):
+            assert self._reader.is_alive() and time.monotonic() < end, f"no {pattern} in:\n{self.log()}"
+            time.sleep(0.02)
+        return found[found.re.groups]
+
+    def log(self) -> str:
+        return "".join(self.said)
+
+    def client(self) -> WebsocketClientPolicy:
+        """openpi's, closed at the end of the test."""
+        client = WebsocketClientPolicy("127.0.0.1", self.port, api_key=TOKEN)
+        self.open.append(client._ws)
+        return client
+
+    def raw(self, token: str | None = f"Bearer {TOKEN}") -> ClientConnection:
+        """A connection that is past the server's greeting, closed at the end of the test."""
+        headers = {} if token is None else {"Authorization": token}
+        url = f"ws://127.0.0.1:{self.port}"
+        connection = connect(url, additional_headers=headers, compression=None, max_size=None, legacy=True)
+        self.open.append(connection)
+        assert b"action_horizon" in connection.recv()
+        return connection
+
+    def health(self) -> tuple[int, bytes]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz", timeout=10) as response:
+            return response.status, response.read()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one update."""
+    workplace = Workplace.make(tmp_path_factory.mktemp("work"))
+    code, output = workplace.run("--n_updates", "1", "--global_batch_size", "2", "--eval_freq", "0", "--name", "tiny")
+    assert code == 0, output
+    return workplace.folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def policy(run_folder: Path) -> LoadedPolicy:
+    return load_policy(str(run_folder), device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _close(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if "server" in request.fixturenames:
+        served = request.getfixturevalue("server")
+        while served.open:
+            served.open.pop().close()
+
+
+@pytest.fixture(scope="module")
+def server(run_folder: Path) -> Iterator[Served]:
+    limits = ("--max_batch", "4", "--batch_window_ms", str(WINDOW_MS), "--max_message_mb", "0.5", "--log_every", "1")
+    names = ("--rename", "cam=observation.images.front", "--device", "cpu")
+    served = Served("--checkpoint", str(run_folder), "--seed", str(SEED), *limits, *names, VLA_SERVE_TOKEN=TOKEN)
+    yield served
+    served.process.kill()
+    served.process.wait()
+
+
+def request(number: int = 0) -> dict[str, Any]:
+    generator = np.random.default_rng(number)
+    picture = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+    return {"observation/images/front": picture, "observation/state": generator.random(7), "prompt": "open the drawer"}
+
+
+def expected(policy: LoadedPolicy, given: dict[str, Any], k: int = 0, seed: int = SEED) -> np.ndarray:
+    picture, state, task = given.values()
+    observation = {FRONT: picture, "observation.state": state, "task": task}
+    return policy.act([observation], [policy.noise(seed, "serve", k)])[0]
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    return ours.shape == theirs.shape == (4, 7) and bool(np.allclose(ours, theirs, rtol=1e-4, atol=1e-5))
+
+
+def together(count: int, do: Any) -> list[Any]:
+    """What ``do(i)`` returns in threads that run at once."""
+    results: list[Any] = [None] * count
+
+    def work(i: int) -> None:
+        results[i] = do(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+# ── what is served ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_openpis_client_gets_the_policys_actions(server, policy):
+    client = server.client()
+    assert client.get_server_metadata() == {
+        "policy": "pi0",
+        "checkpoint": "tiny, update 1",
+        "cameras": {FRONT: [3, 32, 32]},
+        "state_dim": 7,
+        "action_dim": 7,
+        "action_horizon": 4,
+        "n_action_steps": 4,
+    }
+    for k in range(2):
+        answer = client.infer(request(k))
+        assert answer["actions"].dtype == np.float32 and agree(answer["actions"], expected(policy, request(k), k))
+        timing = answer["server_timing"]
+        assert 0 < timing["infer_ms"] < 1e4 and 0 <= timing["queue_ms"] < 1e4 and timing["batch_size"] == 1
+        assert ("prev_total_ms" in timing) == (k == 1)
+
+
+def test_a_single_client_does_not_wait_for_company(server):
+    client = server.client()
+    client.infer(request())
+    waits = [client.infer(request())["server_timing"]["queue_ms"] for _ in range(3)]
+    assert min(waits) < WINDOW_MS / 2
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda p, s, t: {FRONT: p, "observation.state": s, "task": t},
+        lambda p, s, t: {"observation/front": p, "state": s, "prompt": t},
+        lambda p, s, t: {"observation": {"images": {"front": p}, "state": list(map(float, s))}, "prompt": t},
+        lambda p, s, t: {"images": {"front": p.transpose(2, 0, 1)}, "state": s, "prompt": t},
+        lambda p, s, t: {"cam": p, "state": s, "prompt": t},
+    ],
+    ids=["the model's names", "short", "nested", "as for ALOHA, channels first", "renamed"],
+)
+def test_names_and_forms(server, policy, form):
+    assert agree(server.client().infer(form(*request().values()))["actions"], expected(policy, request()))
+
+
+def test_concurrent_clients_form_a_batch(server, policy):
+    clients = [server.client() for _ in range(5)]
+    answers = together(5, lambda i: clients[i].infer(request(i)))
+    # Of five, max_batch = 4 go together; on a busy machine the first may have left with fewer.
+    sizes = [answer["server_timing"]["batch_size"] for answer in answers]
+    assert max(sizes) in (3, 4), sizes
+    for i, answer in enumerate(answers):
+        assert agree(answer["actions"], expected(policy, request(i)))
+    line = server.wait_for(r"requests in .*batch mean [\d.]+ max [34]")
+    assert line
+    for what in ("total ms", "queue ms", "model ms"):
+        assert re.search(rf"{what} p50 [\d.]+ p90 [\d.]+ p99 [\d.]+", server.log())
+
+
+def test_health(server):
+    assert server.health() == (200, b"OK\n")
+
+
+# ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in request().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({}, "the observation has no observation.images.front, observation.state, task; it must hold"),
+        (without("prompt"), "the observation has no task; it must hold .*, task and has observation.images.front"),
+        ({**request(), "prompt": b"open"}, r"prompt \(task\): got b'open', expected an instruction"),
+        ({**request(), "task": "open"}, "task and prompt are both task; give it once"),
+        ({**request(), "wrist": 1}, "the policy knows no 'wrist'; an observation holds observation.images.front, "),
+        (
+            {**request(), "observation/state": np.array([0, 0, 0, 0, 0, 0, np.nan])},
+            r"observation/state \(observation.state\): got nan at dimension 6, expected 7 finite numbers",
+        ),
+        ({**request(), "observation/state": np.zeros((1, 7))}, r"got shape \(1, 7\), expected 7 finite numbers"),
+        (
+            {**request(), "observation/images/front": np.zeros((3, 4, 4))},
+            r"observation/images/front \(observation.images.front\): got float64 of shape \(3, 4, 4\), expected uint8",
+        ),
+        ({**request(), "observation/images/front": None}, "got None, expected a picture of at least one camera"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_and_the_next_one_served(server, policy, bad, message):
+    client = server.client()
+    with pytest.raises(RuntimeError, match=message):
+        client.infer(bad)
+    assert agree(client.infer(request())["actions"], expected(policy, request()))
+
+
+PACKED = msgpack_numpy.packb(request())
+
+
+def array(**changes: Any) -> bytes:
+    entry = {"__ndarray__": True, "data": b"\0" * 8, "dtype": "<f4", "shape": [2], **changes}
+    return msgpack.packb({"state": {key.encode(): value for key, value in entry.items()}})
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        ("hello", "got a text of 5 characters, expected a binary message of msgpack"),
+        (b"", "the message of 0 bytes is no whole msgpack"),
+        (PACKED[:-3], f"the message of {len(PACKED) - 3} bytes is no whole msgpack"),
+        (PACKED + b"\0", "is no whole msgpack .ExtraData"),
+        (b"\xc1" * 40, "the message of 40 bytes is no whole msgpack"),
+        (b"\x91" * 5000, "is no whole msgpack .StackError"),
+        (msgpack.packb([1, 2]), "the message is a msgpack list, expected a map"),
+        (msgpack.packb({b"a": 2}), "the message has a key b'a', expected texts"),
+        (array(dtype="|O"), "an array of the message cannot be read: its type is object, expected numbers"),
+        (array(dtype="nonsense"), "an array of the message cannot be read: .*nonsense"),
+        (array(shape=[2**40, 2**40]), r"shape .* of float32 takes \d+ bytes, it has 8"),
+        (array(shape=[-1, -2]), r"shape \(-1, -2\) of float32 takes 8 bytes, it has 8"),
+        (array(data="text"), "an array of the message cannot be read"),
+        (
+            msgpack.packb({"a": {b"__npgeneric__": True}}),
+            "an array of the message cannot be read: .*dtype.* is missing",
+        ),
+    ],
+)
+def test_a_bad_frame_is_answered_and_the_connection_stays(server, policy, frame, message):
+    connection = server.raw()
+    connection.send(frame)
+    answer = connection.recv(timeout=30)
+    assert isinstance(answer, str) and re.search(message, answer), answer
+    connection.send(PACKED)
+    actions = msgpack_numpy.unpackb(connection.recv(timeout=30))["actions"]
+    assert agree(actions, expected(policy, request()))
+
+
+def test_an_oversize_message_ends_its_connection_alone(server, policy):
+    client, other = server.client(), server.client()
+    with pytest.raises(ConnectionClosed) as closed:
+        client.infer({**request(), "observation/images/front": np.zeros((500, 500, 3), np.uint8)})
+    assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009, closed.value
+    server.wait_for(r"gone, sent 1009 \(message too big\).*exceeds limit of 524288 bytes")
+    assert agree(other.infer(request())["actions"], expected(policy, request()))
+
+
+def test_who_leaves_in_mid_request_harms_nobody(server, policy):
+    idle = server.raw()  # for whose company the next request waits
+    leaving = server.raw()
+    leaving.send(PACKED)
+    leaving.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    leaving.socket.shutdown(socket.SHUT_RDWR)
+    half = socket.create_connection(("127.0.0.1", server.port))
+    half.sendall(b"GET / HTTP/1.1\r\nUpg")  # leaves in mid-handshake
+    half.close()
+    with socket.create_connection(("127.0.0.1", server.port)) as noise:
+        noise.sendall(b"\x16\x03\x01" + os.urandom(200) + b"\r\n\r\n")  # no HTTP at all
+        noise.recv(1000)
+    idle.send(PACKED)
+    assert agree(msgpack_numpy.unpackb(idle.recv(timeout=30))["actions"], expected(policy, request()))
+    assert server.health()[0] == 200
+    assert "Traceback" not in server.log()
+
+
+# ── starting ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def refused(*arguments: str, **environment: str) -> str:
+    process = start(*arguments, **environment)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in output, output
+    return output
+
+
+def test_a_port_in_use(server):
+    output = refused("--checkpoint", "anything", "--port", str(server.port))
+    assert output == (
+        f"error: --port: {server.port} on 127.0.0.1 is in use by another program; stop that or write another port\n"
+    )
+
+
+def test_a_checkpoint_without_processors(run_folder, tmp_path):
+    copied = shutil.copytree((run_folder / "checkpoints" / "last" / "pretrained_model").resolve(), tmp_path / "copy")
+    (copied / "policy_preprocessor.json").unlink()
+    output = refused("--checkpoint", str(copied), "--port", "0")
+    assert "copy has no policy_preprocessor.json: " in output and "Name a checkpoint that training saved" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--host", "0.0.0.0"], {}, "W 0.0.0.0 is open to the network and there is no token; set VLA_SERVE_TOKEN"),
+        (["--host", "203.0.113.7"], {}, "error: --host, --port: cannot listen on 203.0.113.7, port 0: "),
+        ([], {"VLA_SERVE_TOKEN": ""}, "error: VLA_SERVE_TOKEN: it must be printable ASCII"),
+        (["--rename", "cam"], {}, "error: --rename: 'cam' is not of the form"),
+        (["--max_batch", "0"], {}, "argument --max_batch: 0 is no whole number from 1 on"),
+        (["--batch_window_ms", "nan"], {}, "argument --batch_window_ms: nan is no number above 0"),
+    ],
+)
+def test_mistakes_in_the_command(arguments, environment, message):
+    output = refused("--checkpoint", "nowhere", "--port", "0", *arguments, **environment)
+    assert message in output
+    if "W " in message:
+        assert "error: --checkpoint: there is no nowhere" in output
+
+
+def test_a_rename_to_nothing(policy):
+    with pytest.raises(ValueError, match="--rename: cam=wrist: the policy has no wrist; it has observation.images.fro"):
+        Translation(policy, {"cam": "wrist"})
+
+
+# ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_short_names_of_two_cameras_that_are_alike_are_no_names():
+    seen: list[dict] = []
+    fake: Any = SimpleNamespace(
+        cameras={
+            "observation.image": (3, 8, 8),
+            "observation.images.image": (3, 8, 8),
+            "observation.images.b": (3, 8, 8),
+        },
+        check=seen.append,
+    )
+    translation = Translation(fake, {})
+    given = {"observation/image": 1, "observation/images/image": 2, "b": 3, "image": 4, "state": 5, "prompt": "x"}
+    expected = {"observation.image": 1, "observation.images.image": 2, "observation.images.b": 3, "image": 4}
+    assert translation.observation(given) == {**expected, "observation.state": 5, "task": "x"} == seen[0]
+
+
+def test_the_wire_is_openpis():
+    message = {
+        "a": np.arange(6, dtype=np.int16).reshape(2, 3),
+        "b": np.float64(0.5),
+        "c": [1, "x", None, np.bool_(True)],
+    }
+    for back in (msgpack_numpy.unpackb(wire.pack(message)), wire.unpack(msgpack_numpy.packb(message))):
+        assert np.array_equal(back["a"], message["a"]) and back["a"].dtype == np.int16
+        assert back["b"] == 0.5 and back["c"] == [1, "x", None, True]
+    assert wire.pack(message) == msgpack_numpy.packb(message)
+    assert not wire.unpack(msgpack_numpy.packb(message))["a"].flags.writeable
+
+
+def batched(act: Any, gone: list[bool], max_batch: int = 8) -> tuple[list[Any], Latencies]:
+    """Requests that arrive together: their answers or exceptions."""
+    latencies = Latencies()
+
+    async def all_of_them() -> list[Any]:
+        batcher = Batcher(act, lambda: len(gone), latencies, max_batch, 0.2)
+        asks = [batcher.infer({"i": i}, np.zeros(1), lambda i=i: gone[i]) for i in range(len(gone))]
+        work = asyncio.create_task(batcher.run())
+        answers = await asyncio.gather(*asks, return_exceptions=True)
+        work.cancel()
+        return answers
+
+    return asyncio.run(all_of_them()), latencies
+
+
+def test_one_that_fails_does_not_fail_its_company(caplog):
+    def act(observations: Any, noise: Any) -> list[np.ndarray]:
+        if any(observation["i"] == 1 for observation in observations):
+            raise RuntimeError("not finite")
+        return [np.full(1, observation["i"]) for observation in observations]
+
+    with caplog.at_level(logging.CRITICAL):
+        (first, second, third), latencies = batched(act, [False] * 3)
+    assert isinstance(second, RuntimeError) and latencies.batches == [3]
+    assert (first.actions, third.actions) == (0, 2) and first.batch_size == 3
+
+
+def test_an_interrupt_ends_it_too():
+    policy: Any = SimpleNamespace(act=None, cameras={})
+    server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+
+    async def connected_and_interrupted() -> None:
+        serving = asyncio.create_task(server.serve(listener))
+        async with asyncio.timeout(20), websockets.asyncio.client.connect(address) as connection:
+            assert wire.unpack(await connection.recv()) == {"a": 1}
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(ConnectionClosed, match="the server is stopping"):
+                await connection.recv()
+            await serving
+
+    asyncio.run(connected_and_interrupted())
+
+
+def test_no_work_is_done_for_who_has_gone():
+    asked: list[list[int]] = []
+
+    def act(observations: Any, noise: Any) -> list[np.ndarray]:
+        asked.append([observation["i"] for observation in observations])
+        return [np.zeros(1) for _ in observations]
+
+    answers, _ = batched(act, [False, True, False, False, False], max_batch=3)
+    assert asked == [[0, 2], [3, 4]] and answers[1] is None
+    assert all(isinstance(answer, Answer) for i, answer in enumerate(answers) if i != 1)
+
+
+# ── tokens, and the end ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_token_is_asked_for(server):
+    for token in (None, "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \u00e9"):
+        with pytest.raises(InvalidStatus) as status:
+            server.raw(token)
+        assert status.value.response.status_code == 401
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=10)
+    server.raw(f"Api-Key {TOKEN}")  # openpi's way
+    assert server.health()[0] == 200 and TOKEN not in server.log()
+
+
+def test_an_end_that_finishes_the_requests_under_way(server, policy):
+    idle, client = server.raw(), server.client()
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(client.infer(request())))
+    asking.start()
+    time.sleep(WINDOW_MS / 3000)  # the request waits for the idle client's company
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(ConnectionClosed, match="the server is stopping"):
+        idle.recv(timeout=10)
+    asking.join(30)
+    assert answers and agree(answers[0]["actions"], expected(policy, request()))
+    assert server.process.wait(30) == 0
+    server.wait_for("stopped")
+    assert "stopping, requests under way: 1" in server.log() and "Traceback" not in server.log()
