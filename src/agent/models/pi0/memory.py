@@ -38,6 +38,8 @@ class Training:
     use_bf16: bool = True
     accumulates: bool = False
     """Several micro-batches per update: gradients lie there during the forward pass."""
+    ema: bool = False
+    """Whether there is an ``ema_decay``."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Memory:
     optimizer: int
     activations: int
     """Kept at the end of the forward pass, without copies of weights."""
+    ema: int
+    """Of the weights' moving average, float32."""
     peak: int
     """Most bytes that torch has allocated at once."""
 
@@ -116,7 +120,9 @@ def predict(config: PI0Config, training: Training) -> Memory:
         done += number * unit.trained
     low_memory = training.optimizer == "adamw8bit" or number == 2
     update = gradients + (_OPTIMIZER_PIECE if low_memory else 0)
-    return Memory(parameters, gradients, state, activations, parameters + state + max(most, update))
+    ema = 4 * sum(unit.trained for unit in units) if training.ema else 0
+    peak = parameters + state + ema + max(most, update)
+    return Memory(parameters, gradients, state, activations, ema, peak)
 
 
 def _state(unit: _Unit, optimizer: str) -> int:
