@@ -19,6 +19,7 @@ from agent.metrics import WandbConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
 from agent.preflight.gpus import check_name
+from agent.simulation.configuration import SimulationConfig
 from agent.strict_config import ConfigError, cannot_use, load
 
 
@@ -117,6 +118,8 @@ class TrainPipelineConfig:
     """Validate also the weights that a run starts from, once, before the first update: a baseline for all later ones."""
     eval_thresholds: list[float] = field(default_factory=lambda: [0.05, 0.1, 0.2])
     """Validation reports the fraction of action values within each of these distances, in the action's own unit."""
+    eval_cfg: SimulationConfig | None = None
+    """Evaluation of checkpoints in simulation, by a process of its own; none when not given."""
     use_wandb: bool = True
     """Log to Weights & Biases as well; `metrics.jsonl` is always written."""
     wandb: WandbConfig = field(default_factory=WandbConfig)
@@ -167,6 +170,8 @@ class TrainPipelineConfig:
             raise ValueError(
                 "precision: bfloat16_stochastic computes in bfloat16; write use_bf16: true, or precision: float32_master"
             )
+        if self.eval_cfg is not None:
+            self.eval_cfg.check(self.save_model_freq)
         if isinstance(self.model_cfg, PlaceholderConfig):
             raise ValueError(self.model_cfg.cannot_train())
 
@@ -349,6 +354,7 @@ _FREE_ON_RESUME = (
     "check_replicas_every",
     "hang_timeout_minutes",
     "log_freq",
+    "eval_cfg",
     "eval_freq",
     "eval_size",
     "eval_start",

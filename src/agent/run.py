@@ -20,6 +20,7 @@ from agent import command_line, environment, history
 from agent.distributed import Launch, Processes, StopRequest, choose_device, read_launch
 from agent.reporting.writing import RunReport
 from agent.run_folder import RunFolder, report_attempt
+from agent.simulation import starting
 from agent.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             exit_code = _end(folder, "finished", run.state.step, "")
             return exit_code
         start_reporting(run)
+        if launch.rank == 0:
+            starting.start(config.eval_cfg, config.run_dir)
         reason = train(run, stop, watchdog)
         exit_code = _end(folder, "preempted" if reason else "finished", run.state.step, reason)
         return exit_code
