@@ -96,3 +96,20 @@ def test_bad_weights():
     with pytest.raises(ValueError, match="at least one frame"):
         Mixture([1, 0], None, 0)
     assert Mixture([1, 3], [None, None], 0).shares == [0.25, 0.75]
+
+
+def test_the_stream_of_a_config_stays_what_it_was():
+    """Recorded: a run that is resumed with newer code goes on with the same samples."""
+    numbers = [*range(6), 10**9, 10**9 + 1]
+    pool, weighted = (Mixture([50, 10, 31], weights, seed=3) for weights in (None, [3, 1, 0.5]))
+    assert [pool[k] for k in numbers] == [(2, 26), (1, 8), (0, 29), (0, 14), (0, 46), (2, 11), (0, 23), (2, 1)]
+    assert [weighted[k] for k in numbers] == [(0, 37), (0, 49), (1, 1), (0, 5), (0, 21), (0, 7), (1, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("weights", [None, [3, 1, 0.2]], ids=str)
+@pytest.mark.parametrize("start", [0, 4000, 10**12 - 5])
+def test_counts_are_of_the_very_samples(weights, start):
+    mixture = Mixture([1000, 50, 7], weights, seed=3)
+    found = Counter(mixture[k][0] for k in range(start, start + 5000))
+    assert mixture.counts(start, start + 5000) == [found[dataset] for dataset in range(3)]
+    assert mixture.counts(start, start) == [0, 0, 0]
