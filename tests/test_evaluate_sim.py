@@ -1,0 +1,322 @@
+"""A policy in the real simulator: the same outcome in any order, from where it was stopped, and what is refused.
+
+Run: REQUIRE_SIM=1 uv run --extra sim pytest tests/test_evaluate_sim.py      (a minute and a half; skipped without the extra)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from launching import MODEL, REPOSITORY, RUN, Workplace, kill_all
+
+from agent.simulation.configuration import SimulationConfig
+from agent.simulation.evaluation import Request
+from agent.simulation.rendering import check_not_blank
+from agent.simulation.results import EpisodeResult, ResultsFolder, wilson
+
+HAVE_SIM = find_spec("metaworld") is not None
+needs_sim = pytest.mark.skipif(
+    not HAVE_SIM and not os.environ.get("REQUIRE_SIM"), reason="the extra `sim` is not installed (uv sync --extra sim)"
+)
+REACH, BUTTON = "reach-v3", "button-press-topdown-v3"
+STEPS = 12  # of an episode; a random policy does not succeed, and need not
+EVAL_CFG = {"tasks": [REACH], "episodes": 1, "every": 1, "max_steps": STEPS}
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two updates on the demonstration data, with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("sim")
+    config = {
+        "model_cfg": MODEL | {"image_resolution": [32, 32], "chunk_size": 8, "n_action_steps": 4},
+        "data": {
+            "train": {
+                "datasets": [{"repo_id": "demo/metaworld", "root": str(REPOSITORY / "demo" / "metaworld")}],
+                "num_workers": 0,
+            }
+        },
+        "global_batch_size": 2,
+        "per_device_batch_size": 2,
+        "n_updates": 2,
+        "save_model_freq": 1,
+        "eval_freq": 0,
+        "use_wandb": False,
+        "eval_cfg": EVAL_CFG,
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    code, output = Workplace(folder).run()
+    assert code == 0, output
+    return folder / "runs" / "tiny"
+
+
+def evaluate(*arguments: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess:
+    """The command as a user gives it."""
+    return subprocess.run(
+        [sys.executable, "-m", "agent.evaluate_sim", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+    )
+
+
+def episodes_of(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What each episode came to, without the time that it took."""
+    rows = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return {(row["task"], row["episode"]): {k: v for k, v in row.items() if k != "seconds"} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def reference(run_folder: Path) -> tuple[Path, str]:
+    """Both tasks, two episodes each, the first one filmed; folder of the results, and what was printed."""
+    command = ["--checkpoint", str(run_folder), "--tasks", f"{REACH},{BUTTON}", "--episodes", "2", "--videos", "1"]
+    process = evaluate(*command, "--max_steps", str(STEPS))
+    assert process.returncode == 0, process.stderr
+    return run_folder / "simulation" / "step_00000002", process.stdout
+
+
+@needs_sim
+def test_prints_a_table_and_writes_results_and_videos(reference: tuple[Path, str]) -> None:
+    folder, printed = reference
+    assert re.search(rf"{REACH} +0 of 2 +0\.0% +0\.0 to +65\.8%", printed)
+    summary = json.loads((folder / "results.json").read_text())
+    assert [(row["task"], row["episodes"], row["successes"]) for row in summary["tasks"]] == [(REACH, 2, 0), (BUTTON, 2, 0)]
+    assert summary["tasks"][0]["wilson95"] == list(wilson(0, 2))
+    assert summary["settings"]["seed"] == 1000 and summary["settings"]["action_steps"] == 4
+    assert [row["environment_seed"] for row in summary["episodes"]] == [1000, 1001] * 2
+    assert sorted(path.name for path in (folder / "videos").iterdir()) == [f"{BUTTON}_000.mp4", f"{REACH}_000.mp4"]
+
+
+@needs_sim
+def test_a_video_shows_the_episode(reference: tuple[Path, str]) -> None:
+    import av
+
+    with av.open(str(reference[0] / "videos" / f"{REACH}_000.mp4")) as container:
+        images = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(images) == STEPS + 1
+    assert images[0].shape[0] >= 384 and images[0].std() > 20
+    assert np.abs(images[0].astype(int) - images[-1]).max() > 60  # the arm has moved
+
+
+@needs_sim
+def test_another_order_and_number_of_episodes_change_no_outcome(run_folder: Path, reference: tuple[Path, str], tmp_path: Path) -> None:
+    command = ["--checkpoint", str(run_folder), "--tasks", f"{BUTTON},{REACH}", "--episodes", "1", "--out", str(tmp_path)]
+    process = evaluate(*command, "--max_steps", str(STEPS))
+    assert process.returncode == 0, process.stderr
+    again, before = episodes_of(tmp_path), episodes_of(reference[0])
+    assert again == {key: row for key, row in before.items() if key[1] == 0}
+    assert len({row["reward"] for row in before.values()}) == 4  # and they are not all alike
+
+
+@needs_sim
+def test_continues_after_a_kill(run_folder: Path, reference: tuple[Path, str], tmp_path: Path) -> None:
+    command = ["--checkpoint", str(run_folder), "--tasks", f"{REACH},{BUTTON}", "--episodes", "2", "--out", str(tmp_path)]
+    command += ["--max_steps", str(STEPS)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agent.evaluate_sim", *command], stderr=subprocess.DEVNULL, cwd=REPOSITORY
+    )
+    episodes = tmp_path / "episodes.jsonl"
+    while not episodes.exists() or not episodes.read_text().strip():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(episodes.read_text().splitlines())
+    assert 1 <= done < 4
+    with episodes.open("a") as stream:  # as if it had died in the middle of a line
+        stream.write('{"task": "reach-v3", "epis')
+    process = evaluate(*command)
+    assert process.returncode == 0, process.stderr
+    assert len(re.findall(r"episode \d+:", process.stderr)) == 4 - done
+    assert episodes_of(tmp_path) == episodes_of(reference[0])
+
+
+@needs_sim
+def test_repeated_plays_only_what_is_missing_and_no_other_settings(run_folder: Path, reference: tuple[Path, str]) -> None:
+    before = (reference[0] / "episodes.jsonl").read_text()
+    command = ["--checkpoint", str(run_folder), "--tasks", REACH, "--episodes", "2", "--max_steps", str(STEPS)]
+    process = evaluate(*command)
+    assert process.returncode == 0 and "0 of 2 episodes to play" in process.stderr
+    assert (reference[0] / "episodes.jsonl").read_text() == before
+    process = evaluate(*command, "--seed", "7")
+    assert process.returncode == 2 and "seed: 1000 → 7" in process.stderr
+    other = run_folder / "checkpoints" / "step_00000001"
+    process = evaluate("--checkpoint", str(other), *command[2:], "--out", str(reference[0]))
+    assert process.returncode == 2 and re.search(r"results of another evaluation \(checkpoint: \w{32} → \w{32}\)", process.stderr)
+
+
+@needs_sim
+def test_evaluates_the_checkpoints_that_eval_cfg_names(run_folder: Path) -> None:
+    process = evaluate("--run", str(run_folder))
+    assert process.returncode == 0, process.stderr
+    rows = [json.loads(line) for line in (run_folder / "simulation" / "success.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["task"], row["episodes"]) for row in rows if row["task"] == REACH][0] == (1, REACH, 1)
+    assert {row["step"] for row in rows} == {1, 2}
+
+
+def edited(run_folder: Path, tmp_path: Path, change: Any) -> Path:
+    """A copy of the policy whose config.json ``change`` has changed."""
+    copy = tmp_path / "policy"
+    shutil.copytree(run_folder / "checkpoints" / "last" / "pretrained_model", copy)
+    content = json.loads((copy / "config.json").read_text())
+    change(content)
+    (copy / "config.json").write_text(json.dumps(content))
+    return copy
+
+
+def other_camera(config: dict[str, Any]) -> None:
+    features = config["input_features"]
+    features["observation.images.wrist"] = features.pop("observation.image")
+
+
+@needs_sim
+def test_refuses_a_policy_that_sees_something_else(run_folder: Path, tmp_path: Path) -> None:
+    policy = edited(run_folder, tmp_path, other_camera)
+    process = evaluate("--checkpoint", str(policy), "--tasks", REACH, "--out", str(tmp_path / "out"))
+    assert process.returncode == 2
+    assert "the environment has observation.image, the policy wants observation.images.wrist" in process.stderr
+
+
+@needs_sim
+@pytest.mark.parametrize(
+    ("file", "said"), [("policy_preprocessor.json", "policy_preprocessor.json"), ("model.safetensors", "model.safetensors")]
+)
+def test_refuses_a_checkpoint_that_lacks_a_part(run_folder: Path, tmp_path: Path, file: str, said: str) -> None:
+    policy = edited(run_folder, tmp_path, lambda config: None)
+    (policy / file).unlink()
+    process = evaluate("--checkpoint", str(policy), "--tasks", REACH, "--out", str(tmp_path / "out"))
+    assert process.returncode == 2 and said in process.stderr and not (tmp_path / "out").exists()
+
+
+@needs_sim
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "reech-v3"], "no task 'reech-v3'; the nearest name is reach-v3"),
+        (["--tasks", ""], "--tasks names no task"),
+        (["--tasks", REACH, "--episodes", "0"], "--episodes must be at least 1"),
+        (["--tasks", REACH, "--max_steps", "501"], "--max_steps must be 1 to 500"),
+        (["--tasks", REACH, "--seed", "99990"], "from where on the demonstrations were recorded"),
+    ],
+)
+def test_refuses_what_cannot_be_played(arguments: list[str], said: str) -> None:
+    from agent.simulation.environment import TASK_DESCRIPTIONS
+
+    options = dict(zip(arguments[::2], arguments[1::2], strict=True))
+    request = Request(
+        tuple(options["--tasks"].split(",")) if options["--tasks"] else (),
+        int(options.get("--episodes", 20)),
+        int(options.get("--seed", 1000)),
+        int(options.get("--max_steps", 500)),
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        request.check(list(TASK_DESCRIPTIONS))
+
+
+@needs_sim
+def test_two_environments_at_once_show_what_each_shows_alone() -> None:
+    from agent.simulation.environment import PlainMetaworldEnv
+    from agent.simulation.rendering import choose_backend
+
+    choose_backend()
+
+    def pictures(environment: PlainMetaworldEnv) -> list[np.ndarray]:
+        first, _ = environment.reset(seed=1003)
+        return [first["pixels"], environment.step(np.array([1, 1, -1, 1], np.float32))[0]["pixels"]]
+
+    alone = {}
+    for task in (REACH, BUTTON):
+        environment = PlainMetaworldEnv(task, 64, 64)
+        alone[task] = pictures(environment)
+        environment.close()
+    both = {task: PlainMetaworldEnv(task, 64, 64) for task in (REACH, BUTTON)}
+    for environment in both.values():
+        environment.reset(seed=5)
+    for task, environment in both.items():
+        assert all(np.array_equal(a, b) for a, b in zip(pictures(environment), alone[task], strict=True))
+        check_not_blank(environment.render())
+    both[REACH].close()
+    assert np.array_equal(pictures(both[BUTTON])[0], alone[BUTTON][0])
+    both[BUTTON].close()
+    assert not np.array_equal(alone[REACH][0], alone[BUTTON][0])
+
+
+@needs_sim
+def test_lerobot_knows_the_environment() -> None:
+    from lerobot.envs.factory import make_env
+
+    from agent.simulation.environment import PlainMetaworldConfig
+
+    config = PlainMetaworldConfig(task=f"{REACH},{BUTTON}", height=32, width=32)
+    assert config.type == "metaworld_plain"
+    environments = make_env(config, n_envs=1)
+    assert list(environments) == [REACH, BUTTON]
+    observation, _ = environments[BUTTON][0].reset(seed=[3])
+    assert observation["pixels"].shape == (1, 32, 32, 3) and observation["pixels"].std() > 20
+    for group in environments.values():
+        group[0].close()
+
+
+# ---- without the simulator
+
+
+def test_says_how_to_install_the_simulator(tmp_path: Path) -> None:
+    (tmp_path / "metaworld.py").write_text("raise ImportError('no', name='metaworld')")
+    process = evaluate("--checkpoint", "x", "--tasks", REACH, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 2
+    assert "metaworld is not installed" in process.stderr and "uv sync --extra sim" in process.stderr
+
+
+def test_answers_at_once_what_it_is_to_do() -> None:
+    process = evaluate("--tasks", REACH, timeout=60)
+    assert process.returncode == 2 and "--checkpoint DIR, or --run DIR" in process.stderr
+
+
+def test_finds_blank_images() -> None:
+    random = np.random.default_rng(0)
+    check_not_blank(random.integers(0, 255, (32, 32, 3), np.uint8))
+    for grey in (0, 128):
+        with pytest.raises(RuntimeError, match="blank image .* egl and osmesa"):
+            check_not_blank(np.full((32, 32, 3), grey, np.uint8))
+
+
+@pytest.mark.parametrize(
+    # From the formula's closed form for 0 and n, and from R's binom.confint(…, methods = "wilson").
+    ("successes", "episodes", "low", "high"),
+    [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (8, 20, 0.21880, 0.61342), (40, 50, 0.66964, 0.88756)],
+)
+def test_wilson(successes: int, episodes: int, low: float, high: float) -> None:
+    assert wilson(successes, episodes) == pytest.approx((low, high), abs=2e-5)
+
+
+def test_results_survive_and_are_not_mixed(tmp_path: Path) -> None:
+    row = EpisodeResult(REACH, 0, 1000, True, 40, 12.5, 1.0)
+    first = ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
+    with pytest.raises(ValueError, match="another evaluation is writing"):
+        ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
+    first.add(row)
+    first.close()
+    second = ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
+    assert {key: asdict(value) for key, value in second.done.items()} == {(REACH, 0): asdict(row)}
+    second.close()
+    with pytest.raises(ValueError, match="checkpoint: a → b"):
+        ResultsFolder(tmp_path, {"checkpoint": "b", "seed": 1})
+    (tmp_path / "episodes.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1, is no result"):
+        ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
