@@ -30,11 +30,11 @@ class Frame:
     """Size of a chart in CSS pixels, with the room for tick labels."""
 
     width: int = 400
-    height: int = 226
+    height: int = 230
     left: int = 50
     right: int = 16
     top: int = 8
-    bottom: int = 36
+    bottom: int = 40
     columns: int = 340
     """Most points of a curve; what has more is drawn as its mean within the band from its least to its greatest."""
     strips: int = 50
@@ -43,7 +43,7 @@ class Frame:
 
 _FEW_MARKS = 8
 
-SMALL = Frame(width=190, height=104, left=42, right=10, top=6, bottom=18, columns=120, strips=0)
+SMALL = Frame(width=190, height=106, left=42, right=10, top=6, bottom=20, columns=120, strips=0)
 
 
 def wants_log(lines: Sequence[Line]) -> bool:
@@ -159,7 +159,7 @@ def _grid(x_axis: Axis, y_axis: Axis, frame: Frame, x_label: str) -> str:
     parts.append(f'<line class="axis" x1="{frame.left}" x2="{wall}" y1="{floor}" y2="{floor}"/>')
     for tick in x_ticks:
         x = x_axis.at(tick)
-        parts.append(f'<text x="{x:.1f}" y="{floor + 14}" text-anchor="middle">{tick_text(tick)}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick_text(tick)}</text>')
     if x_label:
         middle = (frame.left + wall) / 2
         parts.append(f'<text x="{middle}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')

@@ -191,10 +191,4 @@ def _action_error(runs: Sequence[RunRecord]) -> str:
         finals = [series.numbers[-1] for series in found if series.numbers]
         if finals and len(found) == len(runs) and max(finals) - min(finals) <= 1e-6 * max(finals):
             lines.append(Line(label, found[0].points, style))
-    if len(runs) == 1 and runs[0].evaluations and lines:
-        start = runs[0].evaluations[-1].baselines.get("start")
-        if start is not None and "val/baseline_start_l1" not in runs[0].series:
-            steps = runs[0].series["val/action_l1"].steps
-            label, style = BASELINES["start"]
-            lines.append(Line(label, [(float(step), start.action_l1) for step in (steps[0], steps[-1])], style))
     return _figure("Action error", "mean |error|, data set's units", lines, runs, from_zero=True)

@@ -24,9 +24,13 @@ def write_page(runs: Sequence[RunRecord], out: Path) -> None:
         OSError: if it cannot be written.
     """
     if out.is_dir():
-        raise ValueError(f"--out {out} is a folder; give a file, like {out / 'report.html'}")
+        raise ValueError(
+            f"the report cannot be written: {out} is a folder; give a file, like --out {out / 'report.html'}"
+        )
     if not out.parent.is_dir():
-        raise ValueError(f"--out {out}: there is no folder {out.parent}; make it, or give another place")
+        raise ValueError(
+            f"the report cannot be written: for {out} there is no folder {out.parent}; make it, or give another --out"
+        )
     # A broken character in somebody's text must not cost the page.
     write_atomically(out, render(runs).encode("utf-8", "replace").decode("utf-8"))
 
