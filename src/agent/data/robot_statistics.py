@@ -13,7 +13,7 @@ from agent.data.loader import TrainDataConfig
 from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
 from agent.data.relative import Chunks, relative_mask
 from agent.data.robot import Robot
-from agent.data.source import Source
+from agent.data.source import DatasetConfig, Source
 from agent.data.statistics_cache import cached_chunk_statistics, cached_statistics
 
 
@@ -83,6 +83,13 @@ def assign_robots(
             )
         names.append(name if config.normalization == "per_dataset" else known[0])
     return names, config.deploy or known[0]
+
+
+def robot_alone(dataset: DatasetConfig, config: TrainDataConfig) -> tuple[list[str], str]:
+    """The same for one data set by itself, to look at its features before the others are opened."""
+    if config.normalization != "per_dataset":
+        return [""], ""
+    return [dataset.robot or dataset.repo_id], config.deploy or config.datasets[0].robot or config.datasets[0].repo_id
 
 
 def make_robots(

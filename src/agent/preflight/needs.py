@@ -202,10 +202,12 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
     """
     from agent.data.episodes import hold_out
     from agent.data.features import check_features
+    from agent.data.robot_statistics import assign_robots
     from agent.data.transforms import load_paraphrases
 
-    _, notes = check_features(sources, sample_spec(config))
-    training = sources[: len(config.data.train.datasets)]
+    count = len(config.data.train.datasets)
+    training, validation = sources[:count], sources[count:]
+    _, notes = check_features(sources, sample_spec(config), *assign_robots(training, validation, config.data.train))
     if not config.data.val.datasets and config.data.val.fraction:
         for source in training:
             hold_out(source.episodes, config.data.val.fraction)

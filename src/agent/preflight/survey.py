@@ -17,6 +17,7 @@ from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
 from agent.data.features import check_features
 from agent.data.frame_store import WantedStore, find_store
+from agent.data.robot_statistics import robot_alone
 from agent.data.source import Source, open_source
 from agent.preflight import needs
 
@@ -146,7 +147,7 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
     source.config = found.config
     found.source = source
     try:
-        check_features([source], model)
+        check_features([source], model, *robot_alone(found.config, train))
     except ValueError as error:
         found.mismatch = error
 
