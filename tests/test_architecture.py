@@ -73,7 +73,7 @@ MAY_IMPORT = {
         part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "sharding", "tensor_file"]
         for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file", "tensor_reader")
     },
-    "metrics": ["distributed"],
+    "metrics": ["distributed", "validation_record"],
     "export_source": [
         "data.episodes",
         "data.files",
@@ -89,6 +89,7 @@ MAY_IMPORT = {
         "batch",
         "data.transforms",
         "export_source",
+        "instruction_tokens",
         "models.registry",
         "observation_check",
         "saved_processors",
@@ -96,6 +97,7 @@ MAY_IMPORT = {
     ],
     "saved_processors": ["data.normalization", "export_source"],
     "observation_check": ["saved_processors"],
+    "instruction_tokens": ["data.transforms", "saved_processors"],
     "serving.*": ["inference", "observation_check", "saved_processors", "serving.*"],
     **{name: [] for name in ("model_card", "publishing", "environment")},
     "reporting.*": ["reporting.*", "history"],

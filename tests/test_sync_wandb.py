@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_metrics import offline_records
 
 
@@ -23,6 +24,9 @@ def run_dir(tmp_path: Path) -> Path:
     lines = [json.dumps({"step": step, "loss": 1 / step, "val/loss": step / 2}) for step in range(1, 8)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')  # killed in the middle of a line
     (folder / "config.yaml").write_text("seed: 3\nwandb: {project: mine, mode: offline, entity: null, run_id: null}\n")
+    (folder / "validation").mkdir()
+    for step in (4, 8):  # no line tells of the update that the second is of
+        Image.new("RGB", (8, 6), (step, 2, 3)).save(folder / "validation" / f"step_{step:08d}.png")
     return folder
 
 
@@ -45,6 +49,10 @@ def test_the_newest_offline_folder_holds_every_step_once(run_dir: Path) -> None:
     assert [entry["_step"] for entry in history] == list(range(1, 8))
     assert [entry["loss"] for entry in history] == [1 / step for step in range(1, 8)]
     assert [entry["val/loss"] for entry in history] == [step / 2 for step in range(1, 8)]
+    (shown,) = [entry for entry in history if "val/chunks.path" in entry]
+    assert shown["_step"] == 4 and (shown["val/chunks.width"], shown["val/chunks.height"]) == (8, 6)
+    copy = folder / "files" / shown["val/chunks.path"]
+    assert copy.read_bytes() == (run_dir / "validation" / "step_00000004.png").read_bytes()
 
 
 def test_the_id_of_the_run_is_kept_and_another_can_be_given(run_dir: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.run_folder import write_atomically
+from agent.validation_record import ValidationRecords
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Wandb:
         import wandb
 
         self.run_id = config.run_id or self._kept_id(run_dir)
+        self._pictures = ValidationRecords(run_dir)
         entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
         mode: Any = os.environ.get("WANDB_MODE") or config.mode
         if mode == "offline":
@@ -179,9 +181,18 @@ class Wandb:
             folder.rename(superseded / f"{len(list(superseded.iterdir())):03d}_{folder.name}")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Logs one line at its own step. wandb ignores a step it has already; a resume repeats them exactly."""
+        """Logs one line at its own step, with the picture of a validation that was made at it.
+
+        wandb ignores a step it has already; a resume repeats them exactly.
+        """
         # null, for a skipped update, is no number to wandb
-        self._run.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=record["step"])
+        values = {k: v for k, v in record.items() if k != "step" and v is not None}
+        picture = self._pictures.path(record["step"], ".png")
+        if picture.exists():
+            import wandb
+
+            values["val/chunks"] = wandb.Image(str(picture))
+        self._run.log(values, step=record["step"])
 
     def summarize(self, facts: dict[str, Any]) -> None:
         """Sets figures of the whole run."""

@@ -23,7 +23,7 @@ from agent.reporting.writing import RunReport
 from agent.run_folder import write_atomically
 from agent.saving import Saver
 from agent.train_state import Run
-from agent.validation import validate, validate_start
+from agent.validation import validate, validate_start, which_may_be_best
 from agent.validation_record import ValidationRecords
 from agent.watchdog import Watchdog
 
@@ -258,6 +258,8 @@ def start_reporting(run: Run) -> None:
         assert run.metrics is not None and run.folder is not None
         write_atomically(run.config.run_dir / "config.yaml", dump_yaml(run.config))
         ValidationRecords(run.config.run_dir).rewind(run.state.step or -1)
+        if (note := which_may_be_best(run.config)) is not None:
+            log.info(note)
         wandb = run.config.wandb if run.config.use_wandb else None
         if wandb is not None and wandb.run_id is None:
             wandb = replace(wandb, run_id=run.state.wandb_run_id)

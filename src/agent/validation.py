@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from agent.data.loader import validation_batches
@@ -12,6 +13,7 @@ from agent.validation_picture import draw
 from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
 
 if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
     from agent.train_state import Run
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,21 @@ def validate_start(run: Run) -> None:
     metrics = validate(run)
     if metrics:
         log.info("the starting weights: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+
+
+def which_may_be_best(config: TrainPipelineConfig) -> str | None:
+    """A line for the log where most checkpoints, or most validations, have no say in which is the best."""
+    if (
+        not config.eval_freq
+        or config.eval_freq % config.save_model_freq == 0
+        or config.save_model_freq % config.eval_freq == 0
+    ):
+        return None
+    return (
+        "the link `best` is chosen among the updates that are both saved and validated: every "
+        f"{math.lcm(config.eval_freq, config.save_model_freq)} updates, and the last; make eval_freq "
+        f"({config.eval_freq}) and save_model_freq ({config.save_model_freq}) multiples of each other for more"
+    )
 
 
 def _evaluate(run: Run) -> Evaluation:
