@@ -215,8 +215,9 @@ def names_of_action(source: Source) -> tuple[str, ...] | None:
     """Names of the action's dimensions, or None where the data set has none, or not one for each."""
     feature = source.metadata.features[source.config.action]
     names = feature.get("names")
-    if isinstance(names, dict) and len(names) == 1:  # older recordings: {"motors": [...]}
-        (names,) = names.values()
+    if isinstance(names, dict):  # older recordings: {"motors": [name, …]}, or {name: place, …}
+        places = all(isinstance(place, int) for place in names.values())
+        names = sorted(names, key=names.__getitem__) if places else [name for group in names.values() for name in group]
     return _fitting(names, int(np.prod(feature["shape"])))
 
 
