@@ -24,6 +24,7 @@ from test_lerobot_checkpoint import (
     Recording,
     make_config,
     make_model,
+    make_statistics,
     mapping,
     noise_of,
     our_actions,
@@ -32,7 +33,10 @@ from test_lerobot_checkpoint import (
     written,
 )
 
+from agent.data.normalization import compute_statistics, to_lerobot_stats
 from agent.inference import LoadedPolicy, load_policy
+from agent.models.pi0.configuration import FeatureSpec
+from agent.models.pi0.pretrained import write_pretrained
 
 
 def observations(recording: Recording) -> list[dict]:
@@ -121,6 +125,31 @@ def test_relative_actions_come_back_absolute_as_in_lerobot(copy):
     edit(after, "absolute_actions_processor", enabled=False)
     with pytest.raises(ValueError, match="the preprocessor's actions are relative and the postprocessor's not"):
         load_policy(str(copy), device="cpu")
+
+
+def test_one_of_several_robots_can_be_chosen(copy, tmp_path, policy):
+    other = to_lerobot_stats(*(compute_statistics(np.random.default_rng(7).random((90, n))) for n in (3, 2)))
+    entries = {"lab/arm": to_lerobot_stats(*make_statistics()), "lab/hand": other}
+    robots = {
+        name: {"statistics": {f: {k: v.tolist() for k, v in some.items()} for f, some in entry.items()}}
+        for name, entry in entries.items()
+    }
+    (copy / "robots.json").write_text(json.dumps({"processors_are_of": "lab/arm", "robots": robots}))
+    given = observations(Recording((SIZE, SIZE), size=2))
+    own = load_policy(str(copy), device="cpu")
+    assert own.robot == "lab/arm" and torch.equal(actions_of(own, given), actions_of(policy, given))
+
+    features = make_config().input_features | {"observation.state": FeatureSpec("STATE", [3])}
+    config = make_config(input_features=features, output_features={"action": FeatureSpec("ACTION", [2])})
+    (tmp_path / "hand").mkdir()
+    write_pretrained(tmp_path / "hand", config, make_model(config).state_dict(), other, last_update=200)
+    for observation in given:
+        observation["observation.state"] = observation["observation.state"][:3]
+    hand = load_policy(str(copy), device="cpu", statistics="lab/hand")
+    assert hand.robot == "lab/hand" and (hand.state_dim, hand.action_dim) == (3, 2)
+    assert torch.equal(actions_of(hand, given), actions_of(load_policy(str(tmp_path / "hand"), device="cpu"), given))
+    with pytest.raises(ValueError, match="--statistics: 'lab/leg' is no robot of"):
+        load_policy(str(copy), statistics="lab/leg")
 
 
 def test_a_camera_that_a_robot_lacks_is_masked_as_in_lerobot(folder, policy):

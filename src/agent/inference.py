@@ -15,13 +15,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from agent.batch import Observation
+from agent.instruction_tokens import InstructionTokens, load_instruction_tokens
 from agent.observation_check import TASK, channels_first, check_observation, is_empty
 from agent.saved_processors import ACTION, STATE, Processors, read_processors
 
@@ -37,9 +37,15 @@ class LoadedPolicy:
     """A policy with its processors; see :func:`load_policy`."""
 
     def __init__(
-        self, policy: Any, processors: Processors, tokenizer: Any, device: torch.device, source: Source
+        self,
+        policy: Any,
+        processors: Processors,
+        tokens: InstructionTokens,
+        device: torch.device,
+        source: Source,
+        robot: str | None,
     ) -> None:
-        self._policy, self._processors, self._tokenizer = policy, processors, tokenizer
+        self._policy, self._processors, self._tokens = policy, processors, tokens
         self.config = policy.config
         """The model's config, as saved."""
         self.device = device
@@ -47,7 +53,8 @@ class LoadedPolicy:
         """The folder that it was loaded from."""
         self.name = source.name if source.step is None else f"{source.name}, update {source.step}"
         """For people."""
-        self._tokens = lru_cache(maxsize=1024)(self._tokenize)
+        self.robot = robot
+        """Of a policy that was trained on several robots, each with statistics of its own: the one it acts on."""
 
     @property
     def cameras(self) -> dict[str, tuple[int, ...]]:
@@ -146,7 +153,7 @@ class LoadedPolicy:
             )
         rows = [self._tokens(observation[TASK]) for observation in observations]
         longest = min(-(-max(map(len, rows)) // 8) * 8, self._processors.max_tokens)
-        tokens = np.full((len(rows), longest), self._tokenizer.pad_token_id, dtype=np.int64)
+        tokens = np.full((len(rows), longest), self._tokens.pad, dtype=np.int64)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         token_mask = torch.from_numpy(np.arange(longest) < np.asarray([len(ids) for ids in rows])[:, None])
@@ -157,20 +164,13 @@ class LoadedPolicy:
         )
         return to_device(observation, self.device)
 
-    def _tokenize(self, task: str) -> tuple[int, ...]:
-        text = task if task.endswith("\n") or not self._processors.newline else task + "\n"
-        ids, most = self._tokenizer(text)["input_ids"], self._processors.max_tokens
-        if len(ids) > most:
-            log.warning("instruction %r has %d tokens and is cut at %d", task, len(ids), most)
-            ids = self._tokenizer(text, max_length=most, truncation=True)["input_ids"]
-        vocabulary = self.config.language.vocab_size
-        if ids and max(ids) >= vocabulary:  # on a GPU it would end the process
-            raise ValueError(f"{TASK}: {task!r:.60} gives token {max(ids)}, the model's vocabulary has {vocabulary}")
-        return tuple(ids)
-
 
 def load_policy(
-    checkpoint: str, device: str | None = None, dtype: str | None = None, tokenizer: str | None = None
+    checkpoint: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    tokenizer: str | None = None,
+    statistics: str | None = None,
 ) -> LoadedPolicy:
     """A saved policy, ready to act.
 
@@ -180,6 +180,7 @@ def load_policy(
         device: ``cpu``, ``cuda``, ``cuda:1``; by default the GPU if there is one.
         dtype: ``float32`` or ``bfloat16``, in which weights are held and products computed; by default the config's.
         tokenizer: folder or hub name of the tokenizer, for a checkpoint whose own is on another machine.
+        statistics: of a checkpoint of several robots, the data set or robot to act on; by default its ``deploy``.
 
     Raises:
         ValueError: if a part is missing, damaged or does not fit, with what to do.
@@ -189,17 +190,24 @@ def load_policy(
     from agent.weights import load_into
 
     source = open_checkpoint(checkpoint)
-    config = source.config
+    config, instead, robot = source.config, {}, statistics
+    deployment = registry.deployment(config)
+    if statistics is not None:
+        deployed = deployment.deployment(source.pretrained, config, source.written, statistics)
+        config, instead = deployed.config, deployed.processors
+    elif robots := deployment.robots_of(source.pretrained):
+        robot = robots[0]
+        log.info("acts on %s; --statistics takes %s", robot, " or ".join(robots[1:]))
     if config.state_dim is None or config.action_dim is None:
         raise ValueError(
             f"{source.pretrained / 'config.json'}: input_features has no {STATE}, or output_features no {ACTION}, so that "
             "nobody knows what the policy sees; it needs both"
         )
-    processors = read_processors(source.pretrained, config.state_dim, config.action_dim)
+    processors = read_processors(source.pretrained, config.state_dim, config.action_dim, instead)
 
     import torch  # after what is quickly found to be wrong
 
-    words = _load_tokenizer(source.pretrained, processors, tokenizer)
+    tokens = load_instruction_tokens(source.pretrained, processors, tokenizer, config.language.vocab_size)
     target = _device(device)
     config.dtype = dtype or config.dtype
     with torch.device("meta"):
@@ -209,7 +217,7 @@ def load_policy(
     policy.to_empty(device=target)
     adapter = registry.adapter(config)
     load_into(policy.state_dict(), source.files, partial(adapter.from_lerobot, config=config), adapter.fit)
-    return LoadedPolicy(policy.eval().requires_grad_(False), processors, words, target, source)
+    return LoadedPolicy(policy.eval().requires_grad_(False), processors, tokens, target, source, robot)
 
 
 def _device(name: str | None) -> torch.device:
@@ -223,19 +231,3 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: {name} cannot be used ({str(error).splitlines()[0]}); write cpu or cuda") from None
     return device
-
-
-def _load_tokenizer(pretrained: Path, processors: Processors, name: str | None) -> Any:
-    from agent.data.transforms import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(name or processors.tokenizer)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} For the checkpoint {pretrained}, whose processors name it, another can be given: --tokenizer FOLDER"
-        ) from None
-    if tokenizer.pad_token_id is None:
-        raise ValueError(
-            f"the tokenizer {name or processors.tokenizer} has no padding token; give another: --tokenizer"
-        )
-    return tokenizer

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ _KNOWN = {
     },
     POSTPROCESSOR: {"unnormalizer_processor", "absolute_actions_processor", "device_processor"},
 }
+_NORMALIZERS = {PREPROCESSOR: "normalizer_processor", POSTPROCESSOR: "unnormalizer_processor"}
 _MODES = {STATE: "STATE", ACTION: "ACTION"}
 
 
@@ -53,13 +55,18 @@ class Processors:
         return actions
 
 
-def read_processors(pretrained: Path, state_dim: int, action_dim: int) -> Processors:
+def read_processors(pretrained: Path, state_dim: int, action_dim: int, instead: Mapping[str, bytes]) -> Processors:
     """Reads both pipelines of a checkpoint.
+
+    Args:
+        pretrained: its folder.
+        state_dim, action_dim: of the policy.
+        instead: file → contents, in place of what the folder holds under that name.
 
     Raises:
         ValueError: if one is missing, has a step that is not known here, or lacks what acting needs.
     """
-    before, after = _steps(pretrained, PREPROCESSOR), _steps(pretrained, POSTPROCESSOR)
+    before, after = (_steps(pretrained, file, instead) for file in (PREPROCESSOR, POSTPROCESSOR))
     tokenizer = _only(before, "tokenizer_processor", pretrained / PREPROCESSOR)["config"]
     relative: dict[str, Any] = next(
         (s["config"] for s in before if s["registry_name"] == "relative_actions_processor"), {}
@@ -85,8 +92,8 @@ def read_processors(pretrained: Path, state_dim: int, action_dim: int) -> Proces
         newline=any(s["registry_name"] == "pi0_new_line_processor" for s in before),
         tokenizer=tokenizer["tokenizer_name"],
         max_tokens=int(tokenizer["max_length"]),
-        state=_normalizer(pretrained, PREPROCESSOR, before, "normalizer_processor", STATE, state_dim),
-        action=_normalizer(pretrained, POSTPROCESSOR, after, "unnormalizer_processor", ACTION, action_dim),
+        state=_normalizer(pretrained, PREPROCESSOR, before, instead, STATE, state_dim),
+        action=_normalizer(pretrained, POSTPROCESSOR, after, instead, ACTION, action_dim),
         relative=mask,
     )
 
@@ -100,17 +107,18 @@ def relative_dims(action_dim: int, exclude_joints: Sequence[str], names: Sequenc
     return mask
 
 
-def _steps(pretrained: Path, file: str) -> list[dict[str, Any]]:
+def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[dict[str, Any]]:
     from agent.export_source import read_json
 
     path = pretrained / file
-    if not path.is_file():
+    if file not in instead and not path.is_file():
         raise ValueError(
             f"{pretrained} has no {file}: without the processors nobody knows the policy's tokenizer and statistics. Name a "
             "checkpoint that training saved, or copy the policy_*.json and policy_*.safetensors of such a one into it"
         )
+    content = json.loads(instead[file]) if file in instead else read_json(path)
     try:
-        steps = [{**step, "config": dict(step.get("config") or {})} for step in read_json(path)["steps"]]
+        steps = [{**step, "config": dict(step.get("config") or {})} for step in content["steps"]]
         unknown = [step["registry_name"] for step in steps if step["registry_name"] not in _KNOWN[file]]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no list of processor steps as LeRobot writes it") from None
@@ -128,22 +136,24 @@ def _only(steps: list[dict[str, Any]], name: str, path: Path) -> dict[str, Any]:
     return found[0]
 
 
-def _normalizer(pretrained: Path, file: str, steps: list[dict[str, Any]], name: str, key: str, dims: int) -> Normalizer:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    step = _only(steps, name, pretrained / file)
+def _normalizer(
+    pretrained: Path, file: str, steps: list[dict[str, Any]], instead: Mapping[str, bytes], key: str, dims: int
+) -> Normalizer:
+    step = _only(steps, _NORMALIZERS[file], pretrained / file)
     mode = (step["config"].get("norm_map") or {}).get(_MODES[key], "IDENTITY")
-    values: dict[str, np.ndarray] = {}
-    if "state_file" in step:
-        try:
-            stored = load_file(pretrained / step["state_file"])
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{pretrained / step['state_file']}, statistics of {file}, cannot be read: {error}"
-            ) from None
-        values = {entry.rpartition(".")[2]: v for entry, v in stored.items() if entry.rpartition(".")[0] == key}
+    stored = _statistics(pretrained, file, step["state_file"], instead) if "state_file" in step else {}
+    values = {name.rpartition(".")[2]: value for name, value in stored.items() if name.rpartition(".")[0] == key}
     try:
         return Normalizer(mode, given_statistics(values, mode, dims))
     except ValueError as error:
         raise ValueError(f"{pretrained / file}: the statistics of {key} do not serve: {error}") from None
+
+
+def _statistics(pretrained: Path, file: str, name: str, instead: Mapping[str, bytes]) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        return load(instead[name] if name in instead else (pretrained / name).read_bytes())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{pretrained / name}, statistics of {file}, cannot be read: {error}") from None

@@ -44,7 +44,7 @@ def serve(options: argparse.Namespace) -> None:
     from agent.serving.requests import Translation
     from agent.serving.server import Limits, Server
 
-    policy = load_policy(options.checkpoint, options.device, options.dtype, options.tokenizer)
+    policy = load_policy(options.checkpoint, options.device, options.dtype, options.tokenizer, options.statistics)
     translation = Translation(policy, renames)
     metadata = _metadata(policy)
     log.info("%s on %s: %s", policy.pretrained, policy.device, metadata)
@@ -61,7 +61,9 @@ def serve(options: argparse.Namespace) -> None:
 
 def _metadata(policy: LoadedPolicy) -> dict[str, Any]:
     """What a client is told when it connects."""
+    robot = {} if policy.robot is None else {"robot": policy.robot}
     return {
+        **robot,
         "policy": policy.config.type,
         "checkpoint": policy.name,
         "cameras": {slot: list(shape) for slot, shape in policy.cameras.items()},

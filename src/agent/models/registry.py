@@ -92,3 +92,9 @@ def accounting(config: ModelConfig) -> ModuleType:
 def memory(config: ModelConfig) -> ModuleType:
     """The module with ``Training(batch, cameras, …)`` and ``predict(config, training)``: bytes of a training step."""
     return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.memory")
+
+
+def deployment(config: ModelConfig) -> ModuleType:
+    """The module with ``robots_of(pretrained)`` and ``deployment(pretrained, config, written, robot)``: a checkpoint of
+    several robots for one of them."""
+    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.deployment")
