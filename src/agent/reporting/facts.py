@@ -41,7 +41,11 @@ def tiles(run: RunRecord) -> str:
         ("Waiting for data", percent(_mean(run, "data_wait")), "of the updates' time, mean"),
         ("Peak memory", number(max(memory) if memory else None, "GB"), "of a process"),
         ("Effective time", percent(run.status.get("ettr")), "on updates that count, of all since the start"),
-        ("Restarts", number(run.status.get("restarts")), f"{run.status.get('updates_redone', 0)} updates done again"),
+        (
+            "Restarts",
+            number(run.status.get("restarts")),
+            f"{number(run.status.get('updates_redone'))} updates done again",
+        ),
     ]
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(remark)}</small></dd></div>"
