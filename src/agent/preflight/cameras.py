@@ -63,9 +63,9 @@ def dimension_names(metadata: Any, key: str) -> list[str]:
     """Names of a feature's dimensions, numbers where the data set has none."""
     feature = metadata.features[key]
     names = feature.get("names")
-    if isinstance(names, dict):  # {"motors": [...]} and {"x": 0, "y": 1} both occur
+    if isinstance(names, dict):  # {"motors": [names]} and {name: place} both occur
         inner = [part for value in names.values() if isinstance(value, list) for part in value]
-        names = inner or list(names)
+        names = inner or sorted(names, key=lambda name: str(names[name]).zfill(4))
     size = int(np.prod(feature["shape"]))
     return [str(name) for name in names] if names and len(names) == size else [f"dimension {n}" for n in range(size)]
 
@@ -84,7 +84,7 @@ def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | N
     height, width = context.model.image_resolution
     cells: list[tuple[list[str], Picture | None]] = []
     for slot in list(context.model.camera_slots) or list(source.cameras):
-        label = [found.config.repo_id, slot, f"← {source.cameras.get(slot, 'nothing')}"]
+        label = [found.config.repo_id, slot, f"from {source.cameras.get(slot, 'nothing')}"]
         picture = None
         if slot in raw.images:
             label.append(f"episode {raw.episode}, frame {raw.frame}: {raw.task}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from agent.data.source import DatasetConfig
 
 _FRAMES = 48  # of a data set, read as training reads them
-_SECONDS = 20.0  # for these, and for the files, at most
+_SECONDS = 30.0  # for these, and as much for the files, of all data sets together
 _EVEN = 1e-4  # seconds that a frame's time may be off
 
 
@@ -68,6 +68,7 @@ class Survey:
 
 def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Survey:
     """Looks through one data set; nothing is downloaded."""
+    patience = _SECONDS / (len(config.data.train.datasets) + len(config.data.val.datasets))
     found = Survey(key, dataset)
     try:
         with hub.offline():
@@ -78,20 +79,20 @@ def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Sur
             config.data.train.frame_store, config.data.train.frame_quality, needs.sample_spec(config).image_resolution
         )
         stored = find_store(found.metadata, dataset.frames, wanted, found.chosen) is not None
-        _look_at_files(found, found.metadata, videos=not stored)
+        _look_at_files(found, found.metadata, not stored, patience)
         _look_at_numbers(found, found.metadata)
         _open(found, config, wanted)
         if found.source is not None and found.mismatch is None:
-            _look_at_frames(found, found.source)
+            _look_at_frames(found, found.source, patience)
     except ValueError as error:
         found.problem, found.source = error, None
     return found
 
 
-def _look_at_files(found: Survey, metadata: files.Metadata, videos: bool) -> None:
+def _look_at_files(found: Survey, metadata: files.Metadata, videos: bool, patience: float) -> None:
     empty = found.chosen[metadata.episodes["length"][found.chosen] <= 0]
     found.bad.update({int(episode): "it has no frames" for episode in empty})
-    looked, skipped, end = 0, 0, time.monotonic() + _SECONDS
+    looked, skipped, end = 0, 0, time.monotonic() + patience
     for members, problem in files.look_through(metadata, found.chosen, videos):
         looked += 1
         if problem is not None:
@@ -152,9 +153,9 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
         found.mismatch = error
 
 
-def _look_at_frames(found: Survey, source: Source) -> None:
+def _look_at_frames(found: Survey, source: Source, patience: float) -> None:
     """Reads frames spread over the data set: of an episode its first and its last, which a file cut short lacks."""
-    end = time.monotonic() + _SECONDS
+    end = time.monotonic() + patience
     ends = np.cumsum(source.metadata.episodes["length"][source.episodes])
     some = np.unique(np.linspace(0, len(ends) - 1, _FRAMES // 2).astype(int))
     for place in np.random.default_rng(0).permutation(some).tolist():
