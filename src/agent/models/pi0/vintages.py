@@ -31,7 +31,7 @@ FIXED = {
     ),
     "use_delta_joint_actions_aloha": (
         False,
-        "actions are not made relative to the state; store relative actions in the data set, and write false",
+        "actions are not made relative to the state by this key; write use_relative_actions: true, and false here",
     ),
 }
 
