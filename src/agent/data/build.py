@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from agent.data.agreement import check_agreement
 from agent.data.augmentation import augmentations
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
@@ -105,6 +106,7 @@ def build_data(
         start_fork_server(training)
     names, deployed = assign_robots(training, validation, config.train)
     spec, notes = check_features([*training, *validation], spec, names, deployed)
+    notes += check_agreement([*training, *validation], names)
     report += notes + _stores([*training, *validation], _wanted(config, spec))
     mixture = Mixture([len(s) for s in training], config.train.weights(), seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]

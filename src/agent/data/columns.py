@@ -144,16 +144,32 @@ def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    wanted = list(dict.fromkeys([*names, "episode_index", "frame_index"]))
     # ParquetFile reads many small row groups several times faster than read_table, which goes through a scanner.
     with pq.ParquetFile(path, memory_map=True) as file:
-        table = file.read(columns=list(dict.fromkeys([*names, "episode_index", "frame_index"])), use_threads=False)
+        if missing := [name for name in wanted if name not in file.schema_arrow.names]:
+            raise ValueError(
+                f"{path} has no column {', '.join(missing)}; copy the file again, or leave its episodes out with `episodes`. "
+                f"It has {', '.join(file.schema_arrow.names)}"
+            )
+        table = file.read(columns=wanted, use_threads=False)
     values = {}
     for name in names:
         column = table[name].combine_chunks()
+        if column.null_count and pa.types.is_nested(column.type):
+            values[name] = _with_gaps(column.to_pylist())
+            continue
         while pa.types.is_nested(column.type):
             column = column.flatten()
         values[name] = column.to_numpy(zero_copy_only=False).reshape(len(table), -1)
     return table["episode_index"].to_numpy(), table["frame_index"].to_numpy(), values
+
+
+def _with_gaps(rows: list) -> np.ndarray:
+    """(rows, dims); where a row has no value it is NaN, which is refused by frame if its episode is a wanted one."""
+    dims = max(np.size(row) for row in rows if row is not None)
+    gap = np.full(dims, np.nan)
+    return np.stack([gap if row is None else np.ravel(row) for row in rows])
 
 
 def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:

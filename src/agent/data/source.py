@@ -143,16 +143,17 @@ class Source:
             ValueError: if a frame has no instruction or an empty one, naming its episode.
         """
         blocks = self.blocks("task_index")
-        used = np.unique(np.concatenate([np.unique(block) for block in blocks]))
+        found = np.concatenate([np.unique(block) for block in blocks])
+        used = sorted({int(index) if np.isfinite(index) else -1 for index in found})  # NaN where a row has none
         for index in used:
             known = 0 <= index < len(self.metadata.tasks)
             if not known or not self.metadata.tasks[index].strip():
-                indices = np.concatenate(blocks)[:, 0]
+                indices = np.nan_to_num(np.concatenate(blocks)[:, 0], nan=-1)
                 episode, frame = self.frame(int(np.flatnonzero(indices == index)[0]))
                 raise ValueError(
                     f"{self}: the instruction of episode {episode}, frame {frame} is {'empty' if known else 'missing'} "
-                    f"(task {index} in meta/tasks.parquet). Give it words there, or leave the episode out with "
-                    "`episodes`."
+                    f"({f'task {index} in meta/tasks.parquet' if index >= 0 else 'no task_index'}). Give it words there, or "
+                    "leave the episode out with `episodes`."
                 )
         return [self.metadata.tasks[index] for index in used]
 
@@ -191,7 +192,8 @@ class Source:
             names = ", ".join(str(path) for path in used)
             raise RuntimeError(
                 f"{self}, episode {episode}, frame {frame} cannot be read ({type(error).__name__}: {error}); "
-                f"its files: {names}"
+                f"its files: {names}. Copy them again, or leave the episode out with `episodes`; for a damaged video "
+                "`python -m agent.data.prepare --skip_bad_episodes` finds all such episodes and leaves them out"
             ) from error
 
     def _sample(self, episode: int, frame: int) -> RawSample:
