@@ -336,6 +336,18 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, change: str | dict, probl
     assert "validation/step_00000040.json cannot be read: " in said and problem in said
 
 
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"attempts": [3]}', '{"attempts": [{"host": "x"}]}', '{"restarts": 2}']
+)
+def test_a_damaged_status_is_said(tmp_path: Path, content: str) -> None:
+    run = write_run(tmp_path / "run", RunFolderSpec())
+    (run / "status.json").write_text(content)
+    assert report(run) == 0
+    page = Page(run / "report.html")
+    assert ("status.json is damaged" in page.text("")) == ("restarts" not in content)
+    assert "tells of no attempts" in page.text("restarts") and page.row("updates") == ["40 of 40"]
+
+
 def test_torn_and_repeated_lines_are_left_out_and_said(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", RunFolderSpec(changed_lines={10: {"loss": None}, 12: {"loss": math.nan}}))
     lines = (run / "metrics.jsonl").read_text()

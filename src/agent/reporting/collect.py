@@ -93,10 +93,16 @@ def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     except ValueError as error:
         content = error
-    if isinstance(content, dict) and all(isinstance(one, dict) for one in content.get("attempts") or []):
+    if isinstance(content, dict) and all(_is_attempt(one) for one in content.get("attempts") or []):
         return content
     problems.append(f"{path.name} is damaged ({content!s:.100}): nothing is known of the run's state and restarts")
     return {}
+
+
+def _is_attempt(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("started"), int | float):
+        return False
+    return isinstance(value.get("updated", 0), int | float) and ("first_step" not in value or "step" in value)
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:

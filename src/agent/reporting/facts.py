@@ -1,10 +1,10 @@
-"""The sections of facts: how the run ended, its restarts, the hardware, the config."""
+"""The sections of numbers: how the run ended, and its restarts with what they cost."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -12,7 +12,6 @@ from agent import history
 from agent.reporting.collect import RunRecord, Series
 from agent.reporting.markup import (
     NOTHING,
-    details,
     duration,
     missing,
     moment,
@@ -24,7 +23,6 @@ from agent.reporting.markup import (
 )
 
 _MOST_ATTEMPTS = 150
-_CONFIG_CHARACTERS = 200_000
 
 
 def tiles(run: RunRecord) -> str:
@@ -131,86 +129,6 @@ def _end(attempt: dict[str, Any], *, is_last: bool) -> str:
         return "running, or killed since" if is_last else "without a word: killed, or its node failed"
     reason = attempt.get("reason")
     return f"{attempt['state']}: {reason}" if reason else attempt["state"]
-
-
-def hardware(runs: Sequence[RunRecord]) -> str:
-    """Machine and versions of every attempt, equal ones together."""
-    heads, columns = [""], []
-    for run in runs:
-        groups: list[tuple[dict[str, Any], list[int]]] = []
-        for place, attempt in enumerate(run.attempts, start=1):
-            facts = {"host": attempt.get("host"), **(attempt.get("environment") or {})}
-            alike = next((places for other, places in groups if other == facts), None)
-            groups.append((facts, [place])) if alike is None else alike.append(place)
-        for facts, places in groups[-12:]:
-            heads.append(f"{run.label}{'' if len(groups) == 1 else f', attempts {_ranges(places)}'}")
-            columns.append(facts)
-    if not columns:
-        return section("hardware", "Hardware", missing("status.json tells of no attempts, and so of no machine."))
-    keys = list(dict.fromkeys(key for facts in columns for key in facts))
-    rows = [[key.replace("_", " "), *(_plain(facts.get(key)) for facts in columns)] for key in keys]
-    words = range(1, len(heads))
-    parts = [table("Machines and versions", heads, rows, text_columns=words)]
-    if any(set(facts) == {"host"} for facts in columns):
-        parts.append(missing("Of attempts without more than a host, the machine was not recorded."))
-    return section("hardware", "Hardware", *parts)
-
-
-def _ranges(places: Sequence[int]) -> str:
-    """[1, 2, 3, 5] → ``1–3, 5``."""
-    found: list[list[int]] = []
-    for place in places:
-        if found and place == found[-1][1] + 1:
-            found[-1][1] = place
-        else:
-            found.append([place, place])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
-
-
-def settings(runs: Sequence[RunRecord]) -> str:
-    """Where the configs differ, and each in full."""
-    parts = []
-    if len(runs) > 1:
-        flat = [dict(flattened(run.config)) for run in runs]
-        keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key != "name"]
-        differing = [key for key in keys if len({one.get(key, NOTHING) for one in flat}) > 1]
-        rows = [[key, *(one.get(key, NOTHING) for one in flat)] for key in differing]
-        heads = ["key", *(run.label for run in runs)]
-        alike = f"Keys that are alike and not shown: {len(keys) - len(differing)}."
-        parts += (
-            [table("Where the configs differ", heads, rows, text_columns=range(1, len(heads)))]
-            if rows
-            else [paragraph("The configs do not differ.")]
-        )
-        parts.append(paragraph(alike, "note"))
-    for run in runs:
-        title = "config.yaml" if len(runs) == 1 else f"config.yaml of {run.label}"
-        text = run.config_text[:_CONFIG_CHARACTERS]
-        # A block that scrolls must be within the keyboard's reach.
-        block = f'<pre tabindex="0">{escape(text)}</pre>'
-        parts.append(details(title, block) if text else missing(f"{run.label} has no config.yaml."))
-    return section("config", "Config", *parts)
-
-
-def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """A nested config as (dotted key, value) pairs; the items of a list have numbers."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    empty = True
-    for key, item in items:
-        empty = False
-        yield from flattened(item, f"{path}.{key}" if path else str(key))
-    if empty:
-        yield path, _plain(value)
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return NOTHING
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return str(value)
 
 
 def _state(run: RunRecord) -> str:

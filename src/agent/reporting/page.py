@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from agent.reporting import curves, facts, validation
+from agent.reporting import conditions, curves, facts, validation
 from agent.reporting.collect import RunRecord
 from agent.reporting.markup import missing, paragraph
 
@@ -40,8 +40,8 @@ def render(runs: Sequence[RunRecord]) -> str:
         validation.chunks(runs),
         facts.numbers(runs),
         facts.restarts(runs),
-        facts.hardware(runs),
-        facts.settings(runs),
+        conditions.hardware(runs),
+        conditions.settings(runs),
     ]
     if len(runs) > 1:  # what differs is what one looks for
         sections = [sections[3], sections[6], *sections[:3], *sections[4:6]]
