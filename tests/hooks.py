@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,37 @@ def no_compiler() -> None:
     import torch._inductor.config
 
     torch._inductor.config.cpp.cxx = (None, "/nowhere/g++")
+
+
+def _replace_draw(make: Any) -> None:
+    """Noise and time of a sample are drawn by what ``make`` gives for the run's own draw; it travels to the workers."""
+    from agent import building
+
+    build = building.build
+
+    def replaced(*arguments: Any, **keywords: Any) -> Any:
+        run = build(*arguments, **keywords)
+        run.data.reader.draw = make(run.data.reader.draw)
+        return run
+
+    building.build = replaced
+
+
+def broken_noise() -> None:
+    """Nothing can be drawn."""
+    _replace_draw(lambda draw: _no_noise)
+
+
+def _no_noise(k: int) -> Any:
+    raise ArithmeticError(f"no noise for {k}")
+
+
+def slow_samples() -> None:
+    """On rank 1, a sample takes a fifth of a second."""
+    if _rank() == 1:
+        _replace_draw(lambda draw: partial(_slow, draw))
+
+
+def _slow(draw: Any, k: int) -> Any:
+    time.sleep(0.2)
+    return draw(k)

@@ -14,7 +14,7 @@ from launching import Workplace, kill_all
 from make_dataset import write_dataset
 
 WORKERS = ("--data.train.num_workers", "1")  # elsewhere the samples are read in the training process: a faster start
-TIMES = ("step_s", "samples_per_s", "data_wait", "memory_gb", "eta_s")
+TIMES = ("step_s", "samples_per_s", "data_wait", "data_wait_max", "memory_gb", "eta_s")
 
 
 @pytest.fixture(scope="module")

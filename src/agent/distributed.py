@@ -20,6 +20,13 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def lost_a_peer(error: Exception) -> bool:
+    """Whether this is a collective's error because another process is gone, which then knows the reason."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
 @dataclass(frozen=True)
 class Launch:
     """What the launcher says about this process; read from the environment, no device touched."""

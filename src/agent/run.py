@@ -17,9 +17,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line, environment, history
-from agent.distributed import Launch, Processes, StopRequest, choose_device, read_launch
+from agent.distributed import Launch, Processes, StopRequest, choose_device, lost_a_peer, read_launch
 from agent.reporting.writing import RunReport
-from agent.run_folder import RunFolder, report_attempt
+from agent.run_folder import RunFolder, report_attempt, report_failure
 from agent.simulation import starting
 from agent.watchdog import Watchdog
 
@@ -103,6 +103,9 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
+        if launch.rank != 0 and not lost_a_peer(error):
+            time.sleep(2)  # rank 0 speaks first if it fails as well
+            report_failure(config.run_dir, launch.rank, _describe(error))
         return _fail(folder, launch, config, _describe(error), "runtime", run.state.step)
     finally:
         watchdog.close()

@@ -58,6 +58,24 @@ def _lock(handle: int, patience_s: float) -> None:
             time.sleep(0.1)
 
 
+def report_failure(path: Path, rank: int, reason: str) -> None:
+    """Ends the present attempt in ``status.json``; for a rank other than 0, which fails by itself.
+
+    Rank 0 waits for it in a collective, perhaps until the launcher kills it, and if not, then with an error of the
+    network, which would say nothing.
+    """
+    status = json.loads((path / "status.json").read_text(encoding="utf-8"))
+    attempt = status["attempts"][-1]
+    if attempt["ended"] is not None:
+        return
+    now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": "runtime"}
+    now["updated"] = time.time()
+    attempt.update({**now, "ended": now["updated"]})
+    status |= now | history.summary(status["attempts"])
+    write_atomically(path / "status.json", json.dumps(status, indent=1) + "\n")
+    report_attempt("failed", reason=now["reason"], error_kind="runtime", step=status["step"], run_dir=str(path))
+
+
 class RunFolder:
     """``${VLA_LOG_DIR}/<name>`` while this process runs it. Only rank 0 makes one."""
 
@@ -138,6 +156,9 @@ class RunFolder:
         """Writes ``status.json`` and the launcher's status file. A disk that is full is a warning, not the end."""
         if self.attempt["ended"] is not None:
             return  # the watchdog has ended this attempt, and the training loop drew one more breath
+        recorded = self._read_status().get("attempts", [])[-1:]
+        if recorded and recorded[0].get("started") == self.attempt["started"] and recorded[0].get("ended") is not None:
+            return  # another rank has: it failed first, and knows why
         now = {"state": state, "step": step, "reason": reason, "error_kind": error_kind}
         ended = None if state == "running" else time.time()
         self._status |= {**now, "updated": time.time()}

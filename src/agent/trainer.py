@@ -216,7 +216,8 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
     """One line of metrics, gathered from all processes once."""
     config, state, processes = run.config, run.state, run.processes
     step_s, waited = clock.read()
-    loss, total_wait = processes.sum([float(result.loss_sum), waited])
+    of_this_process = [waited if rank == processes.rank else 0.0 for rank in range(processes.world_size)]
+    loss, *waits = processes.sum([float(result.loss_sum), *of_this_process])
     record = {
         "step": state.step,
         "loss": _finite(loss / config.global_batch_size),
@@ -224,7 +225,8 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
         "grad_norm": _finite(result.grad_norm),
         "step_s": step_s,
         "samples_per_s": config.global_batch_size / step_s,
-        "data_wait": total_wait / processes.world_size,
+        "data_wait": sum(waits) / processes.world_size,
+        "data_wait_max": max(waits),  # of the process that all others wait for in the next collective
         "memory_gb": _peak_memory_gb(processes.device),
         "epoch": state.step / run.plan.updates_per_epoch,
         "samples_seen": state.samples_seen,

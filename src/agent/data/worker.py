@@ -6,6 +6,7 @@ their memory. Importing this module is what prepares the server; in the training
 """
 
 import faulthandler
+import gc
 import os
 import signal
 import threading
@@ -22,6 +23,7 @@ def settle() -> None:
     end_with_trainer()
     faulthandler.enable()  # a decoder that crashes says where
     torch.set_num_threads(1)  # there are as many workers as cores already
+    gc.freeze()  # looking for garbage among what the server imported would copy its memory into every worker
 
 
 def ignore_cluster_signals() -> None:
