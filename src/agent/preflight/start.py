@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 
 import yaml
 
@@ -17,7 +17,12 @@ from agent.preflight.report import NotChecked, Row, failed
 
 def check(context: Context) -> list[Row]:
     """Reads headers of weights and the run's own records; changes nothing in the run folder."""
-    rows = [_resume(context)]
+    rows = []
+    try:
+        rows.append(_resume(context))
+    except NotChecked as error:
+        text = f"would continue after update {own_step(context)}; whether it may was not checked, because {error}"
+        rows.append(Row("start", "warn", text, "put right what fails above, and check again"))
     if own_step(context) is None:
         rows += _weights(context)
     return [*rows, _look(needs.tokenizer(context.config))]
@@ -50,13 +55,12 @@ def _resume(context: Context) -> Row:
     training = found[0] / TRAINING
     defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
     saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
-    changes = changes_since(saved, dump(config))
-    try:
-        fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
-        if fingerprint != context.data.fingerprint:
-            changes.append("the training data: states, actions, episodes or instructions")
-    except NotChecked:  # a row of the data says so
-        pass
+    context.require_data()
+    # The model's features, where the config leaves them open, are completed from the data.
+    changes = changes_since(saved, dump(replace(config, model_cfg=context.usable.model_cfg)))
+    fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+    if fingerprint != context.data.fingerprint and not any(survey.bad for survey in context.surveys):
+        changes.append("the training data: states, actions, episodes or instructions")
     text = f"continues from {found[0]}"
     if changes and not config.resume_changes:
         change = "take these changes back, write another name, or allow them with --resume_changes true"

@@ -1,0 +1,349 @@
+"""``--check true``: a run looked through before it waits in a queue, through run.py in processes of their own.
+
+Run: uv run pytest tests/test_preflight.py      (half a minute; needs no GPU)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from forked import ForkServer, fork_server
+from launching import MODEL, REPOSITORY, RUN, Workplace
+from make_dataset import frame_image, write_dataset
+from PIL import Image
+
+from agent.configuration_pipeline import load_config
+from agent.models.pi0.memory import Training, predict
+from agent.preflight.gpus import GPUS, recognised
+from agent.preflight.slurm import find_job, seconds_of
+
+THEMES = [
+    "config: keys", "config: values", "environment", "HF_HUB_OFFLINE", "run folder", "wandb", "data: ", "map: ",
+    "cameras", "statistics: ", "start", "weights", "tokenizer", "batch", "epochs", "learning rate", "instructions",
+    "memory", "disk", "update", "save and load", "loader", "time",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workplace:
+    return Workplace.make(tmp_path_factory.mktemp("preflight"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    with fork_server() as running:
+        yield running
+
+
+@dataclass
+class Checked:
+    """What a check left."""
+
+    output: str
+    state: dict[str, Any]
+    """What it told the script that launched it."""
+    report: dict[str, Any]
+
+    def rows(self, name: str, result: str | None = None) -> list[dict[str, Any]]:
+        """The rows whose name begins so."""
+        return [r for r in self.report["rows"] if r["name"].startswith(name) and result in (None, r["result"])]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The only one."""
+        (row,) = self.rows(name)
+        return row
+
+
+def check(server: ForkServer, place: Workplace, name: str, *overrides: str, **environment: str) -> Checked:
+    """A check in a process that has torch imported already."""
+    status = place.folder / f"{name}-{time.monotonic_ns()}.json"
+    told = {"VLA_STATUS_FILE": str(status), "VLA_ATTEMPT": "1"}
+    output = server.start(place, name, "--check", "true", *overrides, **told, **environment).wait()
+    report = place.folder / "runs" / name / "check" / "report.json"
+    assert report.is_file(), output
+    return Checked(output, json.loads(status.read_text()), json.loads(report.read_text()))
+
+
+def rewrite(dataset: Path, change: Any) -> None:
+    """Changes the columns of a data set's only data file: ``change`` gets name → array and edits in place."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (path,) = (dataset / "data").rglob("*.parquet")
+    table = pq.read_table(path)
+    names = ["observation.state", "action", "timestamp", "task_index", "episode_index", "frame_index"]
+    columns = {name: np.array(table[name].to_pylist()) for name in names}
+    change(columns)
+    for name, values in columns.items():
+        kind = table.schema.field(name).type
+        table = table.set_column(
+            table.column_names.index(name), table.schema.field(name), pa.array(values.tolist(), kind)
+        )
+    pq.write_table(table, path)
+
+
+# ---- a sound run
+
+
+def test_the_demo_passes_and_nothing_is_left_out(server: ForkServer, place: Workplace) -> None:
+    demo = ["--config_path", str(REPOSITORY / "config" / "train" / "pi0_demo.yaml"), "--per_device_batch_size", "4"]
+    demo += ["--data.train.datasets.0.episodes", "[0,1,2,3]"]  # little data: little time
+    checked = check(server, place, "demo", *demo)
+    assert checked.state["state"] == "finished" and checked.report["result"] != "fail", checked.output
+    names = [row["name"] for row in checked.report["rows"]]
+    assert [theme for theme in THEMES if not any(name.startswith(theme) for name in names)] == []
+    lines = checked.output.splitlines()
+    for row in checked.report["rows"]:
+        assert any(line.startswith(row["result"]) and row["name"] in line for line in lines), row
+    assert "action: dx, dy, dz, gripper (4, padded to 8)" in checked.row("map: ")["text"]
+    left = (place.folder / "runs" / "demo").rglob("*")
+    assert sorted(path.name for path in left if path.is_file()) == ["cameras.png", "report.json"]
+
+
+def test_what_is_measured_and_computed(server: ForkServer, place: Workplace) -> None:
+    checked = check(server, place, "sound")
+    assert checked.state["state"] == "finished"
+    update, saved = checked.row("update")["details"], checked.row("save and load")["details"]
+    assert len(update["losses"]) == 2 and all(map(math.isfinite, update["losses"])) and update["grad_norm"] > 0
+    disk = checked.row("disk")["details"]
+    assert disk["weights_bytes"] + disk["training_bytes"] == pytest.approx(saved["bytes"], rel=0.25)
+    rates = checked.rows("learning rate")[0]["details"]["lr"]
+    assert list(rates) == ["0", "4", "9", "14", "19"]
+    assert rates["4"] > rates["9"] > rates["14"] > rates["19"]
+    loader = checked.row("loader")["details"]
+    assert loader["needed_per_gpu"] == pytest.approx(4 / update["seconds"])  # two micro-batches of two samples
+    assert loader["workers_to_ask_for"] == math.ceil(1.2 * loader["needed_per_gpu"] / loader["per_worker"])
+
+
+def test_the_sheet_shows_what_the_camera_sees(server: ForkServer, place: Workplace) -> None:
+    checked = check(server, place, "sheet", "--check_gpu", "4090")
+    sheet = np.asarray(Image.open(place.folder / "runs" / "sheet" / "check" / "cameras.png").convert("RGB"))
+    text = checked.row("map: ")["text"]
+    assert "observation.images.front ← observation.images.front" in text
+    episode, frame, size = 3, 6, (64, 80)
+    recorded = frame_image(episode, frame, 0, size).astype(float)
+    shown = sheet[8 + 58 : 8 + 58 + 256, 8 : 8 + 256].astype(float)
+    # 64 × 80 fits into 32 × 32 as 25 × 32, below and above a black bar; a pixel is eight in the sheet.
+    assert shown[:16].max() < 30 and shown[-16:].max() < 30
+    middle = shown[128 - 80 : 128 + 80 : 32, 16:240:32]
+    expected = recorded[12:52:8, 5:75:10]
+    assert middle.shape == expected.shape
+    assert np.abs(middle - expected).mean() < 15, (middle - expected).round()
+
+
+def test_a_run_with_checkpoints_is_left_as_it_is(server: ForkServer, place: Workplace) -> None:
+    server.start(place, "trained", "--n_updates", "4", "--eval_freq", "0").wait()
+    folder = place.folder / "runs" / "trained"
+    before = contents(folder)
+    assert any("step_00000004" in name for name in before)
+    again = check(server, place, "trained", "--n_updates", "4", "--eval_freq", "0")
+    assert again.row("start")["text"].endswith("checkpoints/step_00000004") and again.row("start")["result"] == "pass"
+    other = check(server, place, "trained", "--n_updates", "4", "--seed", "7")
+    assert "seed: 42 → 7" in other.row("start")["text"] and "resume_changes" in other.row("start")["change"]
+    assert other.state["error_kind"] == "config"
+    assert {name: value for name, value in contents(folder).items() if not name.startswith("check/")} == before
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {
+        str(path.relative_to(folder)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in files
+    }
+
+
+# ---- what is wrong
+
+
+def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace, tmp_path: Path) -> None:
+    """Nothing that fails hides another; the exit code is 2."""
+    write_dataset(tmp_path / "cut", episodes=2, length=8)
+    (video,) = (tmp_path / "cut" / "videos").rglob("*.mp4")
+    video.write_bytes(video.read_bytes()[:-200])
+    datasets = [
+        {"repo_id": "test/data", "root": str(place.folder / "data")},
+        {"repo_id": "test/cut", "root": str(tmp_path / "cut")},
+        {"repo_id": "test/missing", "root": str(tmp_path / "nowhere")},
+    ]
+    config = json.loads((place.folder / "tiny.yaml").read_text())
+    config |= {"load_from_checkpoint": str(tmp_path / "weights"), "use_wandb": True, "n_epochs": 3}
+    config |= {"global_batch_size": 6, "per_device_batch_size": 4}
+    config["model_cfg"] = MODEL | {"tokenizer_path": str(tmp_path / "words")}
+    config["data"]["train"]["datasets"] = datasets
+    (tmp_path / "broken.yaml").write_text(json.dumps(config))
+    command = [sys.executable, str(RUN), "--config_path", str(tmp_path / "broken.yaml"), "--check", "true"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"VLA_LOG_DIR": str(tmp_path / "runs"), "NETRC": str(tmp_path / "none")}
+    process = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    assert process.returncode == 2, process.stdout + process.stderr
+    report = json.loads((tmp_path / "runs" / "broken" / "check" / "report.json").read_text())
+    failed = {row["name"]: row for row in report["rows"] if row["result"] == "fail"}
+    for name, text, change in (
+        ("wandb", "no wandb key", "use_wandb: false"),
+        ("data: test/missing", "does not exist", "`root`"),
+        ("weights", "there is no file or folder", ""),
+        ("tokenizer", "there is no such folder", "model_cfg.tokenizer_path to a local folder"),
+        ("batch", "6 is not a multiple", "write global_batch_size: 4 or 8"),
+    ):
+        assert text in failed[name]["text"] + failed[name]["change"] and change in failed[name]["change"], failed[name]
+    cut = [row for row in report["rows"] if row["name"] == "data: test/cut" and row["result"] == "fail"]
+    assert any("cut short" in row["text"] and "0-1" in row["text"] for row in cut)
+    assert all(row["change"].strip() for row in report["rows"] if row["result"] != "pass")
+    assert all(row["change"].split()[0] in process.stdout for row in failed.values())
+    sound = [row for row in report["rows"] if row["name"] == "data: test/data"]
+    assert [row["result"] for row in sound] == ["pass"] and "72 frames" in sound[0]["text"]
+    warned = [row["text"] for row in report["rows"] if row["result"] == "warn"]
+    assert any(text.startswith("n_epochs has no effect") for text in warned)
+    assert any("not checked" in text for text in warned)
+    assert "Traceback" not in process.stderr + process.stdout
+    assert Image.open(tmp_path / "runs" / "broken" / "check" / "cameras.png").size[0] > 256
+
+
+def test_bad_episodes_are_listed_by_number(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", episodes=7, length=12, tasks=("push the red button", "", "open the drawer"))
+
+    def spoil(columns: dict[str, np.ndarray]) -> None:
+        episode, frame = columns["episode_index"], columns["frame_index"]
+        columns["action"][(episode == 2) & (frame == 5), 3] = np.nan
+        columns["timestamp"][(episode == 5) & (frame == 7)] = 0.1
+        columns["timestamp"][episode == 6] += 0.04  # no frame of the video is there
+
+    rewrite(root, spoil)
+    checked = check(server, place, "episodes", "--data.train.datasets.0.root", str(root))
+    (row,) = checked.rows("data: test/data", "fail")
+    bad = row["details"]["bad_episodes"]
+    assert {int(number) for number in bad} == {1, 2, 4, 5, 6}
+    assert row["details"]["good_episodes"] == [0, 3]
+    assert "1-2, 4-6" in row["text"] and "5 of 7 episodes" in row["text"]
+    assert bad["1"] == "frame 0: its instruction is empty or missing"
+    assert bad["2"] == "frame 5: action is not finite"
+    assert bad["5"] == "frame 7: its time stamp is not after the one before it"
+    assert "has no frame within" in bad["6"]
+    assert checked.state["state"] == "failed" and checked.rows("update", "pass")  # with what is good
+    good = ["--data.train.datasets.0.episodes", json.dumps(row["details"]["good_episodes"])]
+    again = check(server, place, "episodes", "--data.train.datasets.0.root", str(root), *good)
+    assert again.state["state"] == "finished", again.output
+
+
+def test_statistics_and_instructions_name_what_is_odd(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", episodes=8, length=20)
+
+    def spoil(columns: dict[str, np.ndarray]) -> None:
+        columns["observation.state"][:, 2] = 0.25
+        columns["action"][(columns["episode_index"] == 1) & (columns["frame_index"] < 3), 4] = 300
+
+    rewrite(root, spoil)
+    info = root / "meta" / "info.json"
+    content = json.loads(info.read_text())
+    content["features"]["action"]["names"] = ["x", "y", "z", "roll", "pitch", "yaw", "gripper"]
+    info.write_text(json.dumps(content))
+    short = ["--model_cfg.tokenizer_max_length", "4", "--data.val.fraction", "0.2"]
+    checked = check(server, place, "odd", "--data.train.datasets.0.root", str(root), *short)
+    texts = {row["text"]: row for row in checked.rows("statistics", "warn")}
+    assert any("state: dimension 2 hardly varies" in text for text in texts)
+    (outlier,) = (text for text in texts if "pitch" in text)
+    share = texts[outlier]["details"]["beyond_5"]
+    assert share["pitch"] == pytest.approx(3 / 140, abs=0.004) and share["x"] == 0
+    assert "at episode 1, frame" in outlier and "QUANTILES" in texts[outlier]["change"]
+    cut = checked.row("instructions")
+    assert cut["result"] == "warn" and "are cut at 4 tokens" in cut["text"]
+    assert "tokenizer_max_length: 8" in cut["change"]
+    assert checked.state["state"] == "finished"  # odd, not wrong
+
+
+# ---- predictions
+
+
+def test_the_largest_batch_is_the_predictors(server: ForkServer, place: Workplace) -> None:
+    """A shipped config of the full model, without data and weights: a fail for each, and the prediction all the same."""
+    config = REPOSITORY / "config" / "train" / "pi0_finetune_bridge.yaml"
+    environment = {"VLA_DATA_DIR": str(place.folder / "none"), "HF_HOME": str(place.folder / "hf")}
+    checked = check(server, place, "full", "--config_path", str(config), "--check_gpu", "h100", **environment)
+    assert {"data: IPEC-COMMUNITY/bridge_orig_lerobot", "weights", "tokenizer"} <= {
+        row["name"] for row in checked.rows("", "fail")
+    }
+    assert "agent.prepare" in checked.row("weights")["change"]
+    found = checked.row("memory")["details"]
+    os.environ["VLA_DATA_DIR"] = "/data"
+    try:
+        model: Any = load_config(config, ["--wandb.mode", "offline"], 1)[0].model_cfg
+    finally:
+        del os.environ["VLA_DATA_DIR"]
+
+    def card(batch: int) -> int:
+        return predict(model, Training(batch, 1, None, activation_checkpointing="full", accumulates=True)).card
+
+    assert found["predicted_bytes"] == card(32)
+    assert card(found["largest_batch"]) <= GPUS["h100"].memory < card(found["largest_batch"] + 1)
+
+
+def test_requeues_follow_from_the_time_limit(server: ForkServer, place: Workplace) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 3600), "SLURM_GPUS_ON_NODE": "2"}
+    long = ["--n_updates", "10000000", "--check_gpu", "h100"]
+    checked = check(server, place, "pi0_demo", *long, **job)  # the script of this name asks to be requeued
+    row = checked.row("time")
+    details = row["details"]
+    assert details["updates"] == 10_000_000 and 3000 < details["limit_s"] <= 3600
+    assert details["seconds"] == pytest.approx(10_000_000 * 2 * 0.02)  # 8 samples, 2 on each of 2, at the assumed least
+    assert details["requeues"] == math.ceil(details["seconds"] / (details["limit_s"] - 60 - 180)) - 1
+    assert row["result"] == "pass" and checked.report["gpus"] == 2
+    without = check(server, place, "no_script", *long, **job).row("time")
+    assert without["result"] == "fail" and "#SBATCH --requeue" in without["change"]
+
+
+def test_a_job_is_read_from_its_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    folder = tmp_path / "slurms" / "train_scripts"
+    folder.mkdir(parents=True)
+    lines = ["#!/bin/bash", "#SBATCH --time=1-12:00:00", "#SBATCH --gres=gpu:h100:4  # a node", "##SBATCH --gpus=8"]
+    lines += ["#SBATCH -c 54", "#SBATCH --requeue", "#SBATCH --signal=B:USR1@300", "#SBATCH --constraint='a100|h200'"]
+    (folder / "mine.sh").write_text("\n".join(lines))
+    job = find_job("mine", [tmp_path], 0.0)
+    assert job is not None
+    assert (job.limit_s, job.gpus, job.cores, job.requeue, job.warning_s) == (36 * 3600, 4, 54, True, 300)
+    assert job.gpu_words == ["h100", "a100", "h200"]
+    assert find_job("other", [tmp_path], 0.0) is None
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [("90", 5400), ("5:30", 330), ("44:00:00", 158400), ("2-3", 183600), ("1-0:30", 88200), ("UNLIMITED", None)],
+)
+def test_slurm_times(limit: str, seconds: float | None) -> None:
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    "text, names",
+    [
+        ("NVIDIA H100 80GB HBM3", ["h100"]),
+        ("NVIDIA A100-SXM4-80GB", ["a100-80g"]),
+        ("NVIDIA A100-PCIE-40GB", ["a100-40g"]),
+        ("NVIDIA A100 80GB PCIe", ["a100-80g"]),
+        ("a100", ["a100-40g", "a100-80g"]),
+        ("NVIDIA GeForce RTX 4090", ["4090"]),
+        ("NVIDIA H200", ["h200"]),
+        ("Tesla K80", []),
+    ],
+)
+def test_gpus_are_recognised(text: str, names: list[str]) -> None:
+    assert [gpu.name for gpu in recognised(text)] == names
+
+
+def test_a_gpu_that_is_not_known_is_refused(place: Workplace) -> None:
+    with pytest.raises(ValueError, match="check_gpu: 'h1000' is not known; write one of a100-40g"):
+        load_config(place.folder / "tiny.yaml", ["--check", "true", "--check_gpu", "h1000"], 1)
+    config, _ = load_config(place.folder / "tiny.yaml", ["--check", "true", "--check_gpu", "4090"], 1)
+    assert config.check_gpu == "4090"
