@@ -535,6 +535,11 @@ def test_validation_is_a_fixed_set(data):
     one = collected(9, 4, 1)
     assert sorted(one) == list(range(9))
     assert collected(9, 2, 2) == one
+    together = [
+        {tuple(item.index) for rank in range(world) for item in validation_batches(data.validation, 9, 2, rank, world)}
+        for world in (1, 3)
+    ]
+    assert together[0] == together[1] == {(0, 1), (2, 3), (4, 5), (6, 7), (8,)}  # whatever the number of ranks
     assert {sample[0][0][0] for sample in one.values()} == {0, 1}
     frames = sum(len(source) for source in data.validation.sources)
     assert len(collected(10**6, 8, 1)) == len(collected(0, 8, 1)) == frames

@@ -47,7 +47,7 @@ def test_a_run_leaves_what_the_design_says(place: Workplace, through: str) -> No
     assert (status["state"], status["step"], status["restarts"]) == ("finished", 20, 0)
     folder = place.checkpoint(through)
     assert folder.name == "step_00000020"
-    assert {p.name for p in folder.parent.iterdir()} == {"step_00000016", "step_00000020", "last"}
+    assert {p.name for p in folder.parent.iterdir()} == {"step_00000016", "step_00000020", "last", "best"}
     assert os.readlink(folder.parent / "last") == "step_00000020"
     assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json"} <= {
         p.name for p in (folder / "pretrained_model").iterdir()

@@ -242,10 +242,11 @@ class TrainLoader(Iterator[Batch]):
 def validation_batches(
     reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1, in_step: bool = False
 ) -> Iterator[ValidationBatch]:
-    """One rank's part of a fixed set of validation samples: every ``world``-th, so that all together are the set.
+    """One rank's part of a fixed set of validation samples: every ``world``-th batch, so that all together are the set.
 
     The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
-    from 0, and with it the draws. Ranks may get different numbers of batches, or none.
+    from 0, and with it the draws. Ranks may get different numbers of batches, or none. Which samples share a batch does
+    not depend on the ranks: its size and padding show in the last digits of what is computed.
 
     Args:
         reader: of sources opened with the previous action.
@@ -257,10 +258,11 @@ def validation_batches(
     lengths = [len(source) for source in reader.sources]
     frames, starts = sum(lengths), np.cumsum([0, *lengths])
     size = min(size, frames) if size > 0 else frames
-    mine = range(rank, size, world)
-    for begin in range(0, -(-size // world) if in_step else len(mine), batch):
-        samples = []
-        for index in mine[begin : begin + batch] or [0]:
+    begins = range(0, size, batch)
+    mine = begins[rank::world]
+    for turn in range(-(-len(begins) // world) if in_step else len(mine)):
+        counts, samples = turn < len(mine), []
+        for index in range(mine[turn], min(mine[turn] + batch, size)) if counts else [0]:
             pooled = (2 * index + 1) * frames // (2 * size)
             dataset = int(np.searchsorted(starts, pooled, side="right")) - 1
             samples.append(reader.sample(index, dataset, pooled - int(starts[dataset])))
@@ -268,7 +270,7 @@ def validation_batches(
         assert len(previous) == len(samples), "validation sources are opened with the previous action"
         yield ValidationBatch(
             batch=collate(samples, reader.spec, reader.tokens.pad_token_id),
-            index=np.asarray([sample.k if begin < len(mine) else -1 for sample in samples]),
+            index=np.asarray([sample.k if counts else -1 for sample in samples]),
             state=_padded([sample.raw_state for sample in samples]),
             actions=_padded([sample.raw_actions for sample in samples]),
             previous_action=_padded(previous),
