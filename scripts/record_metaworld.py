@@ -38,6 +38,8 @@ DEFAULT_TASKS = "reach-v3,button-press-topdown-v3,drawer-open-v3"
 LOWEST_SEED = 100_000  # lerobot-eval counts its seeds upwards from 1000: keep well clear of them
 FRAMES_AFTER_SUCCESS = 5
 FAILURES_IN_A_ROW = 10
+GOAL = slice(36, 39)  # of an observation
+MEMORY = 0.9  # of a disturbance, from step to step
 WORST_MEAN_ERROR = 8.0  # grey levels between the rendered and the decoded frame; h264 at crf 23 gives about 5
 
 STATE_NAMES = ["x", "y", "z", "gripper"]
@@ -82,7 +84,10 @@ class Scene:
     def image(self) -> np.ndarray:
         return self.camera.image()
 
-    def action(self, observation: np.ndarray) -> np.ndarray:
+    def action(self, observation: np.ndarray, fingers: bool) -> np.ndarray:
+        if fingers:
+            observation = observation.copy()
+            observation[GOAL] += observation[:3] - self.env.tcp_center
         return np.clip(self.expert.get_action(observation), -1.0, 1.0).astype(np.float32)
 
     def close(self) -> None:
@@ -94,6 +99,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the data set; must not exist yet")
     parser.add_argument("--tasks", default=DEFAULT_TASKS, help=f"separated by commas; default {DEFAULT_TASKS}")
     parser.add_argument("--episodes", type=int, default=20, help="per task; default 20")
+    parser.add_argument(
+        "--after",
+        type=int,
+        default=FRAMES_AFTER_SUCCESS,
+        help=f"steps recorded after the first success; default {FRAMES_AFTER_SUCCESS}",
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.0,
+        help="standard deviation of a disturbance of what is executed; recorded is what the expert wanted, so that the "
+        "data shows how to come back (DART, https://arxiv.org/abs/1703.09327); default 0",
+    )
+    parser.add_argument(
+        "--fingers",
+        action="store_true",
+        help="the expert steers the fingers to the goal that it sees in its observation; otherwise the wrist, 4 cm above",
+    )
     parser.add_argument(
         "--images",
         action="store_true",
@@ -134,6 +157,8 @@ def check_arguments(arguments: argparse.Namespace, known_tasks: dict[str, str]) 
     for name in ("episodes", "fps"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    if arguments.after < 0 or not 0 <= arguments.noise <= 2:
+        raise ValueError(f"--after must be at least 0 (is {arguments.after}), --noise 0 to 2 (is {arguments.noise})")
     if arguments.size < 32 or arguments.size % 2:
         raise ValueError(f"--size must be even (h264 wants it) and at least 32, not {arguments.size}")
     if arguments.seed < LOWEST_SEED:
@@ -177,16 +202,35 @@ def create_dataset(arguments: argparse.Namespace):
     )
 
 
-def record_episode(dataset, scene: Scene, task: str, sentence: str, seed: int) -> Recorded | None:
+class Disturbance:
+    """What is added to the action that is executed: slow enough to lead astray (an Ornstein-Uhlenbeck process)."""
+
+    def __init__(self, deviation: float, seed: int):
+        self.deviation = deviation
+        self.random = np.random.default_rng(seed)
+        self.value = np.zeros(4, np.float32)
+
+    def disturb(self, action: np.ndarray) -> np.ndarray:
+        if not self.deviation:
+            return action
+        draw = self.deviation * self.random.standard_normal(3).astype(np.float32)
+        self.value[:3] = MEMORY * self.value[:3] + (1 - MEMORY**2) ** 0.5 * draw  # never the gripper
+        return np.clip(action + self.value, -1.0, 1.0)
+
+
+def record_episode(
+    dataset, scene: Scene, task: str, sentence: str, seed: int, arguments: argparse.Namespace
+) -> Recorded | None:
     """Adds the frames of one episode to the data set's buffer; None when the expert did not succeed."""
     observation = scene.reset(seed)
+    disturbance = Disturbance(arguments.noise, seed)
     images, actions = [], []
     frames_left = None  # counted from the first success on
     for _ in range(scene.env.max_path_length):
         images.append(scene.image())
-        actions.append(scene.action(observation))
+        actions.append(scene.action(observation, arguments.fingers))
         state = observation[:4].astype(np.float32)
-        observation, reward, _, _, info = scene.env.step(actions[-1])
+        observation, reward, _, _, info = scene.env.step(disturbance.disturb(actions[-1]))
         success = bool(info["success"])
         dataset.add_frame(
             {
@@ -199,7 +243,7 @@ def record_episode(dataset, scene: Scene, task: str, sentence: str, seed: int) -
             }
         )
         if success and frames_left is None:
-            frames_left = FRAMES_AFTER_SUCCESS + 1
+            frames_left = arguments.after + 1
         if frames_left is not None:
             frames_left -= 1
             if frames_left == 0:
@@ -229,7 +273,7 @@ def record_episodes(
     seed = arguments.seed
     while len(recorded) < arguments.episodes * len(arguments.tasks):
         task = arguments.tasks[len(recorded) % len(arguments.tasks)]
-        episode = record_episode(dataset, scenes[task], task, sentences[task], seed)
+        episode = record_episode(dataset, scenes[task], task, sentences[task], seed, arguments)
         seed += 1
         if episode is None:
             dataset.clear_episode_buffer()

@@ -5,6 +5,7 @@ Run: REQUIRE_SIM=1 uv run --extra sim pytest tests/test_evaluate_sim.py      (a 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -13,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from launching import MODEL, REPOSITORY, RUN, Workplace, kill_all
+from launching import MODEL, REPOSITORY, Workplace
 
+from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request
-from agent.simulation.rendering import check_not_blank
+from agent.simulation.rendering import check_not_blank, choose_backend
 from agent.simulation.results import EpisodeResult, ResultsFolder, wilson
 
 HAVE_SIM = find_spec("metaworld") is not None
@@ -35,6 +36,7 @@ needs_sim = pytest.mark.skipif(
 )
 REACH, BUTTON = "reach-v3", "button-press-topdown-v3"
 STEPS = 12  # of an episode; a random policy does not succeed, and need not
+choose_backend()  # before anything imports mujoco
 EVAL_CFG = {"tasks": [REACH], "episodes": 1, "every": 1, "max_steps": STEPS}
 
 
@@ -96,7 +98,10 @@ def test_prints_a_table_and_writes_results_and_videos(reference: tuple[Path, str
     folder, printed = reference
     assert re.search(rf"{REACH} +0 of 2 +0\.0% +0\.0 to +65\.8%", printed)
     summary = json.loads((folder / "results.json").read_text())
-    assert [(row["task"], row["episodes"], row["successes"]) for row in summary["tasks"]] == [(REACH, 2, 0), (BUTTON, 2, 0)]
+    assert [(row["task"], row["episodes"], row["successes"]) for row in summary["tasks"]] == [
+        (REACH, 2, 0),
+        (BUTTON, 2, 0),
+    ]
     assert summary["tasks"][0]["wilson95"] == list(wilson(0, 2))
     assert summary["settings"]["seed"] == 1000 and summary["settings"]["action_steps"] == 4
     assert [row["environment_seed"] for row in summary["episodes"]] == [1000, 1001] * 2
@@ -115,8 +120,19 @@ def test_a_video_shows_the_episode(reference: tuple[Path, str]) -> None:
 
 
 @needs_sim
-def test_another_order_and_number_of_episodes_change_no_outcome(run_folder: Path, reference: tuple[Path, str], tmp_path: Path) -> None:
-    command = ["--checkpoint", str(run_folder), "--tasks", f"{BUTTON},{REACH}", "--episodes", "1", "--out", str(tmp_path)]
+def test_order_and_number_of_episodes_change_no_outcome(
+    run_folder: Path, reference: tuple[Path, str], tmp_path: Path
+) -> None:
+    command = [
+        "--checkpoint",
+        str(run_folder),
+        "--tasks",
+        f"{BUTTON},{REACH}",
+        "--episodes",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     process = evaluate(*command, "--max_steps", str(STEPS))
     assert process.returncode == 0, process.stderr
     again, before = episodes_of(tmp_path), episodes_of(reference[0])
@@ -126,7 +142,16 @@ def test_another_order_and_number_of_episodes_change_no_outcome(run_folder: Path
 
 @needs_sim
 def test_continues_after_a_kill(run_folder: Path, reference: tuple[Path, str], tmp_path: Path) -> None:
-    command = ["--checkpoint", str(run_folder), "--tasks", f"{REACH},{BUTTON}", "--episodes", "2", "--out", str(tmp_path)]
+    command = [
+        "--checkpoint",
+        str(run_folder),
+        "--tasks",
+        f"{REACH},{BUTTON}",
+        "--episodes",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     command += ["--max_steps", str(STEPS)]
     process = subprocess.Popen(
         [sys.executable, "-m", "agent.evaluate_sim", *command], stderr=subprocess.DEVNULL, cwd=REPOSITORY
@@ -148,7 +173,9 @@ def test_continues_after_a_kill(run_folder: Path, reference: tuple[Path, str], t
 
 
 @needs_sim
-def test_repeated_plays_only_what_is_missing_and_no_other_settings(run_folder: Path, reference: tuple[Path, str]) -> None:
+def test_repeated_plays_only_what_is_missing_and_no_other_settings(
+    run_folder: Path, reference: tuple[Path, str]
+) -> None:
     before = (reference[0] / "episodes.jsonl").read_text()
     command = ["--checkpoint", str(run_folder), "--tasks", REACH, "--episodes", "2", "--max_steps", str(STEPS)]
     process = evaluate(*command)
@@ -158,7 +185,9 @@ def test_repeated_plays_only_what_is_missing_and_no_other_settings(run_folder: P
     assert process.returncode == 2 and "seed: 1000 → 7" in process.stderr
     other = run_folder / "checkpoints" / "step_00000001"
     process = evaluate("--checkpoint", str(other), *command[2:], "--out", str(reference[0]))
-    assert process.returncode == 2 and re.search(r"results of another evaluation \(checkpoint: \w{32} → \w{32}\)", process.stderr)
+    assert process.returncode == 2 and re.search(
+        r"results of another evaluation \(checkpoint: \w{32} → \w{32}\)", process.stderr
+    )
 
 
 @needs_sim
@@ -195,7 +224,8 @@ def test_refuses_a_policy_that_sees_something_else(run_folder: Path, tmp_path: P
 
 @needs_sim
 @pytest.mark.parametrize(
-    ("file", "said"), [("policy_preprocessor.json", "policy_preprocessor.json"), ("model.safetensors", "model.safetensors")]
+    ("file", "said"),
+    [("policy_preprocessor.json", "policy_preprocessor.json"), ("model.safetensors", "model.safetensors")],
 )
 def test_refuses_a_checkpoint_that_lacks_a_part(run_folder: Path, tmp_path: Path, file: str, said: str) -> None:
     policy = edited(run_folder, tmp_path, lambda config: None)
@@ -232,9 +262,6 @@ def test_refuses_what_cannot_be_played(arguments: list[str], said: str) -> None:
 @needs_sim
 def test_two_environments_at_once_show_what_each_shows_alone() -> None:
     from agent.simulation.environment import PlainMetaworldEnv
-    from agent.simulation.rendering import choose_backend
-
-    choose_backend()
 
     def pictures(environment: PlainMetaworldEnv) -> list[np.ndarray]:
         first, _ = environment.reset(seed=1003)
@@ -320,3 +347,108 @@ def test_results_survive_and_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "episodes.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1, is no result"):
         ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tasks": []}, "eval_cfg.tasks is empty"),
+        ({"episodes": 0}, "eval_cfg.episodes must be at least 1"),
+        ({"max_steps": 501}, "eval_cfg.max_steps must be 1 to 500"),
+        (
+            {"every": 7},
+            "eval_cfg.every: 7 is not a multiple of save_model_freq (4), so that there is no checkpoint; write 4 or 8",
+        ),
+    ],
+)
+def test_eval_cfg_is_checked(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SimulationConfig(**(EVAL_CFG | change)).check(4)
+
+
+def test_training_starts_the_evaluation_beside_itself(tmp_path: Path) -> None:
+    place = Workplace.make(tmp_path)
+    script = tmp_path / "evaluate.sh"
+    script.write_text('echo "$1" "gpus:$CUDA_VISIBLE_DEVICES" "attempt:${VLA_ATTEMPT-}" >"$1/started.txt"; sleep 600')
+    config = yaml.safe_load((tmp_path / "tiny.yaml").read_text()) | {"n_updates": 1, "eval_freq": 0}
+    config["eval_cfg"] = EVAL_CFG | {"every": 4, "start": "process", "script": str(script)}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    code, output = place.run(VLA_ATTEMPT="of the training")
+    assert code == 0, output
+    (process,) = re.findall(r"evaluation in simulation: process (\d+)", output)
+    os.killpg(int(process), signal.SIGKILL)  # it is still there, the leader of a session of its own
+    run = tmp_path / "runs" / "tiny"
+    assert (run / "started.txt").read_text() == f"{run} gpus: attempt:\n"
+
+
+def test_a_start_that_fails_does_not_stop_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/bash\necho 'Invalid account' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    config = SimulationConfig(**EVAL_CFG, start="sbatch")
+    for path in (str(tmp_path), str(tmp_path / "nowhere")):
+        monkeypatch.setenv("PATH", path + os.pathsep + "/usr/bin" if path == str(tmp_path) else path)
+        starting.start(config, tmp_path / "run")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("could not be started, training goes on: Invalid account")
+    assert "could not be started, training goes on" in second and "sbatch" in second
+    starting.start(SimulationConfig(**EVAL_CFG), tmp_path / "run")
+    starting.start(None, tmp_path / "run")
+    assert len(caplog.records) == 2
+
+
+def test_the_script_evaluates_a_run(tmp_path: Path) -> None:
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/bash\necho "$UV_PROJECT_ENVIRONMENT|$MUJOCO_GL|$*"\n')
+    uv.chmod(0o755)
+    script = REPOSITORY / "slurms" / "eval_scripts" / "pi0_metaworld.sh"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "VLA_LOG_DIR": "/logs"}
+
+    def said(*arguments: str) -> str:
+        command = ["bash", str(script), *arguments]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[-1]
+
+    module = "run --extra sim python -m agent.evaluate_sim --run"
+    assert said() == f"{REPOSITORY}/.venv-sim|egl|{module} /logs/pi0_metaworld"
+    assert said("/logs/mine", "--once") == f"{REPOSITORY}/.venv-sim|egl|{module} /logs/mine --once"
+
+
+def test_a_run_without_eval_cfg_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no .*config.yaml"):
+        watching.read_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(ValueError, match="has no eval_cfg"):
+        watching.read_config(tmp_path)
+
+
+def test_chooses_checkpoints(tmp_path: Path) -> None:
+    for step in (500, 1000, 1500, 2000, 2300):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        if step != 1000:  # which is being written
+            (folder / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "last").symlink_to("step_00002300")
+    names = [path.name for path in watching.chosen(tmp_path, 1000, last=False)]
+    assert names == ["step_00002000"]
+    assert [path.name for path in watching.chosen(tmp_path, 1000, last=True)] == ["step_00002000", "step_00002300"]
+
+
+def test_knows_whether_a_run_trains(tmp_path: Path) -> None:
+    status = tmp_path / "status.json"
+    assert not watching.is_training(tmp_path)
+    lock = tmp_path / ".lock"
+    lock.touch()
+    for state, age, held, expected in (
+        ("finished", 0, False, False),
+        ("running", 0, False, True),
+        ("running", 7200, False, False),
+        ("running", 7200, True, True),
+    ):
+        status.write_text(json.dumps({"state": state, "updated": time.time() - age}))
+        with open(lock) as stream:
+            if held:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            assert watching.is_training(tmp_path) is expected

@@ -62,9 +62,13 @@ class ResultsFolder:
         except BlockingIOError:
             os.close(self._lock)
             raise ValueError(f"--out: another evaluation is writing to {path}; wait for it or name another") from None
-        self._check_settings()
         self.done: dict[tuple[str, int], EpisodeResult] = {}
-        self._read_episodes()
+        try:
+            self._check_settings()
+            self._read_episodes()
+        except ValueError:
+            self.close()
+            raise
 
     def _check_settings(self) -> None:
         file = self.path / SETTINGS
