@@ -17,7 +17,8 @@ from agent.models import registry
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "config" / "train"
 STEMS = sorted(path.stem for path in TRAIN.glob("*.yaml"))
-LARGE = [stem for stem in STEMS if stem != "pi0_demo"]
+SMALL = ["pi0_demo", "pi0_metaworld"]
+LARGE = [stem for stem in STEMS if stem not in SMALL]
 FULL_MODEL = 3_238_048_528  # PaliGemma 3B, whose head is tied, and the 300M expert with its projections
 
 
@@ -34,7 +35,7 @@ def shipped(stem: str, monkeypatch: pytest.MonkeyPatch) -> Shipped:
     monkeypatch.setenv("VLA_DATA_DIR", "/data")
     for name in ("VLA_BRIDGE_REPO", "VLA_FRACTAL_REPO"):
         monkeypatch.delenv(name, raising=False)
-    world = 1 if stem == "pi0_demo" else 4
+    world = 1 if stem in SMALL else 4
     config, notes = load_config(TRAIN / f"{stem}.yaml", ["--wandb.mode", "offline"], world)
     return Shipped(config, notes, config.model_cfg)
 
@@ -50,7 +51,9 @@ def build(model: Any) -> Any:
 def test_loads_and_overrides_of_its_model_json_what_it_means_to(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shipped(stem, monkeypatch)
     assert found.config.name == stem
-    overridden = set() if stem == "pi0_demo" else {"use_bf16: True", "freeze_lm_head: True"}
+    overridden = set() if stem == "pi0_demo" else {"use_bf16: True"}
+    if stem in LARGE:
+        overridden.add("freeze_lm_head: True")
     if stem.endswith("freeze_vlm"):
         overridden.add("freeze_vlm: True")
     assert {note.partition(" of the training config wins")[0] for note in found.notes} == overridden
@@ -140,3 +143,16 @@ def test_every_model_and_data_config_is_used() -> None:
     for folder in ("model", "data"):
         for path in (ROOT / "config" / folder).iterdir():
             assert f"!include ../{folder}/{path.name}" in texts or path.name in placeholders, path
+
+
+def test_the_simulation_config_fits_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shipped("pi0_metaworld", monkeypatch)
+    config, model = found.config, found.model
+    assert model.camera_slots == ["observation.image"] and (model.state_dim, model.action_dim) == (4, 4)
+    assert model.input_features["observation.image"].shape == [3, 128, 128]  # what scripts/record_metaworld.py renders
+    assert config.eval_cfg is not None and config.eval_cfg.start == "by_hand"
+    assert config.eval_cfg.tasks == ["reach-v3", "button-press-topdown-v3"]
+    assert (TRAIN.parents[1] / config.eval_cfg.script).is_file()
+    chosen = {step for step in range(1, config.n_updates + 1) if step % config.eval_cfg.every == 0}
+    kept = {step for step in range(0, config.n_updates + 1, config.save_model_freq) if step}
+    assert chosen <= kept and len(kept) <= config.keep_checkpoints

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from agent.simulation.configuration import SimulationConfig
 
 log = logging.getLogger(__name__)
-_OF_THE_TRAINING = ("TORCHELASTIC_", "VLA_ATTEMPT", "VLA_STATUS_FILE", "VLA_STOP_FILE", "RANK", "LOCAL_RANK", "ROLE_")
-_OF_THE_TRAINING += ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_", "MASTER_", "OMP_NUM_THREADS", "PYTHONHASHSEED")
+# Beginnings of the variables that mean the training's own processes and outcome.
+_OF_THE_TRAINING = tuple(
+    "TORCHELASTIC_ VLA_ATTEMPT VLA_STATUS_FILE VLA_STOP_FILE RANK LOCAL_RANK ROLE_ WORLD_SIZE LOCAL_WORLD_SIZE GROUP_ "
+    "MASTER_ OMP_NUM_THREADS".split()
+)
 
 
 def start(config: SimulationConfig | None, run_dir: Path) -> None:
