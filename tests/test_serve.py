@@ -337,7 +337,7 @@ def test_who_leaves_in_mid_request_harms_nobody(server, policy):
 
 def refused(*arguments: str, **environment: str) -> str:
     process = start(*arguments, **environment)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == 2 and "Traceback" not in output, output
     return output
 
@@ -372,6 +372,11 @@ def test_mistakes_in_the_command(arguments, environment, message):
     assert message in output
     if "W " in message:
         assert "error: --checkpoint: there is no nowhere" in output
+
+
+def test_a_robot_that_the_policy_does_not_know(run_folder):
+    output = refused("--checkpoint", str(run_folder), "--port", "0", "--statistics", "lab/arm")
+    assert "error: --statistics: " in output and "leave the option out" in output
 
 
 def test_a_rename_to_nothing(policy):
@@ -490,9 +495,9 @@ def test_an_end_that_finishes_the_requests_under_way(server, policy):
     time.sleep(WINDOW_MS / 3000)  # the request waits for the idle client's company
     server.process.send_signal(signal.SIGTERM)
     with pytest.raises(ConnectionClosed, match="the server is stopping"):
-        idle.recv(timeout=10)
-    asking.join(30)
+        idle.recv(timeout=60)
+    asking.join(60)
     assert answers and agree(answers[0]["actions"], expected(policy, request()))
-    assert server.process.wait(30) == 0
+    assert server.process.wait(120) == 0
     server.wait_for("stopped")
     assert "stopping, requests under way: 1" in server.log() and "Traceback" not in server.log()

@@ -146,6 +146,7 @@ def main(arguments: list[str]) -> int:
     add("--max_message_mb", type=_number, default=32.0, help="largest request; default: 32")
     add("--device", help="cpu, cuda, cuda:1; default: the GPU if there is one")
     add("--dtype", choices=["float32", "bfloat16"], help="of weights and products; default: as the checkpoint says")
+    add("--statistics", metavar="NAME", help="of a policy of several robots: the data set or robot to act on")
     add("--tokenizer", metavar="NAME", help="folder of the tokenizer, if not where the checkpoint says")
     add(
         "--seed", type=_whole(0), help="same requests on a connection, same actions; default: drawn for each connection"
