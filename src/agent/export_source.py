@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 PREPROCESSOR = "policy_preprocessor.json"
+FOLDERS = ("pretrained_model", "pretrained_model_ema")
+"""Of a checkpoint: the weights, and their moving average."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Source:
     @property
     def name(self) -> str:
         """The run's, else the folder's."""
-        folder = self.pretrained.parent if self.pretrained.name == "pretrained_model" else self.pretrained
+        folder = self.pretrained.parent if self.pretrained.name in FOLDERS else self.pretrained
         return self.run.name if self.run is not None else folder.name
 
 
@@ -65,7 +67,7 @@ def open_checkpoint(reference: str) -> Source:
     pretrained = files[0].parent
     checkpoint = pretrained.parent
     step = None
-    if (checkpoint / manifest.MANIFEST).exists() and pretrained.name == "pretrained_model":
+    if (checkpoint / manifest.MANIFEST).exists() and pretrained.name in FOLDERS:
         if (damage := manifest.verify(checkpoint)) is not None:
             others = sorted(path.name for path in checkpoint.parent.glob("step_*") if path.name != checkpoint.name)
             hint = f"; there are also {', '.join(others)}" if others else ""
@@ -112,7 +114,7 @@ def _training_config(pretrained: Path) -> dict[str, Any]:
     """The config that a checkpoint was trained with; empty for weights from elsewhere."""
     checkpoint = pretrained.parent
     for path in (checkpoint / "training_state" / "config.yaml", checkpoint.parent.parent / "config.yaml"):
-        if pretrained.name == "pretrained_model" and path.is_file():
+        if pretrained.name in FOLDERS and path.is_file():
             return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return {}
 
