@@ -41,7 +41,7 @@ class TrainPipelineConfig:
     """Train nothing: check the config, the data, the weights and the machine, say what to change, and leave with 0 or 2."""
     check_gpu: str | None = None
     """The GPU that the job will get, for the predictions of `check`: a100-40g, a100-80g, h100, h200, b200, a6000, l40s,
-    3090, 4090 or 5090. Not set: the one that is here, else what the SLURM script asks for."""
+    3090, 4090 or 5090. Not set: what the SLURM script asks for, or the one that is here."""
     load_from_checkpoint: str | None = None
     """Weights to start from: a folder, a `.safetensors` file or a hub id. Only weights; the run starts at update 0."""
     resume_run: bool = True

@@ -68,6 +68,8 @@ def check(config: TrainPipelineConfig, launch: Launch) -> int:
         return 0
     if not config.debug:
         logging.getLogger("agent").setLevel(logging.ERROR)  # the table says it
+    # A SLURM script asks whether to requeue: a check never is, and if it is killed this is what stands.
+    report_attempt("failed", reason="the check was ended", error_kind="config", run_dir=str(config.run_dir))
     context = Context(config, launch)
     rows: list[Row] = []
     with hub.offline():  # a check downloads nothing
@@ -92,11 +94,11 @@ def check(config: TrainPipelineConfig, launch: Launch) -> int:
     print(f"\n{told}, in {seconds:.0f} s; more in {config.run_dir / 'check'}", flush=True)
     fine = worst(rows) != "fail"
     names = ", ".join(dict.fromkeys(row.name for row in rows if row.result == "fail"))
-    # A SLURM script asks whether to requeue: a check never is.
     report_attempt(
         "finished" if fine else "failed",
         reason="" if fine else f"the check fails: {names}",
         error_kind=None if fine else "config",
+        step=start.own_step(context) or 0,
         run_dir=str(config.run_dir),
     )
     return 0 if fine else 2

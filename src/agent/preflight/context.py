@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,28 +75,39 @@ class Context:
             return []
         return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
 
+    @property
+    def submits(self) -> bool:
+        """Whether the run will be a job of SLURM, so that its script says more than this machine."""
+        return self.job is not None and ("SLURM_JOB_ID" in os.environ or shutil.which("sbatch") is not None)
+
     @cached_property
     def gpus(self) -> tuple[int, str]:
         """How many GPUs, hence processes, the job will have, and who says so."""
         if self.launch.under_torchrun:
             return self.launch.world_size, "torchrun"
-        if self.job is not None and self.job.gpus:
-            return self.job.gpus, self.job.source
-        if self.visible_gpus:
-            return len(self.visible_gpus), "the GPUs here"
-        return 1, "no GPU and no SLURM script known"
+        asked = [(self.job.gpus, self.job.source)] if self.job is not None and self.job.gpus else []
+        here = [(len(self.visible_gpus), "the GPUs here")] if self.visible_gpus else []
+        known = asked + here if self.submits else here + asked
+        return known[0] if known else (1, "no GPU here, and no SLURM script asks for one")
 
     @cached_property
     def kinds(self) -> tuple[list[Gpu], str]:
         """The kinds of GPU that the job may get, none if that is not known, and who says so."""
         if self.config.check_gpu is not None:
             return [GPUS[self.config.check_gpu]], "check_gpu"
-        if self.visible_gpus:
-            return recognised(self.visible_gpus[0]), f"the GPU here, {self.visible_gpus[0]}"
-        if self.job is not None and self.job.gpu_words:
-            found = {gpu.name: gpu for word in self.job.gpu_words for gpu in recognised(word)}
-            return list(found.values()), self.job.source
-        return [], ""
+        words = self.job.gpu_words if self.job is not None else []
+        asked = {gpu.name: gpu for word in words for gpu in recognised(word)}
+        if self.visible_gpus and not (self.submits and asked):
+            return [self._gpu_here()], "the GPU here"
+        return (list(asked.values()), self.job.source) if asked and self.job is not None else ([], "")
+
+    def _gpu_here(self) -> Gpu:
+        """The first visible GPU with the memory that it has, which can be a part of a larger one's."""
+        import torch
+
+        name, memory = self.visible_gpus[0], torch.cuda.get_device_properties(0).total_memory
+        known = recognised(name)
+        return replace(known[0], memory=memory) if known else Gpu(name, memory, 0.0, 0.0, ())
 
     # ---- the data
 
@@ -142,11 +155,7 @@ class Context:
         return self._data
 
     def require_data(self) -> None:
-        """Ends a check that is worth nothing without the data.
-
-        Raises:
-            NotChecked: if they cannot be read.
-        """
+        """Raises NotChecked if the data cannot be read."""
         assert self.data is not None
 
     def data_problem(self) -> ValueError | None:

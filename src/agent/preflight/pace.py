@@ -17,11 +17,12 @@ def paces(context: Context) -> list[tuple[str, float]]:
 
     A measurement on the device that the job will use counts before a prediction.
     """
-    batch, measured, kinds = context.config.per_device_batch_size, context.rehearsal, context.kinds[0]
-    on_gpu = measured is not None and measured.device != "cpu" and context.config.check_gpu is None
-    if measured is not None and (on_gpu or not kinds):
+    batch, measured, (kinds, source) = context.config.per_device_batch_size, context.rehearsal, context.kinds
+    # An update on the CPU says nothing of a GPU, nor one on the login node's GPU of the job's.
+    if measured is not None and (not kinds or (measured.device != "cpu" and source == "the GPU here")):
         return [(f"measured on {measured.device}", measured.micro_batch_s * batch / measured.samples)]
-    return [(f"predicted for {gpu.name} at {MFU:.0%} of its arithmetic", predicted(context, gpu)) for gpu in kinds]
+    known = [gpu for gpu in kinds if gpu.bfloat16]
+    return [(f"predicted for {gpu.name} at {MFU:.0%} of its arithmetic", predicted(context, gpu)) for gpu in known]
 
 
 def predicted(context: Context, gpu: Gpu) -> float:

@@ -13,10 +13,9 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.preflight import disk
+from agent.preflight import disk, round_trip
 from agent.preflight.context import Context, Rehearsal
 from agent.preflight.memory import predicted
 from agent.preflight.pace import flop
@@ -24,7 +23,6 @@ from agent.preflight.report import Row, amount, span
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.saving import Saver
     from agent.train_state import Run
 
 SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
@@ -119,7 +117,7 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
     try:
         batches = list(itertools.islice(loader, run.plan.accumulation_steps))
         row = _update(context, run, batches)
-        return [row] if row.result == "fail" else [row, _round_trip(run, saver)]
+        return [row] if row.result == "fail" else [row, round_trip.check(run, saver)]
     except torch.cuda.OutOfMemoryError as error:
         change = (
             f"write a smaller per_device_batch_size than {config.per_device_batch_size}; the row `memory` says which"
@@ -181,32 +179,3 @@ class _NoClock:
 
     def __exit__(self, *_: object) -> None:
         return None
-
-
-def _round_trip(run: Run, saver: Saver) -> Row:
-    """Saves as training does, forgets, loads as a restart does, and compares every bit."""
-    import torch
-
-    from agent import resuming
-    from agent.replicas import fingerprints
-
-    before, step, begin = fingerprints(run.policy, run.optimizer), run.state.step, time.perf_counter()
-    saver.save()
-    saver.finish(must_succeed=True)
-    saved = time.perf_counter()
-    with torch.no_grad():
-        for tensor in run.policy.state_dict().values():
-            tensor.zero_()
-    run.optimizer.state.clear()
-    found = run.checkpoints.candidates()
-    state = resuming.resume(
-        run.config, run.data, run.checkpoints, found, run.processes, run.policy, run.optimizer, run.ema
-    )
-    after = fingerprints(run.policy, run.optimizer)
-    size = sum(path.stat().st_size for path in Path(found[0]).rglob("*") if path.is_file())
-    text = f"{amount(size)}, saved in {span(saved - begin)}, loaded in {span(time.perf_counter() - saved)}"
-    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    if different or state is None or state.step != step:
-        text += f"; {len(different)} tensors came back otherwise, {', '.join(different[:3])}"
-        return Row("save and load", "fail", text, "do not train on this disk; copy a large file to it and compare")
-    return Row("save and load", "pass", f"{text}; {len(before)} tensors the same bit for bit", details={"bytes": size})

@@ -17,7 +17,7 @@ from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
 from agent.data.features import check_features
 from agent.data.frame_store import WantedStore, find_store
-from agent.data.robot_statistics import robot_alone
+from agent.data.robot_names import robot_alone
 from agent.data.source import Source, open_source
 from agent.preflight import needs
 
