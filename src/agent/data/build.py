@@ -18,10 +18,10 @@ from agent.data.loader import DataConfig, start_fork_server
 from agent.data.mixture import Mixture
 from agent.data.reader import Draw, SampleReader
 from agent.data.robot import Robot
+from agent.data.robot_names import assign_robots
 from agent.data.robot_statistics import (
     GivenStatistics,
     RelativeActions,
-    assign_robots,
     finite_columns,
     make_robots,
 )

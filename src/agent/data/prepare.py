@@ -213,7 +213,7 @@ def prepare_all(
         What is wrong, one entry per data set; empty if all stores are complete.
     """
     from agent.data.features import check_features
-    from agent.data.robot_statistics import assign_robots
+    from agent.data.robot_names import assign_robots
     from agent.data.source import open_source
     from agent.data.transforms import SampleSpec
 

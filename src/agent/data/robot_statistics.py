@@ -1,4 +1,4 @@
-"""Which data sets are of one robot, and the statistics that its states and actions are normalised with."""
+"""The statistics that a robot's states and actions are normalised with, from the data or given."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from agent.data.loader import TrainDataConfig
 from agent.data.normalization import FeatureStatistics, Normalizer, first_non_finite, given_statistics
 from agent.data.relative import Chunks, relative_mask
 from agent.data.robot import Robot
-from agent.data.source import DatasetConfig, Source
+from agent.data.source import Source
 from agent.data.statistics_cache import cached_chunk_statistics, cached_statistics
 
 
@@ -34,62 +33,6 @@ class RelativeActions:
     """Words; a dimension whose name contains one stays absolute."""
     action_names: Sequence[str] | None
     """For data sets that have no names of their own."""
-
-
-def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str]:
-    """The robot of each training data set: those of one name are normalised together.
-
-    Raises:
-        ValueError: if the config leaves open how data sets of different robots are to be normalised.
-    """
-    named = [source.config.robot or source.config.repo_id for source in training]
-    if config.normalization == "per_dataset":
-        return named
-    kinds: dict[str, str] = {}
-    for source in training:
-        kind = source.config.robot or source.metadata.info.get("robot_type")
-        if kind and kind != "unknown":
-            kinds.setdefault(kind, str(source))
-    if config.normalization is None and len(kinds) > 1:
-        listed = ", ".join(f"{source} of {kind}" for kind, source in kinds.items())
-        raise ValueError(
-            f"the data sets are of different robots ({listed}), and one set of statistics would normalise them all alike: "
-            "write data.train.normalization: per_dataset, or merged if their states and actions do mean the same"
-        )
-    return [named[0]] * len(named)
-
-
-def assign_robots(
-    training: Sequence[Source], validation: Sequence[Source], config: TrainDataConfig
-) -> tuple[list[str], str]:
-    """The robot of each data set, those of validation behind; and the one that a checkpoint's own processors are made for.
-
-    Raises:
-        ValueError: if a data set is validated on whose robot is not trained on, or ``deploy`` is none that is.
-    """
-    names = robot_names(training, config)
-    known = list(dict.fromkeys(names))
-    if config.deploy is not None and config.deploy not in known:
-        raise ValueError(
-            f"data.train.deploy is {config.deploy!r}, which is no robot of the training data: write one of "
-            f"{', '.join(known)}"
-        )
-    for source in validation:
-        name = source.config.robot or source.config.repo_id
-        if config.normalization == "per_dataset" and name not in known:
-            raise ValueError(
-                f"{source}, for validation, would be normalised as {name!r}, which is not trained on: write `robot:` in its "
-                f"entry, one of {', '.join(known)}"
-            )
-        names.append(name if config.normalization == "per_dataset" else known[0])
-    return names, config.deploy or known[0]
-
-
-def robot_alone(dataset: DatasetConfig, config: TrainDataConfig) -> tuple[list[str], str]:
-    """The same for one data set by itself, to look at its features before the others are opened."""
-    if config.normalization != "per_dataset":
-        return [""], ""
-    return [dataset.robot or dataset.repo_id], config.deploy or config.datasets[0].robot or config.datasets[0].repo_id
 
 
 def make_robots(
@@ -123,18 +66,18 @@ def make_robots(
             for block in blocks:
                 digest.update(np.ascontiguousarray(block))
         if given is not None:
-            for values in (
-                _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1]).to_dict().values()
-            ):
+            taken = _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1])
+            for values in taken.to_dict().values():
                 digest.update(np.ascontiguousarray(values))
     robots, report = {}, []
     for name in dict.fromkeys(names):
         mine = [number for number, other in enumerate(names) if other == name]
         members = [training[number] for number in mine]
-        states, actions = ([columns[feature][number] for number in mine] for feature in ("state", "action"))
-        robots[name], lines = _robot(
-            name, members, states, actions, [shares[n] for n in mine], normalization_mapping, given, relative
-        )
+        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
+        share = [shares[number] for number in mine]
+        if len(mine) < len(names):
+            share = [part / sum(share) for part in share]
+        robots[name], lines = _robot(name, members, of_robot, share, normalization_mapping, given, relative)
         report += lines if len(set(names)) == 1 else [f"robot {name}: {line}" for line in lines]
     return robots, report
 
@@ -142,33 +85,30 @@ def make_robots(
 def _robot(
     name: str,
     members: Sequence[Source],
-    states: list[list[np.ndarray]],
-    actions: list[list[np.ndarray]],
+    columns: Mapping[str, list[list[np.ndarray]]],
     shares: list[float],
     mapping: Mapping[str, str],
     given: GivenStatistics | None,
     relative: RelativeActions | None,
 ) -> tuple[Robot, list[str]]:
-    root, dims, report = members[0].metadata.root, actions[0][0].shape[1], []
+    """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
+    root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
     action_names = names_of_action(members[0])
-    mask = None
-    statistics = {"state": cached_statistics(states, shares, root)}
+    statistics = {"state": cached_statistics(columns["state"], shares, root)}
     if relative is None:
         statistics["action"] = cached_statistics(actions, shares, root)
         mean_action = statistics["action"].mean
     else:
-        action_names = action_names or _given_names(relative, dims)
-        chunks, mask = _chunks(members, states, actions, relative, action_names)
-        weights = np.asarray(shares) / sum(shares)
-        mean_action = np.asarray(weights @ [_mean(blocks) for blocks in actions], np.float32)
+        action_names = action_names or _given_names(relative, actions[0][0].shape[1])
+        chunks, mask = _chunks(members, columns, relative, action_names)
+        means = [np.concatenate(blocks).mean(axis=0, dtype=np.float64) for blocks in actions]
+        mean_action = np.average(means, axis=0, weights=shares).astype(np.float32)
         if given is None:
             statistics["action"] = cached_chunk_statistics(chunks, shares, root)
         report.append(f"actions relative to the state: {_listed(mask, action_names)}")
     for feature in ("state", "action"):
         if given is not None:
-            statistics[feature] = _taken(
-                given, feature, mapping, dims=(states if feature == "state" else actions)[0][0].shape[1]
-            )
+            statistics[feature] = _taken(given, feature, mapping, columns[feature][0][0].shape[1])
             report.append(f"{feature} statistics are those of {given.source}")
         elif statistics[feature].clamped:
             report.append(f"{feature} dimensions {list(statistics[feature].clamped)} hardly vary: statistics clamped")
@@ -176,24 +116,25 @@ def _robot(
     return Robot(name, state, action, mean_action, mask, action_names), report
 
 
-def _mean(blocks: list[np.ndarray]) -> np.ndarray:
-    return sum(block.sum(axis=0, dtype=np.float64) for block in blocks) / sum(len(block) for block in blocks)  # type: ignore[return-value]
-
-
 def _chunks(
     members: Sequence[Source],
-    states: list[list[np.ndarray]],
-    actions: list[list[np.ndarray]],
+    columns: Mapping[str, list[list[np.ndarray]]],
     relative: RelativeActions,
     names: tuple[str, ...] | None,
 ) -> tuple[list[Chunks], np.ndarray]:
     """The chunks of each data set, and which dimensions are relative."""
-    dims, parts = actions[0][0].shape[1], []
+    dims, parts = columns["action"][0][0].shape[1], []
     try:
         mask = relative_mask(names, relative.exclude, dims)
     except ValueError as error:
         raise ValueError(f"{members[0]}: {error}") from None
-    for source, state, action in zip(members, states, actions, strict=True):
+    for source, state, action in zip(members, columns["state"], columns["action"], strict=True):
+        if not np.array_equal(relative_mask(names_of_action(source) or names, relative.exclude, dims), mask):
+            raise ValueError(
+                f"{source} has other action dimensions that stay absolute (relative_exclude_joints "
+                f"{list(relative.exclude)}) than {members[0]}, and is normalised together with it: write "
+                "data.train.normalization: per_dataset, and another `robot` if it has the same one"
+            )
         if state[0].shape[1] < dims:
             raise ValueError(
                 f"{source}: use_relative_actions subtracts {source.config.state} ({state[0].shape[1]} dimensions) from "
