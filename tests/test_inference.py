@@ -219,6 +219,8 @@ WANTED = r"expected uint8 of shape \(height, width, 3\) or \(3, height, width\)"
         ("observation.state", None, "observation.state: got NoneType, expected 5 finite numbers"),
         ("observation.state", ["a"] * 5, "observation.state: got values of type <U1, expected 5"),
         ("task", " ", "task: got ' ', expected an instruction"),
+        ("observation.state", [[0], [0, 1]], "observation.state: got lists of several lengths, expected 5"),
+        ("task", "x" * 10_001, "task: got 10001 characters, expected at most 10000"),
         ("task", 3, "task: got 3, expected an instruction"),
         ("observation.wrist", 1, "the policy knows no 'observation.wrist'; an observation holds .*images.top, .*task"),
     ],

@@ -461,6 +461,31 @@ def test_an_interrupt_ends_it_too():
     asyncio.run(connected_and_interrupted())
 
 
+def test_an_error_of_the_server_itself_ends_one_connection(caplog):
+    def check(observation: Any) -> None:
+        raise KeyError("a mistake in the server")
+
+    policy: Any = SimpleNamespace(act=None, cameras={}, check=check)
+    server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+
+    async def both() -> None:
+        serving = asyncio.create_task(server.serve(listener))
+        async with asyncio.timeout(60), websockets.asyncio.client.connect(address) as first:
+            await first.recv()
+            await first.send(wire.pack({"x": 1}))
+            with pytest.raises(ConnectionClosed, match="1011 .*the server failed; its log says how"):
+                await first.recv()
+            async with websockets.asyncio.client.connect(address) as second:
+                assert wire.unpack(await second.recv()) == {"a": 1}
+                os.kill(os.getpid(), signal.SIGTERM)
+                await serving
+
+    asyncio.run(both())
+    assert "a mistake in the server" in caplog.text
+
+
 def test_no_work_is_done_for_who_has_gone():
     asked: list[list[int]] = []
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 TASK = "task"
+_MOST_CHARACTERS = 10_000
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no robot ever fills
 
 
@@ -53,6 +54,8 @@ def check_observation(observation: Mapping[str, Any], slots: Sequence[str], stat
     task = observation[TASK]
     if not isinstance(task, str) or not task.strip():
         raise ValueError(f"{TASK}: got {task!r:.60}, expected an instruction, a text that is not empty")
+    if len(task) > _MOST_CHARACTERS:  # it would be tokenised before it is cut, and remembered
+        raise ValueError(f"{TASK}: got {len(task)} characters, expected at most {_MOST_CHARACTERS}")
 
 
 def _check_image(key: str, image: Any) -> None:
@@ -67,7 +70,10 @@ def _check_image(key: str, image: Any) -> None:
 
 def _check_state(state: Any, dims: int) -> None:
     wanted = f"expected {dims} finite numbers, shape ({dims},)"
-    values = np.asarray(state) if isinstance(state, np.ndarray | list | tuple) else None
+    try:
+        values = np.asarray(state) if isinstance(state, np.ndarray | list | tuple) else None
+    except ValueError:
+        raise ValueError(f"{STATE}: got lists of several lengths, {wanted}") from None
     if values is None or values.dtype.kind not in "fiu":
         kind = type(state).__name__ if values is None else f"values of type {values.dtype}"
         raise ValueError(f"{STATE}: got {kind}, {wanted}")

@@ -147,6 +147,9 @@ class Server:
             await self._conversation(connection)
         except ConnectionClosed as closed:
             log.info("%s: gone, %s", _name(connection), closed)
+        except Exception:  # the others are served on
+            log.exception("%s: the server failed on this connection", _name(connection))
+            await connection.close(1011, "the server failed; its log says how")
         finally:
             self._connections.discard(connection)
             self._at_work.discard(connection)
