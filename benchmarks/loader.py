@@ -245,20 +245,26 @@ def fidelity(root: Path, kind: str, count: int = 64) -> tuple[float, bool]:
     return worst, same
 
 
-def data_wait(root: Path, store: str, workers: int, rate: float, seconds: float) -> float:
-    """The share of time that a consumer, which works on each sample for 1/rate s, waits for its batches."""
+def data_wait(root: Path, store: str, workers: int, rate: float, seconds: float) -> tuple[float, float]:
+    """What a consumer sees that works on each sample for 1/rate s.
+
+    Returns:
+        The share of its time that it waits for its batches, and the seconds of processor time that a batch costs its
+        process.
+    """
     loader = our_loader(root, store, workers)
     for _ in range(4):
         next(loader)
-    waited, begin = 0.0, time.perf_counter()
+    waited, batches, begin, begin_cpu = 0.0, 0, time.perf_counter(), time.process_time()
     while time.perf_counter() - begin < seconds:
         asked = time.perf_counter()
         batch = next(loader)
         waited += time.perf_counter() - asked
+        batches += 1
         time.sleep(len(batch) / rate)
-    share = waited / (time.perf_counter() - begin)
+    share, cost = waited / (time.perf_counter() - begin), (time.process_time() - begin_cpu) / batches
     loader.close()
-    return share
+    return share, cost
 
 
 def main() -> None:
@@ -300,11 +306,16 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
     for name, root in roots.items():
         results = [fidelity(root, kind) for kind in KINDS]
         report(f"{name:<36}", *(f"{'identical' if same else f'{worst:.1f} dB':>12}" for worst, same in results))
-    waits = [
-        data_wait(roots["one camera, 224"], kind, arguments.workers, arguments.rate, 8) for kind in ("jpeg", "raw")
-    ]
+    waits = {
+        kind: data_wait(roots["one camera, 224"], kind, arguments.workers, arguments.rate, 8)
+        for kind in ("jpeg", "raw")
+    }
     report(
-        f"\nwait at {arguments.rate:g} samples/s, {arguments.workers} workers: jpeg {waits[0]:.2%}, raw {waits[1]:.2%}"
+        f"\nat {arguments.rate:g} samples/s, {arguments.workers} workers: "
+        + "; ".join(
+            f"{kind} waits {share:.2%}, {1000 * cost:.1f} ms of the consumer’s processor per batch"
+            for kind, (share, cost) in waits.items()
+        )
     )
 
     core = max(os.sched_getaffinity(0))

@@ -175,18 +175,22 @@ def workers_of(rank: int) -> list[int]:
 def test_a_killed_worker_is_reported_within_seconds(place: Workplace, server: ForkServer, rank: int) -> None:
     name = f"killed-{rank}"
     run = server.start(place, name, "--n_updates", "100000", "--data.train.num_workers", "3", ranks=2)
-    run.wait_for_step(2)
-    workers = workers_of(run.pids[rank])
-    assert len(workers) == 3
-    os.kill(workers[1], signal.SIGKILL)
-    begin = time.monotonic()
-    while rank in run.alive():
-        assert time.monotonic() - begin < 20, run.output()
-        time.sleep(0.05)
+    try:
+        run.wait_for_step(2)
+        workers = workers_of(run.pids[rank])
+        assert len(workers) == 3
+        os.kill(workers[1], signal.SIGKILL)
+        begin = time.monotonic()
+        while rank in run.alive():
+            assert time.monotonic() - begin < 20, run.output()
+            time.sleep(0.05)
+    finally:
+        run.kill_all()
     said = f"a data worker was killed (number 1 of 3, process {workers[1]}, signal 9, Killed)"
     assert said in run.output()
-    run.kill_all()
-    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() - begin < 60, "workers live on without their trainers"
+        time.sleep(0.05)
     reason = place.status(name)["reason"]
     assert place.status(name)["state"] == "failed"
     assert said in reason and "data.train.num_workers (now 3)" in reason and "GB" in reason
@@ -194,14 +198,16 @@ def test_a_killed_worker_is_reported_within_seconds(place: Workplace, server: Fo
 
 def test_waiting_for_data_is_measured_on_every_rank(place: Workplace, server: ForkServer) -> None:
     arguments = ("--data.train.num_workers", "1", "--per_device_batch_size", "4")
-    run = server.start(place, "slow", *FEW, *arguments, ranks=2, hook=("hooks", "slow_samples"))
+    more = ("--n_updates", "9")  # one worker has made five batches or six before the first update
+    run = server.start(place, "slow", *FEW, *more, *arguments, ranks=2, hook=("hooks", "slow_samples"))
     output = run.wait()
     assert place.status("slow")["state"] == "finished", output
     last = place.metrics("slow")[-1]
     # Rank 1's four samples take 0.8 s; rank 0 waits as long, but for rank 1.
     assert last["step_s"] >= 0.75
-    assert last["data_wait_max"] > 0.4
-    assert last["data_wait"] == pytest.approx(last["data_wait_max"] / 2, abs=0.15)
+    assert last["data_wait_max"] > 0.2
+    assert last["data_wait"] == pytest.approx(last["data_wait_max"] / 2, abs=0.1)
+    assert place.metrics("slow")[0]["data_wait_max"] < 0.1
 
 
 # ---- memory

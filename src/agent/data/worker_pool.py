@@ -162,6 +162,7 @@ class WorkerPool:
                 if worker.memory is not None:
                     return worker.pipe.recv()
                 worker.memory = reduction.recv_handle(worker.pipe)
+                os.set_inheritable(worker.memory, False)  # else programs that are started keep the memory
             except (EOFError, OSError):  # it has died just now
                 worker.process.join(timeout=10)
                 raise RuntimeError(self._obituary(worker)) from None
