@@ -334,11 +334,12 @@ def test_the_card_tells_where_the_weights_come_from_and_how_good_they_are(runs, 
 
 def test_the_card_speaks_of_the_exported_checkpoint_not_of_the_runs_end(runs, tmp_path):
     run = shutil.copytree(runs.run("first"), tmp_path / "first", symlinks=True)
-    lines = (run / "metrics.jsonl").read_text()
+    lines = (run / "metrics.jsonl").read_text().replace('"val/acc_0.05": ', '"val/acc_0.05": null, "val/acc_0": ')
     later = json.dumps({"step": 9, "val/loss": 123.0})
     (run / "metrics.jsonl").write_text(lines + later + '\n{"step": 10, "los')
     text = (exported(run, tmp_path / "out", "lerobot") / "README.md").read_text()
     assert "123" not in text and f"{runs.metrics_of_last_validation('first')['val/loss']:.4g}" in text
+    assert "| `val/acc_0.05` | not finite |" in text
     assert "trained from: random weights" in text and "base_model" not in text
 
 

@@ -20,6 +20,9 @@ _MEANING = {
     "val/action_l1": "mean error of sampled actions, in the data's units",
     "val/baseline_mean_l1": "that of the mean action",
     "val/baseline_last_l1": "that of the last action repeated",
+    "val/baseline_start_l1": "that of the weights that training began with",
+    "val/ema_loss": "flow-matching loss of the averaged weights",
+    "val/ema_action_l1": "mean error of theirs",
 }
 _TITLES = {"lerobot": "LeRobot 0.6", "lerobot_v1": "LeRobot before 0.4 (v1)", "openpi": "openpi (PyTorch)"}
 
@@ -180,9 +183,10 @@ def _validation(facts: Facts) -> str:
     rows = [f"On held-out samples, at update {facts.validation['step']}:", "", "| measure | value | |", "|---|---|---|"]
     for key, value in values.items():
         meaning = _MEANING.get(key, "")
-        if (threshold := key.removeprefix("val/acc_")) != key:
+        if (threshold := re.sub("^val/(ema_)?acc_", "", key)) != key:
             meaning = f"fraction of action values within {threshold} of the recorded ones"
-        rows.append(f"| `{key}` | {value:.4g} | {meaning} |")
+        # A validation that was not finite is null in metrics.jsonl.
+        rows.append(f"| `{key}` | {'not finite' if value is None else f'{value:.4g}'} | {meaning} |")
     return "\n".join(rows)
 
 
