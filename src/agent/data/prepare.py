@@ -174,7 +174,8 @@ class _Pool:
 
     def run(self, function: Any, arguments: list[tuple]) -> list[Any]:
         """The results in order."""
-        return [future.result() for future in [self._pool.submit(function, *each) for each in arguments]]
+        futures = [self._pool.submit(function, *each) for each in arguments]
+        return [_result(future) for future in futures]
 
     def each(self, function: Any, arguments: list[tuple], frames: int) -> Iterator[tuple[int, Any]]:
         """Number and result of each as it is done."""
@@ -186,14 +187,17 @@ class _Pool:
                 done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
                 bar.update(self._written.value - bar.n)
                 for future in done:
-                    number = pending.pop(future)
-                    try:
-                        yield number, future.result()
-                    except BrokenProcessPool as error:
-                        raise ValueError(
-                            "a process that decodes was killed, most often by the system when memory runs out; take fewer "
-                            "with --workers, or ask for more memory. What is finished stays."
-                        ) from error
+                    yield pending.pop(future), _result(future)
+
+
+def _result(future: Future) -> Any:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process that decodes was killed, most often by the system when memory runs out; take fewer with --workers, or "
+            "ask for more memory. What is finished stays."
+        ) from error
 
 
 def _readable(size: float) -> str:
