@@ -444,6 +444,11 @@ def test_a_full_disk(place, copy, small_disk, small_parts, monkeypatch):
     assert source_of(copy, frames=str(small_disk)).read(71).frame == 11
 
 
+def test_a_process_that_is_killed():
+    with prepare._Pool(1) as pool, pytest.raises(ValueError, match=r"a process that decodes was killed.*--workers"):
+        pool.run(os._exit, [(1,)])
+
+
 def test_a_folder_that_cannot_be_written(place, copy, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
