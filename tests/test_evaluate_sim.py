@@ -452,3 +452,11 @@ def test_knows_whether_a_run_trains(tmp_path: Path) -> None:
             if held:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             assert watching.is_training(tmp_path) is expected
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed (apt install shellcheck)")
+def test_shellcheck() -> None:
+    scripts = sorted(map(str, (REPOSITORY / "slurms" / "eval_scripts").glob("*.sh")))
+    command = ["shellcheck", "--external-sources", "--source-path=SCRIPTDIR", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert scripts and done.returncode == 0, done.stdout
