@@ -16,7 +16,10 @@ files.
 
 The camera, its place and its orientation are those of LeRobot's own Meta-World environment. Shadows are off: they
 take nine tenths of the time. An environment that evaluates a policy trained on these images must switch them off
-as well.
+as well; agent.evaluate_sim renders with the same code.
+
+With --fingers, --noise and --after the demonstrations teach more than the expert's straight way: see
+docs/simulation.md, which has the commands for config/train/pi0_metaworld.yaml.
 """
 
 import argparse
