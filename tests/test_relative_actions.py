@@ -118,9 +118,9 @@ def test_statistics_are_those_that_lerobot_computes(root: Path, monkeypatch: pyt
         built(root, RelativeActions(["gripper"], None), spec=SampleSpec(3, 16, 10, (32, 32), 16))
 
 
-def _by_hand(data: Data) -> np.ndarray:
-    """(chunks * T, a) relative actions of all whole chunks."""
-    source, mask = data.reader.sources[0], data.robots[0].relative
+def _by_hand(data: Data, number: int = 0) -> np.ndarray:
+    """(chunks * T, a) relative actions of all whole chunks of a data set."""
+    source, mask = data.reader.sources[number], data.robots[0].relative
     samples = [source.read(position) for position in range(len(source))]
     return np.concatenate(
         [s.actions - np.where(mask, s.state[: len(mask)], np.float32(0)) for s in samples if not s.action_is_pad.any()]
@@ -230,6 +230,47 @@ def test_what_cannot_be_relative_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         built(root, relative, **settings)
+
+
+def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    info = json.loads((other / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = ["gripper", *NAMES[:3]]
+    (other / "meta" / "info.json").write_text(json.dumps(info))
+    datasets = [DatasetConfig("lab/arm", str(root)), DatasetConfig("lab/other", str(other))]
+
+    def both(**settings) -> Data:
+        return build_data(
+            DataConfig(TrainDataConfig(datasets, num_workers=0, **settings), ValDataConfig(fraction=0)),
+            SPEC,
+            seed=5,
+            draw=partial(draw, "noise"),
+            validation_draw=partial(draw, "validation"),
+            normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
+            tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
+            relative=RelativeActions(["gripper"], None),
+        )
+
+    with pytest.raises(ValueError, match="lab/other.*(names|stay absolute)"):
+        both()
+    first, second = both(normalization="per_dataset").robots
+    assert first.relative.tolist() == [True, True, True, False] and second.relative.tolist() == [
+        False,
+        True,
+        True,
+        True,
+    ]
+    # one set of statistics over both: every chunk counts, the shorter ones of either data set too
+    shutil.copytree(root, tmp_path / "copy")
+    datasets[1] = DatasetConfig("lab/copy", str(tmp_path / "copy"), episodes=[0, 2])
+    merged = both()
+    every = np.concatenate([_by_hand(merged, number) for number in (0, 1)])
+    np.testing.assert_array_equal(merged.robots[0].action_statistics.max, compute_statistics(every).max)
+    frames = np.concatenate([source.columns("action") for source in merged.reader.sources])
+    np.testing.assert_allclose(merged.robots[0].mean_action, frames.mean(0), atol=1e-6)
 
 
 # ── LeRobot ─────────────────────────────────────────────────────────────────────────────────────────────────────
