@@ -88,7 +88,7 @@ def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
     details = {"gpu": gpu.name, "predicted_bytes": need, "gpu_bytes": gpu.memory, "largest_batch": most}
     if need <= 0.95 * gpu.memory:
         return Row("memory", "pass", text, details=details)
-    changes = [f"write per_device_batch_size: {_divisor(context, most)}"] if most else []
+    changes = [f"per_device_batch_size: {_divisor(context, most)}"] if most else []
     if config.activation_checkpointing != "full":
         changes.append("activation_checkpointing: full")
     if config.precision == "float32_master":
@@ -97,7 +97,7 @@ def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
         changes.append("optimizer: adamw8bit")
     if config.parallel == "ddp" and context.gpus[0] > 1:
         changes.append("parallel: fsdp")
-    change = ", or ".join(changes) or "take a GPU with more memory"
+    change = f"write {' or '.join(changes)}, or several of these" if changes else "take a GPU with more memory"
     if need <= gpu.memory:
         return Row("memory", "warn", f"{text}; less than 5% is left", change, details)
     return Row("memory", "fail", text, change, details)
