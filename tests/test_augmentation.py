@@ -200,9 +200,9 @@ def test_the_shipped_configs_say_it(monkeypatch):
     found = {}
     for path in sorted((REPOSITORY / "config" / "data").glob("*.yaml")):
         arguments = ["--data.train.datasets", f"!include {path}"]
-        (dataset,) = load_config(REPOSITORY / "config/train/pi0_demo.yaml", arguments, 1)[0].data.train.datasets
-        found[path.stem] = dataset.augmentation
-    assert found["bridge"] == found["fractal"] == AugmentationConfig() and found["demo"] is None
+        config = load_config(REPOSITORY / "config/train/pi0_demo.yaml", arguments, 1)[0]
+        found[path.stem] = [dataset.augmentation for dataset in config.data.train.datasets]
+    assert found["bridge"] == found["fractal"] == [AugmentationConfig()] and found["demo"] == [None]
 
 
 BAD = {
