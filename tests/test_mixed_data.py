@@ -158,6 +158,20 @@ def test_one_set_of_statistics_is_refused_for_different_robots(folder: Path, tmp
         built(arm(folder), hand(folder), normalization="per_dataset", val=ValDataConfig([arm(folder, "arm2")]))
 
 
+def test_a_data_set_of_another_robot_can_be_looked_at_by_itself(mixed: Data, folder: Path) -> None:
+    from agent.data.features import check_features
+    from agent.data.robot_names import robot_alone
+
+    train = TrainDataConfig([arm(folder), hand(folder)], normalization="per_dataset")
+    of_hand, of_arm = mixed.reader.sources
+    assert robot_alone(of_hand.config, train) == (["lab/hand"], "lab/arm")
+    check_features([of_hand], mixed.spec, *robot_alone(of_hand.config, train))
+    assert check_features([of_hand], SPEC, *robot_alone(of_hand.config, train))[0].action_dim == 5
+    with pytest.raises(ValueError, match=r"state: 7 +\| observation.state: 9"):
+        check_features([of_hand], mixed.spec, *robot_alone(of_hand.config, TrainDataConfig([arm(folder)])))
+    check_features([of_arm], mixed.spec, *robot_alone(of_arm.config, train))
+
+
 # ── the stream ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -35,7 +35,8 @@ def check_features(
     """
     notes, robots = [], robots or [deployed] * len(sources)
     if not spec.camera_slots or spec.state_dim is None or spec.action_dim is None:
-        first = sources[robots.index(deployed)]
+        # a data set that is looked at by itself may be of another robot
+        first = sources[robots.index(deployed) if deployed in robots else 0]
         spec = _inferred(first, spec)
         notes.append(
             f"the model's features are those of {first}: cameras {', '.join(spec.camera_slots)}, "
