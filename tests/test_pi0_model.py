@@ -433,7 +433,6 @@ REFUSED = {
     "use_amp": True,
     "use_peft": True,
     "rtc_config": {"enabled": True},
-    "use_relative_actions": True,
     "dtype": "float16",
     "n_action_steps": 51,
     "empty_cameras": -1,

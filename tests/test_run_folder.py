@@ -12,11 +12,13 @@ import fcntl
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.distributed import StopRequest
 from agent.run_folder import RunFolder, report_attempt
 
 
@@ -85,3 +87,15 @@ def test_the_outcome_carries_the_attempt(tmp_path: Path, monkeypatch: pytest.Mon
     written = json.loads(target.read_text())
     assert (written["attempt"], written["state"], written["error_kind"]) == ("42.1", "failed", "runtime")
     assert (written["reason"], written["step"], written["run_dir"]) == ("out of memory", 3, str(tmp_path / "run"))
+
+
+def test_the_reason_in_a_stop_file_is_read_once_it_is_written(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.watch_files(tmp_path)
+    assert not stop.pending()
+    with open(tmp_path / "stop", "w") as file:
+        writer = threading.Timer(0.05, lambda: (file.write("another world size"), file.flush()))
+        writer.start()
+        assert stop.pending()
+        writer.join()
+    assert stop.reason == "another world size"

@@ -35,6 +35,7 @@ STEMS = {
     "pi0_train_bridge_freeze_vlm",
     "pi0_train_fractal",
     "pi0_demo",
+    "pi0_metaworld",
 }
 SHELL_FILES = [ROOT / "set_path.sh", ROOT / "slurms" / "common.sh", *SCRIPTS]
 
@@ -890,7 +891,8 @@ def test_header(script: Path) -> None:
         "mem": "440G",
     }
     small: dict[str, str | None] = {"time": "00:10:00", "cpus-per-task": "2", "mem": "8G"}
-    assert header(script) == shared | (small if script.stem == "pi0_demo" else big)
+    own = {"pi0_demo": small, "pi0_metaworld": {"time": "02:00:00", "cpus-per-task": "2", "mem": "8G"}}
+    assert header(script) == shared | own.get(script.stem, big)
     assert "\n##SBATCH --account=" in script.read_text()
     assert os.access(script, os.X_OK)
 

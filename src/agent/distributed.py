@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_WRITTEN_WITHIN_S = 0.2
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -213,6 +215,9 @@ class StopRequest:
         for path in self._files:
             if not self.reason and path.exists():
                 text = path.read_text(encoding="utf-8", errors="replace").strip()
+                if not text:  # made with `touch`, or not yet written by who has just opened it
+                    time.sleep(_WRITTEN_WITHIN_S)
+                    text = path.read_text(encoding="utf-8", errors="replace").strip()
                 self.reason = text or f"asked to by the file {path}"
         return bool(self.reason)
 

@@ -35,18 +35,18 @@ _WORKERS = "write data.train.num_workers, the processes per GPU that read sample
 _ONE_STEP = "π0 sees one observation step; remove the line"
 _PROCESSES = "torchrun --nproc_per_node says how many GPUs of the one node are used; remove the line"
 _LORA = "low-rank adapters and quantisation are not supported; remove the line, and freeze with freeze_vlm"
-_AVERAGES = "averages of the weights are not kept; remove the line"
+_AVERAGES = "write ema_decay: 0.999 at the top for a moving average of the weights, or remove the line"
 _HYDRA = "nothing here reads Hydra's keys; remove the line"
 _METRICS = "the metrics are always the same ones, see metrics.jsonl; remove the line"
 _SCHEDULE = "write model_cfg.scheduler_warmup_steps, scheduler_decay_steps and scheduler_decay_lr"
 _TOKENS = "write model_cfg.tokenizer_max_length, of the instruction alone"
 _SIMULATION = (
-    "simulation is not part of training; remove the key. Held-out episodes are measured: eval_freq, eval_size, "
-    "eval_thresholds"
+    "simulation is Meta-World's, by a process of its own: write eval_cfg: {{tasks: [reach-v3]}} (docs/simulation.md), or "
+    "remove it. Held-out episodes are measured all the same: eval_freq, eval_size, eval_thresholds"
 )
 _RLDS = (
-    "RLDS data is not read; convert it to the LeRobot v3 format and write its folder as `root` in an entry of "
-    "data.{part}.datasets"
+    "RLDS data is not read; convert it to the LeRobot v3 format (python -m agent.data.from_rlds) and write its folder as "
+    "`root` in an entry of data.{part}.datasets"
 )
 
 # Dotted key → what to write, or a function of the value. {value} is what the file has, {part} is train or val.
@@ -94,7 +94,7 @@ INSTEAD: dict[str, str | Callable[[Any], str]] = {
         "load_from_checkpoint: {value} to begin a new run with these weights"
     ),
     **dict.fromkeys(("train_log_metrics", "eval_log_metrics"), _METRICS),
-    **dict.fromkeys(("eval_cfg", "env"), _SIMULATION),
+    **dict.fromkeys(("eval_cfg.simulator_name", "eval_cfg.role", "env"), _SIMULATION),
     "save_model_start": "checkpoints are saved from the beginning, and keep_checkpoints of them kept; remove the line",
     "wandb.api_key": "a key does not belong in a file; remove the line, and run `wandb login` or `export WANDB_API_KEY=…`",
     **dict.fromkeys(("wandb.run", "wandb.name"), "the run on wandb has the run's name; write `name` at the top"),
@@ -124,7 +124,7 @@ INSTEAD: dict[str, str | Callable[[Any], str]] = {
     ),
     "action_expert_adaptive_mode": "the time enters by concatenation, as in π0; remove the line",
     **dict.fromkeys(("quantize", "lora", "lora_r", "lora_dropout"), _LORA),
-    **dict.fromkeys(("use_ema", "ema_decay", "ema_start", "ema_freq", "ema_device"), _AVERAGES),
+    **dict.fromkeys(("use_ema", "ema_start", "ema_freq", "ema_device"), _AVERAGES),
     **dict.fromkeys(("use_swa", "swa_start", "swa_freq", "swa_device"), _AVERAGES),
     **dict.fromkeys(("defaults", "hydra", "_target_"), _HYDRA),
 }

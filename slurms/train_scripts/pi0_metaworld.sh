@@ -1,0 +1,26 @@
+#!/bin/bash
+
+#SBATCH --job-name=pi0_metaworld
+#SBATCH --output=log/slurm/train/%x.out
+#SBATCH --error=log/slurm/train/%x.err
+#SBATCH --open-mode=append
+#SBATCH --time=02:00:00
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=2
+#SBATCH --mem=8G
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+##SBATCH --account=your_account
+
+# Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.
+for root in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "$PWD"; do
+    [[ ! -f "$root/set_path.sh" ]] || break
+done
+# shellcheck source=../common.sh
+source "$root/slurms/common.sh" || {
+    echo "no repository here: cd REPOSITORY && sbatch slurms/train_scripts/pi0_metaworld.sh" >&2
+    exit 2
+}
+
+train config/train/pi0_metaworld.yaml "$@"
