@@ -113,6 +113,7 @@ def make_batch(config: PI0Config, present: int, size: int, tokens: int, draws: i
             time=random.uniform(0.001, 1.0, draws).astype(np.float32) if draws > 1 else random.uniform(0.001, 1.0),
             k=k,
             provenance=(0, 0, k),
+            raw_state=np.zeros(STATE_DIM, np.float32),
             raw_actions=np.zeros((config.chunk_size, ACTION_DIM), np.float32),
             previous_action=None,
             previous_is_pad=False,

@@ -64,6 +64,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             watchdog.alive(f"update {state.step + 1}")
             with clock.updating():
                 result = train_step(run, batches, clock)
+            run.data.count(state.drawn, state.samples_seen - config.global_batch_size, state.samples_seen)
             if run.folder is not None and "first_update_s" not in run.folder.attempt:
                 run.folder.note(first_update_s=round(time.time() - run.folder.attempt["started"], 1))
             last = state.step == run.plan.n_updates
@@ -156,8 +157,7 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
         log.warning("%s; skipped (%d in a row, %d in all)", problem, state.skipped_in_a_row, state.skipped_updates)
     run.optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    first, state.samples_seen = state.samples_seen, state.samples_seen + config.global_batch_size
-    run.data.count(state.drawn, first, state.samples_seen)
+    state.samples_seen += config.global_batch_size
     return StepResult(torch.stack([losses.sum() for _, losses in seen]).sum(), grad_norm, lr)
 
 
