@@ -4,9 +4,9 @@
 
 Real processes in a gloo group hold a synthetic model and its AdamW state, and save and load it as a run does. The disk
 is measured in the same run, alternating: the same bytes in one file by write and fsync, one after the other, from
-memory that is there. The stall is what a save adds to the time of the passes of an update, which here are products of
-matrices that take ``--passes`` seconds: the copy is taken beside them, and the optimizer's step, which changes what is
-copied, waits for its end. With ``--passes 0`` it is the copy alone. Medians; the last line is JSON.
+memory that is there. The stall is what training waits for: the call that begins a save, and at the optimizer's step, which
+changes what is copied, the rest of the copy. With ``--passes 1`` products of matrices take a second in between, as the
+passes of an update do, beside which the copy is taken. Medians; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -136,10 +136,11 @@ class Passes:
             torch.cuda.synchronize(self._device)
 
 
-def stalled(save: Callable[[], object], writer: CheckpointWriter, passes: Passes) -> float:
-    """Seconds that a save adds to the passes after it."""
+def stalled(save: Callable[[], object], writer: CheckpointWriter, passes: Passes) -> tuple[float, float]:
+    """Seconds that training waits for a save, and seconds that it adds to the passes after it, for want of processors."""
     alone = timed(passes)
-    return timed(lambda: (save(), passes(), writer.settle())) - alone
+    save_s, passes_s, settle_s = timed(save), timed(passes), timed(writer.settle)
+    return save_s + settle_s, passes_s - alone
 
 
 def work(rank: int, world: int, port: int, options: argparse.Namespace, folder: Path) -> None:
@@ -152,13 +153,13 @@ def work(rank: int, world: int, port: int, options: argparse.Namespace, folder: 
     writer = CheckpointWriter(CheckpointStore(folder, keep=1), processes)
     allocate_s = timed(lambda: writer.prepare(state, {f"{OPTIMIZER}.safetensors"}))
     passes = Passes(options.passes, device, processes)
-    stalls, backgrounds, plains, checked, unchecked = [], [], [], [], []
+    stalls, slower, backgrounds, plains, checked, unchecked = [], [], [], [], [], []
     for turn in range(options.runs + 1):
         # What one measurement left to write would be paid by the next; and each goes first in every other turn.
         plain_s = settled_plain_write(processes, folder, size) if turn % 2 else 0.0
         processes.on_main(os.sync)
         save = partial(writer.save, turn, state, {f"{OPTIMIZER}.safetensors"}, lambda _: None)
-        stall_s = max(processes.gather(stalled(save, writer, passes)))
+        stall_s, slower_s = map(max, zip(*processes.gather(stalled(save, writer, passes)), strict=True))
         while (outcome := writer.poll()) is None:
             time.sleep(0.02)  # an update
         assert outcome.path is not None, outcome.error
@@ -174,16 +175,17 @@ def work(rank: int, world: int, port: int, options: argparse.Namespace, folder: 
             into.append(max(processes.gather(seconds)))
         plains.append(plain_s)
         stalls.append(stall_s)
+        slower.append(slower_s)
         backgrounds.append(outcome.background_s)
     if rank == 0:
-        report(options, size, allocate_s, stalls, backgrounds, plains, checked, unchecked)
+        report(options, size, allocate_s, stalls, slower, backgrounds, plains, checked, unchecked)
     writer.close()
     processes.close()
 
 
 def report(
-    options: argparse.Namespace, size: int, allocate_s: float, stalls: list[float], backgrounds: list[float],
-    plains: list[float], checked: list[float], unchecked: list[float],
+    options: argparse.Namespace, size: int, allocate_s: float, stalls: list[float], slower: list[float],
+    backgrounds: list[float], plains: list[float], checked: list[float], unchecked: list[float],
 ) -> None:  # fmt: skip
     """A table for people and a line for programs."""
     columns = {"plain": plains, "stall": stalls, "background": backgrounds, "load": unchecked, "checked load": checked}
@@ -194,7 +196,9 @@ def report(
             f"  {name:<14} {middle[name]:7.3f} s  ({min(values):.3f} to {max(values):.3f})  "
             f"{size / 1e9 / middle[name]:6.2f} GB/s"
         )
+    slower_s = statistics.median(slower)
     print(f"  memory for the snapshot, once: {allocate_s:.3f} s")
+    print(f"  passes of {options.passes} s beside the copy and the write are slower by {slower_s:.3f} s")
     ratios = {
         # Of the pairs: the machine's speed drifts from turn to turn.
         "stall_of_plain": statistics.median(a / b for a, b in zip(stalls, plains, strict=True)),
@@ -206,7 +210,18 @@ def report(
         print(f"  {name:<26} {ratio:.3f}  (at most {targets[name]}{'' if ratio <= targets[name] else ', MISSED'})")
     seconds = {f"{name.replace(' ', '_')}_s": round(value, 4) for name, value in middle.items()}
     rounded = {name: round(value, 4) for name, value in ratios.items()}
-    print(json.dumps({"bytes": size, "processes": options.processes, "runs": options.runs, **seconds, **rounded}))
+    print(
+        json.dumps(
+            {
+                "bytes": size,
+                "processes": options.processes,
+                "runs": options.runs,
+                **seconds,
+                **rounded,
+                "passes_slower_s": round(slower_s, 4),
+            }
+        )
+    )
 
 
 def main() -> None:
@@ -215,7 +230,7 @@ def main() -> None:
     parser.add_argument("--gb", type=float, default=3.0, help="weights and optimizer state together")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--passes", type=float, default=1.0, help="seconds that the passes of an update take")
+    parser.add_argument("--passes", type=float, default=0.0, help="seconds that the passes of an update take")
     parser.add_argument("--folder", type=Path, default=Path.cwd(), help="on the disk to measure")
     parser.add_argument("--cuda", action="store_true", help="tensors on GPUs")
     options = parser.parse_args()
