@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forked import ForkServer, fork_server
+from launching import Workplace
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -19,6 +21,19 @@ os.environ |= {
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("VLA_LOG_DIR", "VLA_STATUS_FILE", "VLA_ATTEMPT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    """Starts runs of torchrun's kind without importing everything anew."""
+    with fork_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A folder with a small data set, a tokenizer and configs."""
+    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture

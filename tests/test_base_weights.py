@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
@@ -32,17 +31,6 @@ MEAN_STD = {
     )
     for kind in ("mean", "std")
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

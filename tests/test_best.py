@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 
 from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
@@ -112,17 +112,6 @@ def test_a_kill_before_the_link_was_set_is_made_good(tmp_path: Path) -> None:
 NOWHERE = ("--model_cfg.optimizer_lr", "1.0e-30", "--model_cfg.scheduler_decay_lr", "1.0e-30")
 STEADY = ("--n_updates", "16", "--keep_checkpoints", "1", *NOWHERE)
 OFTEN = ("--save_model_freq", "4", "--eval_freq", "4")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

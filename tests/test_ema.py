@@ -6,29 +6,17 @@ Run: uv run pytest tests/test_ema.py      (forked runs of a tiny model, half a m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from safetensors.torch import load_file
 
 TWO = ("--per_device_batch_size", "2")
 SHORT = ("--n_updates", "12", "--save_model_freq", "4", "--eval_freq", "6")
 EMA = ("--ema_decay", "0.3")  # which the warm-up reaches at the fourth update
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 def finish(place: Workplace, server: ForkServer, name: str, *overrides: str, ranks: int = 2, **more) -> str:

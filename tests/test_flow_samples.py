@@ -118,11 +118,6 @@ def test_draws_are_a_function_of_seed_sample_and_number() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def forks() -> Iterator[ForkServer]:
     with fork_server() as server:
         yield server

@@ -12,7 +12,6 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from forked import ForkedRun, ForkServer, fork_server
+from forked import ForkedRun, ForkServer
 from launching import MODEL, Workplace
 from test_data import built, dataset_config, worker_processes
 from test_reliability import recorded, samples_of_updates
@@ -34,12 +33,6 @@ from agent.data.video import decode_frame
 
 FRONT = "observation.images.front"
 FEW = ("--n_updates", "3", "--eval_freq", "0", "--save_model_freq", "100")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

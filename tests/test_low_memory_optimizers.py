@@ -6,13 +6,12 @@ Run with ``uv run pytest tests/test_low_memory_optimizers.py``; two minutes, mos
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from safetensors.torch import load_file, save_file
 from test_training import what_was_computed
@@ -255,17 +254,6 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 
 # ---- whole runs
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 def finished(server: ForkServer, place: Workplace, name: str, *overrides: str, ranks: int = 2) -> list[dict[str, Any]]:

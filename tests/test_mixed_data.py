@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import REPOSITORY, Workplace
 from make_dataset import write_dataset
 
@@ -232,12 +231,6 @@ def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, mon
 
 
 # ── real runs ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from test_pi0_model import lively_model, make_batch
 from test_reliability import recorded, records, samples_of_updates
@@ -28,17 +28,6 @@ from agent.parallelize import agree_on_compilation, parallelize, recompute
 FSDP = ("--parallel", "fsdp")
 PRETRAINED = "pretrained_model/model.safetensors"
 FOUR = ("--per_device_batch_size", "1")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ Run: uv run pytest tests/test_relative_actions.py      (twenty seconds, most of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import REPOSITORY, Workplace
 from make_dataset import write_dataset
 from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for its own
@@ -335,12 +334,6 @@ def test_lerobot_acts_as_we_do_with_relative_actions(tmp_path: Path, monkeypatch
 
 
 # ── a real run ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
 
 
 def test_a_run_with_relative_actions_saves_a_policy_that_acts_in_absolute_ones(

@@ -11,10 +11,9 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
 from test_training import what_was_computed
@@ -22,17 +21,6 @@ from test_training import what_was_computed
 from agent.manifest import files_of
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ from agent.models.pi0.model import PI0
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def forks() -> Iterator[ForkServer]:
     with fork_server() as server:
         yield server

@@ -18,11 +18,6 @@ TIMES = ("step_s", "samples_per_s", "data_wait", "data_wait_max", "memory_gb", "
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def through(place: Workplace) -> str:
     """A run of 20 updates that nothing interrupts: two processes, accumulation 2."""
     code, output = place.run("--name", "through", *WORKERS, processes=2)
