@@ -86,9 +86,10 @@ class Workplace:
         return process.returncode, output
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
+        """The whole lines of ``metrics.jsonl``; a reader beside the run may meet the last one half written."""
         path = self.folder / "runs" / name / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        whole = path.read_text().rpartition("\n")[0] if path.exists() else ""
+        return [json.loads(line) for line in whole.splitlines()]
 
     def status(self, name: str) -> dict[str, Any]:
         """``status.json``."""
