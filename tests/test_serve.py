@@ -286,6 +286,7 @@ def array(**changes: Any) -> bytes:
         (msgpack.packb({b"a": 2}), "the message has a key b'a', expected texts"),
         (array(dtype="|O"), "an array of the message cannot be read: its type is object, expected numbers"),
         (array(dtype="nonsense"), "an array of the message cannot be read: .*nonsense"),
+        (array(dtype="(2,f4"), "an array of the message cannot be read: "),
         (array(shape=[2**40, 2**40]), r"shape .* of float32 takes \d+ bytes, it has 8"),
         (array(shape=[-1, -2]), r"shape \(-1, -2\) of float32 takes 8 bytes, it has 8"),
         (array(data="text"), "an array of the message cannot be read"),
@@ -441,6 +442,16 @@ def test_one_that_fails_does_not_fail_its_company(caplog):
         (first, second, third), latencies = batched(act, [False] * 3)
     assert isinstance(second, RuntimeError) and latencies.batches == [3]
     assert (first.actions, third.actions) == (0, 2) and first.batch_size == 3
+
+
+def test_a_line_of_latencies_between_a_batch_and_its_answers():
+    latencies = Latencies()
+    latencies.inferred(2, 5.0)
+    assert latencies.line() is None  # nobody was answered yet
+    latencies.answered(7.0, 1.0)
+    latencies.answered(8.0, 1.0)
+    line = latencies.line()
+    assert line is not None and "2 requests in 0 s; total ms p50 7.5" in line and "model" not in line
 
 
 def test_an_interrupt_ends_it_too():

@@ -40,8 +40,9 @@ class Latencies:
         """A line for the log, None if nothing happened since the last; counting begins anew."""
         seconds = time.monotonic() - self.since
         parts = [f"{len(self.total_ms)} requests in {seconds:.0f} s"]
-        if self.total_ms:
-            parts += [f"{name} {_percentiles(times)}" for name, times in self._times().items()]
+        # Either can be there without the other: a batch is counted before its answers are sent, a line can fall between.
+        parts += [f"{name} {_percentiles(times)}" for name, times in self._times().items() if times]
+        if self.batches:
             parts += [f"batch mean {np.mean(self.batches):.2f} max {max(self.batches)}"]
         parts += [f"{count} {what}" for what, count in (("refused", self.refused), ("failed", self.failed)) if count]
         quiet = not (self.total_ms or self.refused or self.failed)

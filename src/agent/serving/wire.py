@@ -68,6 +68,6 @@ def _array(entry: dict[Any, Any]) -> Any:
         if not all(isinstance(side, int) and side >= 0 for side in shape) or size != len(data):
             raise ValueError(f"shape {shape} of {dtype} takes {size} bytes, it has {len(data)}")
         return np.frombuffer(data, dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, SyntaxError) as error:  # the last: a type like "(2,f4"
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise _NotAnArray(f"an array of the message cannot be read: {reason}") from None
