@@ -315,6 +315,19 @@ def test_answers_at_once_what_it_is_to_do() -> None:
     assert process.returncode == 2 and "--checkpoint DIR, or --run DIR" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--run", "runs/x", "--episodes", "20"], "--episodes: with --run, runs/x/config.yaml says this in eval_cfg"),
+        (["--run", "runs/x", "--tasks", REACH, "--out", "o"], "--tasks, --out: with --run, "),
+        (["--checkpoint", "runs/x", "--tasks", REACH, "--once"], "--once has no effect with --checkpoint"),
+    ],
+)
+def test_refuses_an_option_without_effect(arguments: list[str], said: str) -> None:
+    process = evaluate(*arguments, timeout=60)
+    assert process.returncode == 2 and said in process.stderr
+
+
 def test_finds_blank_images() -> None:
     random = np.random.default_rng(0)
     check_not_blank(random.integers(0, 255, (32, 32, 3), np.uint8))
@@ -347,6 +360,21 @@ def test_results_survive_and_are_not_mixed(tmp_path: Path) -> None:
     (tmp_path / "episodes.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="line 1, is no result"):
         ResultsFolder(tmp_path, {"checkpoint": "a", "seed": 1})
+
+
+def test_the_summary_keeps_what_was_done_before(tmp_path: Path) -> None:
+    results = ResultsFolder(tmp_path, {"checkpoint": "a"})
+    for task, episode, success in ((REACH, 0, True), (REACH, 1, False), (REACH, 3, True), (BUTTON, 0, True)):
+        results.add(EpisodeResult(task, episode, 1000 + episode, success, 40, 12.5, 1.0))
+    summary = results.summarize([BUTTON], 1)
+    assert summary == json.loads((tmp_path / "results.json").read_text())
+    assert [(row["task"], row["episodes"], row["successes"]) for row in summary["tasks"]] == [
+        (BUTTON, 1, 1),
+        (REACH, 2, 1),
+    ]
+    assert [(row["task"], row["episode"]) for row in summary["episodes"]] == [(BUTTON, 0), (REACH, 0), (REACH, 1)]
+    assert results.summarize([REACH], 1)["tasks"][0]["episodes"] == 2  # fewer asked for than there are
+    results.close()
 
 
 @pytest.mark.parametrize(
@@ -397,6 +425,9 @@ def test_a_start_that_fails_does_not_stop_the_training(
     starting.start(SimulationConfig(**EVAL_CFG), tmp_path / "run")
     starting.start(None, tmp_path / "run")
     assert len(caplog.records) == 2
+    monkeypatch.undo()
+    starting.start(SimulationConfig(**EVAL_CFG, start="process", script="nowhere.sh"), tmp_path / "run")
+    assert "could not be started, training goes on: eval_cfg.script: there is no nowhere.sh in" in caplog.messages[-1]
 
 
 def test_the_script_evaluates_a_run(tmp_path: Path) -> None:
@@ -422,6 +453,15 @@ def test_a_run_without_eval_cfg_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     with pytest.raises(ValueError, match="has no eval_cfg"):
         watching.read_config(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_evaluated_is_told_in_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval_cfg": EVAL_CFG}))
+    checkpoint = tmp_path / "checkpoints" / "step_00000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{}")
+    with pytest.raises(RuntimeError, match="step_00000001 could not be evaluated"):
+        watching.watch(tmp_path, [REACH], once=True)
 
 
 def test_chooses_checkpoints(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ INSTALL = (
     "install the extra `sim`: uv sync --extra sim, or start with uv run --extra sim python -m agent.evaluate_sim …"
 )
 
+_OF_EVAL_CFG = ("tasks", "episodes", "seed", "max_steps", "videos", "out")
+
 
 def default_out(pretrained: Path) -> Path:
     """``simulation/<checkpoint>`` in the run folder.
@@ -54,9 +56,16 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     if options.run:
         from agent.simulation.watching import watch
 
-        return watch(Path(options.run), list(TASK_DESCRIPTIONS), once=options.once)
-    tasks = tuple(task.strip() for task in options.tasks.split(",") if task.strip())
-    request = Request(tasks, options.episodes, options.seed, options.max_steps, options.videos)
+        return watch(
+            Path(options.run),
+            list(TASK_DESCRIPTIONS),
+            once=options.once,
+            device=options.device,
+            tokenizer=options.tokenizer,
+        )
+    tasks = tuple(task.strip() for task in (options.tasks or "").split(",") if task.strip())
+    numbers = ("episodes", "seed", "max_steps", "videos")
+    request = Request(tasks, **{key: value for key in numbers if (value := getattr(options, key)) is not None})
     request.check(list(TASK_DESCRIPTIONS))
 
     def out(pretrained: Path) -> Path:
@@ -66,17 +75,29 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     print(table(summary))
 
 
+def _check_company(options: argparse.Namespace) -> None:
+    """Refuses options that would have no effect."""
+    if options.checkpoint and options.once:
+        raise ValueError("--once has no effect with --checkpoint; leave it out")
+    given = [f"--{key}" for key in _OF_EVAL_CFG if options.run and getattr(options, key) is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: with --run, {options.run}/config.yaml says this in eval_cfg; leave it out, or "
+            "evaluate single checkpoints with --checkpoint"
+        )
+
+
 def main(arguments: list[str]) -> int:
     """Exit code 2 for what the user has to put right, 1 if simulation itself failed."""
     parser = argparse.ArgumentParser(prog="python -m agent.evaluate_sim", description=str(__doc__).split("\n")[0])
     parser.add_argument("--checkpoint", metavar="DIR", help="run folder, checkpoint or pretrained_model")
     parser.add_argument("--run", metavar="DIR", help="run folder: evaluate its checkpoints by the config's eval_cfg")
     parser.add_argument("--once", action="store_true", help="with --run: those that are there now, without waiting")
-    parser.add_argument("--tasks", default="", help="Meta-World's names, separated by commas")
-    parser.add_argument("--episodes", type=int, default=20, help="per task; default 20")
-    parser.add_argument("--seed", type=int, default=1000, help="of noise; episode e starts from seed + e; default 1000")
-    parser.add_argument("--max_steps", type=int, default=500, help="of an episode without success; default 500")
-    parser.add_argument("--videos", type=int, default=0, metavar="N", help="film the first N episodes of each task")
+    parser.add_argument("--tasks", help="Meta-World's names, separated by commas")
+    parser.add_argument("--episodes", type=int, help="per task; default 20")
+    parser.add_argument("--seed", type=int, help="of noise; episode e starts from seed + e; default 1000")
+    parser.add_argument("--max_steps", type=int, help="of an episode without success; default 500")
+    parser.add_argument("--videos", type=int, metavar="N", help="film the first N episodes of each task")
     parser.add_argument(
         "--out", metavar="DIR", help="of the results; default: simulation/<checkpoint> in the run folder"
     )
@@ -87,6 +108,7 @@ def main(arguments: list[str]) -> int:
     try:
         if bool(options.checkpoint) == bool(options.run):
             raise ValueError("name what to evaluate: --checkpoint DIR, or --run DIR")
+        _check_company(options)
         evaluate_sim(options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -118,28 +119,42 @@ class ResultsFolder:
             os.fsync(stream.fileno())
 
     def summarize(self, tasks: Sequence[str], episodes: int) -> dict[str, Any]:
-        """Writes ``results.json`` on these tasks' first episodes, all of them done, and returns its contents."""
-        rows = []
-        for task in tasks:
-            results = [self.done[task, episode] for episode in range(episodes)]
+        """Writes ``results.json`` on everything that is done, and returns its contents.
+
+        Args:
+            tasks: that come first; earlier ones of this folder follow.
+            episodes: of each of them that are done at least. An evaluation that was stopped may have left gaps; what is
+                behind one is left out.
+        """
+        counts = {task: self._unbroken(task) for task in dict.fromkeys([*tasks, *(task for task, _ in self.done)])}
+        assert all(counts[task] >= episodes for task in tasks), (counts, tasks, episodes)
+        rows, everything = [], []
+        for task, count in counts.items():
+            if not count:
+                continue
+            results = [self.done[task, episode] for episode in range(count)]
             wins = [result for result in results if result.success]
-            low, high = wilson(len(wins), episodes)
+            low, high = wilson(len(wins), count)
             rows.append(
                 {
                     "task": task,
-                    "episodes": episodes,
+                    "episodes": count,
                     "successes": len(wins),
-                    "success_rate": len(wins) / episodes,
+                    "success_rate": len(wins) / count,
                     "wilson95": [low, high],
                     "mean_steps_to_success": sum(r.steps for r in wins) / len(wins) if wins else None,
-                    "mean_reward": sum(r.reward for r in results) / episodes,
+                    "mean_reward": sum(r.reward for r in results) / count,
                     "seconds": sum(r.seconds for r in results),
                 }
             )
-        everything = [asdict(self.done[task, episode]) for task in tasks for episode in range(episodes)]
+            everything += [asdict(result) for result in results]
         summary = {"settings": self.settings, "tasks": rows, "episodes": everything}
         write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _unbroken(self, task: str) -> int:
+        """How many episodes of a task are done, from the first on without a gap."""
+        return next(number for number in itertools.count() if (task, number) not in self.done)
 
     def close(self) -> None:
         """Lets others write."""

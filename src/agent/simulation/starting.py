@@ -27,6 +27,8 @@ def start(config: SimulationConfig | None, run_dir: Path) -> None:
     folder = run_dir.resolve() / "simulation"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not Path(config.script).is_file():  # a shell that does not find it says so in another log
+            raise FileNotFoundError(f"eval_cfg.script: there is no {config.script} in {Path.cwd()}")
         if config.start == "sbatch":
             done = subprocess.run(
                 ["sbatch", config.script, str(run_dir.resolve())],

@@ -25,16 +25,20 @@ SILENCE_S = 600.0
 CURVE = "success.jsonl"
 
 
-def watch(run_dir: Path, known: Sequence[str], once: bool) -> None:
+def watch(
+    run_dir: Path, known: Sequence[str], once: bool, *, device: str | None = None, tokenizer: str | None = None
+) -> None:
     """Evaluates the chosen checkpoints; unless ``once``, waits for more until the training has ended.
 
     Args:
         run_dir: the run folder.
         known: Meta-World's tasks.
         once: only what is there now.
+        device, tokenizer: see ``agent.simulation.evaluation.evaluate``.
 
     Raises:
         ValueError: if there is no such run, it has no ``eval_cfg``, or another process watches it.
+        RuntimeError: at the end, if checkpoints that are there could not be evaluated.
     """
     config = read_config(run_dir)
     request = Request(tuple(config.tasks), config.episodes, config.seed, config.max_steps, config.videos)
@@ -53,13 +57,16 @@ def watch(run_dir: Path, known: Sequence[str], once: bool) -> None:
             # Asked before looking: what was saved up to the end is then seen by one more look.
             going_on = not once and is_training(run_dir)
             for checkpoint in chosen(run_dir, config.every, last=not going_on):
-                if checkpoint not in failed and not _evaluate(checkpoint, request, folder / checkpoint.name):
+                out = folder / checkpoint.name
+                if checkpoint not in failed and not _evaluate(checkpoint, request, out, device, tokenizer):
                     failed.add(checkpoint)
             if not going_on:
-                return
+                break
             time.sleep(POLL_S)
     finally:
         os.close(lock)
+    if there := sorted(checkpoint.name for checkpoint in failed if checkpoint.exists()):
+        raise RuntimeError(f"{', '.join(there)} could not be evaluated; the lines above say why")
 
 
 def read_config(run_dir: Path) -> SimulationConfig:
@@ -101,21 +108,23 @@ def is_training(run_dir: Path) -> bool:
         return False
     if time.time() - status.get("updated", 0) < SILENCE_S:
         return True
-    with open(run_dir / ".lock", "rb") as stream:
-        try:
+    try:
+        with open(run_dir / ".lock", "rb") as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:  # a copy of the folder
+        return False
     return False
 
 
-def _evaluate(checkpoint: Path, request: Request, out: Path) -> bool:
+def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None, tokenizer: str | None) -> bool:
     """Whether it worked; one that does not is no reason to give up the others."""
     if is_complete(out, request):
         return True
     log.info("evaluating %s", checkpoint)
     try:
-        summary = evaluate(str(checkpoint), request, lambda _: out)
+        summary = evaluate(str(checkpoint), request, lambda _: out, device=device, tokenizer=tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
         gone = " It was removed meanwhile: raise keep_checkpoints." if not checkpoint.exists() else ""
         log.error("%s could not be evaluated: %s%s", checkpoint, error, gone)
