@@ -295,6 +295,19 @@ def test_g13_a_skipped_update_changes_nothing(place: Workplace, server: ForkServ
     assert len(digests) == 1  # weights and optimizer on both ranks, before each of the six updates
 
 
+def test_g13_a_run_that_has_skipped_every_update_continues(place: Workplace, server: ForkServer) -> None:
+    two = ("--per_device_batch_size", "4", "--skip_nonfinite", "9", "--save_model_freq", "2", "--eval_freq", "0")
+    broken = {"hook": ("hooks", "infinite_gradient"), "BREAK_AT": "[1, 2]"}
+    server.start(place, "g13-through", *two, "--n_updates", "6", ranks=2, **broken).wait()  # type: ignore[arg-type]
+    server.start(place, "g13-none", *two, "--n_updates", "2", ranks=2, **broken).wait()  # type: ignore[arg-type]
+    assert place.metrics("g13-none")[-1]["skipped_updates"] == 2
+    longer = ("--n_updates", "6", "--resume_changes", "true")
+    output = server.start(place, "g13-none", *two, *longer, ranks=2).wait()
+    assert place.status("g13-none")["state"] == "finished", output
+    assert what_was_computed(place.metrics("g13-none"))[2:] == what_was_computed(place.metrics("g13-through"))[2:]
+    assert place.tensors("g13-none") == place.tensors("g13-through")
+
+
 def test_g14_weights_that_drifted_apart_are_found_before_a_save(place: Workplace, server: ForkServer) -> None:
     run = server.start(place, "g14", ranks=2, hook=("hooks", "flip_a_bit"))
     output = run.wait()

@@ -208,9 +208,9 @@ def restore(
     """
     files = tensor_reader.parts(checkpoint / TRAINING, _OPTIMIZER)
     entries = {path: tensor_reader.entries(path) for path in files}
-    state = optim.allocate_state(
-        optimizer, policy, {e.name: (e.shape, e.dtype) for some in entries.values() for e in some}
-    )
+    shapes = {e.name: (e.shape, e.dtype) for some in entries.values() for e in some}
+    # Until the first update that is not skipped an optimizer has no state, and a fresh one has none either.
+    state = optim.allocate_state(optimizer, policy, shapes) if shapes else {}
     for path in files:
         digest = checksums(path) if checksums is not None else None
         tensor_reader.stream(path, {entry.name: state[entry.name] for entry in entries[path]}, digest)
