@@ -24,15 +24,8 @@ from agent.data.build import build_data
 from agent.data.episodes import hold_out
 from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
 from agent.data.source import DatasetConfig, choose_video_backend, open_source
-from agent.data.transforms import (
-    SampleSpec,
-    TaskTokens,
-    load_paraphrases,
-    load_tokenizer,
-    pad_vector,
-    paraphrase,
-    resize_with_pad,
-)
+from agent.data.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
+from agent.data.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -373,7 +366,7 @@ def test_tokens_equal_lerobots(tokenizer):
     from lerobot.processor.converters import create_transition
 
     tasks = [DEFAULT_TASKS[0], "open the drawer\n", "open " * 30]
-    tokens = TaskTokens(tokenizer, 16, tasks)
+    tokens = make_task_tokens(tokenizer, 16, tasks)
     step = TokenizerProcessorStep(tokenizer_name=tokenizer, max_length=16)
     for task in tasks:
         transition = create_transition(observation={}, complementary_data={"task": task})
@@ -383,7 +376,42 @@ def test_tokens_equal_lerobots(tokenizer):
     assert tokens.too_long == {tasks[2]: 32}  # bos, 30 words, newline
     assert "32 tokens and is cut at 16" in tokens.warnings()[0]
     with pytest.raises(ValueError, match="an instruction is empty"):
-        TaskTokens(tokenizer, 16, ["\n"])
+        make_task_tokens(tokenizer, 16, ["\n"])
+
+
+def test_tokens_are_kept_until_the_tokenizer_or_the_instructions_change(tokenizer, tmp_path):
+    """Each time against fresh ones, which differ: a stale file would be seen."""
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tokenizer, folder)
+    tasks = ["open the drawer", "open " * 30]
+
+    def check(length: int, texts: list[str], files: int) -> None:
+        for _ in range(2):
+            kept = cached_task_tokens(str(folder), length, texts, tmp_path)
+            fresh = make_task_tokens(str(folder), length, texts)
+            assert [kept(t).tolist() for t in texts] == [fresh(t).tolist() for t in texts]
+            assert (kept.too_long, kept.pad_token_id) == (fresh.too_long, fresh.pad_token_id)
+            assert kept.warnings() == fresh.warnings()
+        assert len(list((tmp_path / "agent_cache").glob("tokens-*.json"))) == files
+
+    check(16, tasks, 1)
+    check(8, tasks, 2)
+    check(16, tasks[:1], 3)
+    file = folder / "tokenizer.json"
+    vocabulary = json.loads(file.read_text())
+    words = vocabulary["model"]["vocab"]
+    words["open"], words["drawer"] = words["drawer"], words["open"]
+    file.write_text(json.dumps(vocabulary))
+    check(16, tasks, 4)
+
+
+def test_a_start_that_knows_the_tokens_needs_no_transformers(tokenizer, tmp_path):
+    code = (
+        "import sys; from agent.data.task_tokens import cached_task_tokens as f; from pathlib import Path; "
+        f"f({tokenizer!r}, 16, ['open the drawer'], Path({str(tmp_path)!r})); print('transformers' in sys.modules)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert [run.stdout.strip() for run in runs] == ["True", "False"]
 
 
 def test_missing_tokenizer(tmp_path, monkeypatch):

@@ -20,7 +20,8 @@ from agent import export
 from agent.data.loader import SampleReader, collate
 from agent.data.normalization import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
 from agent.data.robot import Robot
-from agent.data.transforms import SampleSpec, TaskTokens
+from agent.data.task_tokens import make_task_tokens
+from agent.data.transforms import SampleSpec
 from agent.models.pi0 import adapter, configuration
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
@@ -222,7 +223,7 @@ def our_actions(model: PI0, recording: Recording, resized_by_the_model: bool) ->
     normalizers = [
         Normalizer(config.normalization_mapping[kind], s) for kind, s in (("STATE", state), ("ACTION", action))
     ]
-    tokens = TaskTokens(TOKENIZER, config.tokenizer_max_length, TASKS)
+    tokens = make_task_tokens(TOKENIZER, config.tokenizer_max_length, TASKS)
     robot = Robot("test", *normalizers, mean_action=np.zeros(ACTION_DIM, np.float32))
     reader = SampleReader([recording], [robot], tokens, spec, lambda k: (noise_of(k), 0.5))  # type: ignore[list-item]
     samples = [reader.sample(k, 0, k) for k in range(len(recording.frames))]

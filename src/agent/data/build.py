@@ -26,7 +26,8 @@ from agent.data.robot_statistics import (
     make_robots,
 )
 from agent.data.source import DatasetConfig, Source, open_source
-from agent.data.transforms import SampleSpec, TaskTokens, load_paraphrases
+from agent.data.task_tokens import cached_task_tokens
+from agent.data.transforms import SampleSpec, load_paraphrases
 
 
 @dataclass
@@ -136,7 +137,7 @@ def build_data(
         for s in training
     ]
     report += [f"{s}: pictures of {', '.join(c)} are augmented" for s, c in zip(training, changes, strict=True) if c]
-    tokens = TaskTokens(tokenizer_path, spec.tokenizer_max_length, texts)
+    tokens = cached_task_tokens(tokenizer_path, spec.tokenizer_max_length, texts, training[0].metadata.root)
     report += tokens.warnings()
     for source in training:
         digest.update(np.ascontiguousarray(source.episodes))

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from agent.data import cache
+from agent.data.arrow import to_numpy
 from agent.data.files import Metadata, files_of
 
 _VERSION = 1
@@ -161,8 +162,8 @@ def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
             continue
         while pa.types.is_nested(column.type):
             column = column.flatten()
-        values[name] = column.to_numpy(zero_copy_only=False).reshape(len(table), -1)
-    return table["episode_index"].to_numpy(), table["frame_index"].to_numpy(), values
+        values[name] = to_numpy(column).reshape(len(table), -1)
+    return to_numpy(table["episode_index"]), to_numpy(table["frame_index"]), values
 
 
 def _with_gaps(rows: list) -> np.ndarray:

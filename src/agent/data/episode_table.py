@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from agent.data import cache
+from agent.data.arrow import to_numpy
 
 _VERSION = 1
 LARGE = 20 << 20  # bytes; a process to read it apart takes half a second
@@ -75,7 +76,7 @@ def _parsed(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
         for name in names:
-            columns.setdefault(name, []).append(table[name].to_numpy())
+            columns.setdefault(name, []).append(to_numpy(table[name]))
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 

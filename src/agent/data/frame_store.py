@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import xxhash
 
+from agent.data.arrow import to_numpy
 from agent.data.files import Metadata, files_of, spelled
 from agent.data.frame_encoding import Encoding
 
@@ -340,4 +341,4 @@ def read_index(path: Path) -> dict[str, np.ndarray]:
 
     with pa.memory_map(str(path)) as file:
         table = pa.ipc.open_file(file).read_all()
-    return {name: table[name].chunk(0).to_numpy() for name in table.column_names}
+    return {name: to_numpy(table[name]) for name in table.column_names}

@@ -12,7 +12,8 @@ from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
 from agent.data.augmentation import Augmentation
 from agent.data.robot import Robot
 from agent.data.source import Source
-from agent.data.transforms import SampleSpec, TaskTokens, pad_vector, paraphrase, resize_with_pad
+from agent.data.task_tokens import TaskTokens
+from agent.data.transforms import SampleSpec, pad_vector, paraphrase, resize_with_pad
 
 if TYPE_CHECKING:
     import torch

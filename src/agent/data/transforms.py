@@ -1,4 +1,4 @@
-"""Pure functions from a sample to a sample: resizing, padding, instructions to tokens."""
+"""Pure functions from a sample to a sample: resizing, padding, paraphrasing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent import hub
 from agent.reproducibility import stream
 
 if TYPE_CHECKING:
@@ -80,112 +79,6 @@ def pad_vector(values: np.ndarray, size: int) -> np.ndarray:
     padded = np.zeros((*values.shape[:-1], size), dtype=values.dtype)  # np.pad takes ten times as long
     padded[..., : values.shape[-1]] = values
     return padded
-
-
-class TaskTokens:
-    """The tokens of every instruction, made once: workers need no tokenizer.
-
-    An instruction ends with exactly the newline that π0's prompts end with, is cut at ``max_length`` and padded
-    on the right, like LeRobot's ``Pi0NewLineProcessor`` and ``TokenizerProcessorStep``.
-
-    Args:
-        tokenizer_path: a local folder or a hub id.
-        max_length: L before trimming.
-        tasks: the instructions of all data sets, and their paraphrases.
-
-    Raises:
-        ValueError: if the tokenizer cannot be had or has no padding token, or an instruction is empty.
-    """
-
-    def __init__(self, tokenizer_path: str, max_length: int, tasks: Iterable[str]) -> None:
-        tokenizer = load_tokenizer(tokenizer_path)
-        if tokenizer.pad_token_id is None:
-            raise ValueError(f"the tokenizer at {tokenizer_path} (model_cfg.tokenizer_path) has no padding token")
-        self.max_length = max_length
-        self.pad_token_id = int(tokenizer.pad_token_id)
-        self.too_long: dict[str, int] = {}
-        """Instruction → its number of tokens, where that is above ``max_length``: these are cut."""
-        self._tokens: dict[str, np.ndarray] = {}
-        for task in sorted(set(tasks)):
-            if not task.strip():
-                raise ValueError("an instruction is empty: every episode needs a task in words")
-            text = task if task.endswith("\n") else task + "\n"
-            tokens = tokenizer(text)["input_ids"]
-            if len(tokens) > max_length:
-                self.too_long[task] = len(tokens)
-                # asked anew, because a tokenizer may keep an end token when it cuts
-                tokens = tokenizer(text, max_length=max_length, truncation=True)["input_ids"]
-            self._tokens[task] = np.asarray(tokens, dtype=np.int64)
-
-    def __call__(self, task: str) -> np.ndarray:
-        """The tokens of an instruction, (at most L,) int64, without padding."""
-        return self._tokens[task]
-
-    def largest(self) -> int:
-        """The largest token id that occurs, padding included."""
-        return max(self.pad_token_id, *(int(tokens.max()) for tokens in self._tokens.values()))
-
-    def warnings(self) -> list[str]:
-        """A line for every instruction that is cut."""
-        return [
-            f"instruction {task!r} has {count} tokens and is cut at {self.max_length}: "
-            "raise model_cfg.tokenizer_max_length"
-            for task, count in self.too_long.items()
-        ]
-
-
-def load_tokenizer(tokenizer_path: str) -> Any:
-    """The tokenizer of a local folder or of the hub, from the local cache when it is there.
-
-    Raises:
-        ValueError: at once, with what to do, if it cannot be had.
-    """
-    from transformers import AutoTokenizer
-
-    folder = Path(tokenizer_path).expanduser()
-    looks_local = tokenizer_path.startswith((".", "/", "~")) or tokenizer_path.count("/") != 1
-    if looks_local and not folder.is_dir():
-        _refuse_tokenizer(tokenizer_path, "there is no such folder", None)
-    if folder.is_dir():
-        try:
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            _refuse_tokenizer(tokenizer_path, "the folder holds no tokenizer that transformers reads", error)
-    try:
-        # For a large vocabulary transformers asks the hub even with local_files_only, unless it is offline as a whole.
-        with hub.offline():
-            return AutoTokenizer.from_pretrained(tokenizer_path, local_files_only=True)
-    except (OSError, ValueError):
-        pass  # not in the cache
-    if not _hub_answers():
-        _refuse_tokenizer(tokenizer_path, "it is not in the local cache and the hub cannot be reached", None)
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer_path)
-    except (OSError, ValueError) as error:  # the hub's and transformers' own errors are OSErrors
-        _refuse_tokenizer(tokenizer_path, (str(error).strip().splitlines() or ["no reason given"])[0], error)
-
-
-def _hub_answers() -> bool:
-    """One question with a time limit: transformers itself retries for minutes when there is no network."""
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=10)
-    except httpx.HTTPError:
-        return False
-    return True
-
-
-def _refuse_tokenizer(tokenizer_path: str, reason: str, error: Exception | None) -> NoReturn:
-    raise ValueError(
-        f"the tokenizer {tokenizer_path!r} (model_cfg.tokenizer_path) cannot be loaded: {reason}. "
-        "google/paligemma-3b-pt-224 is gated: accept its licence at "
-        "https://huggingface.co/google/paligemma-3b-pt-224 and run `hf auth login`; or set "
-        "model_cfg.tokenizer_path to a local folder with tokenizer.json and tokenizer_config.json."
-    ) from error
 
 
 def load_paraphrases(path: str, tasks: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:

@@ -126,7 +126,7 @@ def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
 def _look_for_tokenizer(path: str) -> Found:
     from huggingface_hub import snapshot_download
 
-    from agent.data.transforms import load_tokenizer
+    from agent.data.task_tokens import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     folder = Path(path).expanduser()
