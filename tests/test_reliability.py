@@ -67,6 +67,21 @@ def test_g3_when_every_checkpoint_is_damaged_the_run_does_not_start_over(
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"damaged_step_00000016", "damaged_step_00000020"}
 
 
+def test_weights_that_nothing_can_continue_from_are_not_overwritten(place: Workplace, server: ForkServer) -> None:
+    few = ("--n_updates", "6", "--save_model_freq", "2", "--keep_checkpoints", "3", "--keep_training_states", "1")
+    server.start(place, "weights", *few, "--eval_freq", "0").wait()
+    folder = place.folder / "runs" / "weights" / "checkpoints"
+    (folder / "step_00000006").rename(folder / "damaged_step_00000006")
+    for resume_run, said in (
+        ("false", "exists and would be overwritten"),
+        ("true", "none that it could continue from"),
+    ):
+        output = server.start(place, "weights", *few, "--eval_freq", "0", "--resume_run", resume_run).wait()
+        status = place.status("weights")
+        assert status["error_kind"] == "config" and said in status["reason"], output
+    assert {p.name for p in folder.glob("*step*")} == {"damaged_step_00000006", "step_00000002", "step_00000004"}
+
+
 def test_g3_damage_to_any_file_of_the_newest_checkpoint(place: Workplace, server: ForkServer, through: str) -> None:
     files = [p for p in sorted(place.checkpoint(through).rglob("*")) if p.is_file()]
     assert len(files) > 8

@@ -37,13 +37,13 @@ def candidates(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> lis
     checkpoints.link_best()  # a kill between the end of a save and its links leaves an older one
     found = checkpoints.candidates()
     order = "start: own checkpoint of this run → load_from_checkpoint → from scratch; taking "
-    if found and not config.resume_run:
-        raise ValueError(
-            f"resume_run is false, but {found[0]} exists and would be overwritten; give this run another name, "
-            "or remove its folder"
-        )
     unusable = [] if found else checkpoints.unusable()
-    if unusable and config.resume_run:
+    if (found or unusable) and not config.resume_run:
+        raise ValueError(
+            f"resume_run is false, but {(found or unusable)[0]} exists and would be overwritten; give this run another "
+            "name, or remove its folder"
+        )
+    if unusable:
         raise ValueError(
             "this run has checkpoints, but none that it could continue from: "
             + ", ".join(map(str, unusable))
