@@ -331,6 +331,8 @@ def test_a_truncated_video(place, copy, small_parts):
     left_out = source.store.manifest.left_out
     assert left_out and 0 not in left_out and 5 in left_out
     assert source.episodes.tolist() == [episode for episode in range(6) if episode not in left_out]
+    with pytest.raises(ValueError, match="(?s)data set test/data: none of the episodes .*choose others.*data.prepare"):
+        source_of(copy, episodes=[5])
     plain = source_of(place.folder / "data", "none")
     theirs = resize_with_pad(plain.read(5).images[FRONT], *SIZE).double()
     assert (theirs - source.read(5).images[FRONT].double()).abs().mean() < 4

@@ -313,6 +313,11 @@ def open_source(
         chosen, warning = store.without_bad(chosen)
         if warning is not None:
             logger.warning("data set %s: %s", config.repo_id, warning)
+        if not len(chosen):
+            raise ValueError(
+                f"data set {config.repo_id}: none of the episodes that `episodes` or `split` choose could be read when {store} "
+                "was prepared: choose others, or copy the files again and run `python -m agent.data.prepare`"
+            )
     files.verify_files(metadata, chosen, videos=verify_videos and store is None)
     names = dict.fromkeys([config.state, config.action, "task_index", "timestamp"])
     table = ColumnTable(metadata, chosen, tuple(names))
