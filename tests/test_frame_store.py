@@ -9,6 +9,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -141,6 +142,15 @@ def test_resizing_is_the_readers(size):
         image = np.random.default_rng(number).integers(0, 256, (*size, 3), dtype=np.uint8)
         theirs = resize_with_pad(torch.from_numpy(image.transpose(2, 0, 1).copy()), 48, 56)
         np.testing.assert_array_equal(resize(image, (48, 56)).transpose(2, 0, 1), theirs.numpy())
+
+
+def test_the_size_of_a_store_of_pictures_is_estimated_from_pictures(place, tmp_path, caplog):
+    root = write_dataset(tmp_path / "pictures", episodes=3, length=40, cameras={FRONT: (32, 48)}, video=False)
+    caplog.set_level(logging.INFO)
+    assert prepared(place, root, workers=1) == []
+    (said,) = re.findall(r"120 pictures to decode .* about ([\d.]+) kB \(from \d+ frames", caplog.text)
+    (part,) = root.glob("frames/*/*/*.arrow")
+    assert float(said) * 1000 == pytest.approx(part.stat().st_size, rel=0.2)
 
 
 def test_any_arrow_library_reads_the_pictures(stores):

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,12 +142,16 @@ def _sampled(part: Part, count: int) -> list[int]:
     """The sizes of a few encoded pictures; what is bad is left to the real pass."""
     import av
 
-    from agent.data.frame_parts import FrameMissing, decode, encoded
+    from agent.data.frame_parts import FrameMissing, _from_data_file, decode, encoded
 
+    if not part.video:
+        episode, rows = next(iter(part.episodes.items()))
+        sizes: list[int] = []
+        writer: Any = SimpleNamespace(add=lambda _, __, picture: sizes.append(len(picture)))
+        _from_data_file(replace(part, episodes={episode: rows[:count]}), writer, {})
+        return sizes
     times = np.concatenate(list(part.episodes.values()))
     times = times[: min(count, len(times))]
-    if not part.video:
-        return []
     try:
         return [len(encoded(part, picture)) for picture in decode(part.source, times)]
     except (av.FFmpegError, FrameMissing):
