@@ -291,6 +291,23 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(tmp_pat
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000015", "step_00000020"]
 
 
+def test_an_old_checkpoint_that_cannot_be_looked_at_does_not_fail_the_save(tmp_path, monkeypatch, caplog):
+    store = store_with(tmp_path, 5, 10, keep=2)
+    stat = os.stat
+
+    def failing(path, *args, **kwargs):
+        if "step_00000005" in str(path) and str(path).endswith(WEIGHTS):
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return stat(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", failing)
+        assert store.save(15, writer("s15")).name == "step_00000015"
+    assert "could not be pruned yet" in caplog.text and "Stale file handle" in caplog.text
+    store.save(20, writer("s20"))
+    assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000015", "step_00000020"]
+
+
 def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_path):
     store = store_with(tmp_path, 10, 20, keep=2)
     flip_a_bit(store.folder / "step_00000020")

@@ -132,7 +132,10 @@ class CheckpointStore:
             self._link("last", final)
         except OSError as error:
             log.warning("%s is complete, but the link `last` could not be set to it: %s", final, error)
-        self._prune(step)
+        try:
+            self._prune(step)
+        except OSError as error:  # not even the sizes of an older one can be had
+            log.warning("the checkpoints before %s could not be pruned yet: %s", final, error)
         return final, size
 
     def abandon(self, step: int) -> None:
