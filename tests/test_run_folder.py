@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -99,3 +100,30 @@ def test_the_reason_in_a_stop_file_is_read_once_it_is_written(tmp_path: Path) ->
         assert stop.pending()
         writer.join()
     assert stop.reason == "another world size"
+
+
+def test_a_stop_file_that_cannot_be_read_stops_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest()
+    stop.watch_files(tmp_path)
+    (tmp_path / "stop").write_text("of a colleague, mode 600")
+
+    def forbidden(*arguments: Any, **keywords: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", forbidden)
+    assert stop.pending() and stop.reason == f"asked to by the file {tmp_path / 'stop'}"
+
+
+def test_a_folder_that_does_not_answer_for_a_moment_is_no_request_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, stat = StopRequest(), os.stat
+    stop.watch_files(tmp_path)
+
+    def stale(path: Any, *arguments: Any, **keywords: Any) -> os.stat_result:
+        if Path(path).name == "stop":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "stat", stale)
+    assert not stop.pending()

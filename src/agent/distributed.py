@@ -192,6 +192,18 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
     return device
 
 
+def _text_of(stop_file: Path) -> str:
+    """What it says; nothing where whoever made it has left it unreadable for this process."""
+    try:
+        text = stop_file.read_text(encoding="utf-8", errors="replace").strip()
+        if not text:  # made with `touch`, or not yet written by who has just opened it
+            time.sleep(_WRITTEN_WITHIN_S)
+            text = stop_file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+    return text
+
+
 class StopRequest:
     """Remembers that somebody asked this process to stop; the training loop looks at every update boundary.
 
@@ -213,12 +225,10 @@ class StopRequest:
     def pending(self) -> bool:
         """True once this process has been asked to stop."""
         for path in self._files:
-            if not self.reason and path.exists():
-                text = path.read_text(encoding="utf-8", errors="replace").strip()
-                if not text:  # made with `touch`, or not yet written by who has just opened it
-                    time.sleep(_WRITTEN_WITHIN_S)
-                    text = path.read_text(encoding="utf-8", errors="replace").strip()
-                self.reason = text or f"asked to by the file {path}"
+            if not self.reason and os.path.exists(
+                path
+            ):  # not Path.exists, which raises what a bad moment of NFS brings
+                self.reason = _text_of(path) or f"asked to by the file {path}"
         return bool(self.reason)
 
     def _on_signal(self, number: int, frame: Any) -> None:
