@@ -319,3 +319,14 @@ def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.
     lines.close()
     written = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert written == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("end", ["sync", "close"])
+def test_lines_that_waited_for_room_are_written_before_a_checkpoint_and_at_the_end(tmp_path: Path, end: str) -> None:
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.rewind(0)
+    disk, lines._handle = lines._handle, os.open("/dev/full", os.O_WRONLY)
+    lines.write({"step": 1})
+    lines._handle = disk
+    getattr(lines, end)()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'

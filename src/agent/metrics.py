@@ -89,25 +89,30 @@ class JsonLines:
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line, whole. What a full disk does not take is kept and written later."""
-        assert self._handle is not None
         waiting = bool(self._pending)
         self._pending += (json.dumps(record) + "\n").encode()
+        error = self._flush()
+        if error is not None and not waiting:
+            log.warning("%s cannot be written (%s); its lines wait until there is room", self.path, error.strerror)
+
+    def _flush(self) -> OSError | None:
+        assert self._handle is not None
         try:
             written = os.write(self._handle, self._pending)
             if written < len(self._pending):
                 os.ftruncate(self._handle, self._size)  # no half lines
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            if not waiting:
-                log.warning("%s cannot be written (%s); its lines wait until there is room", self.path, error.strerror)
-            return
+            return error
         self._size += len(self._pending)
         self._pending = b""
+        return None
 
     def sync(self) -> None:
         """Brings the lines to the disk: a checkpoint must not outlive the lines of its updates."""
         if self._handle is None:
             return
+        self._flush()
         try:
             os.fsync(self._handle)
         except OSError as error:  # NFS says so late that the disk is full
@@ -116,6 +121,7 @@ class JsonLines:
     def close(self) -> None:
         """Closes the file."""
         if self._handle is not None:
+            self._flush()
             if self._pending:
                 log.error("%d lines of %s are lost, the disk was full", self._pending.count(b"\n"), self.path)
             os.close(self._handle)
