@@ -405,6 +405,35 @@ def test_a_store_that_no_longer_matches(place, copy):
         source_of(copy)
 
 
+def test_noting_that_a_copy_is_unchanged_may_fail(place, copy, tmp_path, monkeypatch):
+    """It saves the next start some reading; a full disk must not keep this one from training."""
+    assert prepared(place, copy) == []
+    moved = tmp_path / "moved"
+    shutil.copytree(copy, moved, copy_function=shutil.copy)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Manifest, "write", full)
+    assert source_of(moved).read(71).frame == 11
+
+
+def test_two_nodes_replace_a_manifest_at_once_under_one_process_id(tmp_path, monkeypatch):
+    from agent.data.frame_store import write_whole
+
+    path, sync = tmp_path / "manifest.json", os.fsync
+
+    def second(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        write_whole(path, b"second")
+        assert path.read_bytes() == b"second"
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", second)
+    write_whole(path, b"first")
+    assert path.read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_changed_video_is_decoded_again(place, copy, tmp_path):
     assert prepared(place, copy) == []
     other = write_dataset(tmp_path / "other", episodes=6, length=12, seed=9)

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,25 @@ def test_what_is_kept_changes_nothing(tenth, tmp_path, monkeypatch):
     home.rename(tmp_path / "gone")
     home.write_text("nor here")
     same(start((copy, None)), first)
+
+
+def test_two_nodes_keep_the_same_at_once_under_one_process_id(tmp_path):
+    """As two containers on one disk do; here the second begins and ends while the first is writing."""
+    from agent.data import cache
+
+    def write(folder: Path, meanwhile: Callable[[], object]) -> None:
+        folder.mkdir()
+        (folder / "first").write_text("whole")
+        meanwhile()
+        (folder / "second").write_text("whole")
+
+    def second() -> None:
+        assert cache.keep(tmp_path, "name", partial(write, meanwhile=int)) == place
+
+    place = tmp_path / "agent_cache" / "name"
+    assert cache.keep(tmp_path, "name", partial(write, meanwhile=second)) == place
+    assert [path.name for path in place.parent.iterdir()] == ["name"]
+    assert {path.name: path.read_text() for path in place.iterdir()} == {"first": "whole", "second": "whole"}
 
 
 def test_a_changed_file_is_noticed(tmp_path):

@@ -44,7 +44,8 @@ def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
         Where it is, or None if no place can be written.
     """
     for place in places(root, name):
-        partial = place.with_name(f".{place.name}.{os.getpid()}.partial")
+        # Not by the process id: two nodes, or two containers, that share a disk may have the same.
+        partial = place.with_name(f".{place.name}.{os.urandom(8).hex()}.partial")
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
             write(partial)

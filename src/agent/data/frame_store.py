@@ -16,6 +16,7 @@ one copy for all processes of a machine; pictures are read, not mapped, so that 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ import xxhash
 from agent.data.arrow import to_numpy
 from agent.data.files import Metadata, files_of, spelled
 from agent.data.frame_encoding import Encoding
+
+logger = logging.getLogger(__name__)
 
 Setting = Literal["auto", "none", "jpeg", "lossless", "raw"]
 
@@ -122,7 +125,7 @@ class Manifest:
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # every node's own, whatever its process ids
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -261,7 +264,10 @@ class FrameStore:
             moved[name] = now
         if moved and os.access(self.folder, os.W_OK):  # so that the next start need not read them again
             manifest.sources.update(moved)
-            manifest.write(self.folder / "manifest.json")
+            try:
+                manifest.write(self.folder / "manifest.json")
+            except OSError as error:  # a full disk, say, which is no reason not to read from it
+                logger.info("the times of %d copied files are not noted in %s (%s)", len(moved), self.folder, error)
 
     def _knows(self, episode: int) -> bool:
         return episode in self._first_row or episode in self.manifest.left_out
