@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from make_dataset import frame_image, write_dataset
 from PIL import Image
 
 from agent.configuration_pipeline import load_config
+from agent.distributed import Launch
 from agent.models.pi0.memory import Training, predict
+from agent.preflight import memory
+from agent.preflight.context import Context
 from agent.preflight.gpus import GPUS, recognised
 from agent.preflight.slurm import find_job, seconds_of
 
@@ -176,10 +181,14 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
         {"repo_id": "test/data", "root": str(place.folder / "data")},
         {"repo_id": "test/cut", "root": str(tmp_path / "cut")},
         {"repo_id": "test/missing", "root": str(tmp_path / "nowhere")},
+        {"repo_id": "test/damaged", "root": str(tmp_path / "damaged")},
     ]
+    info = shutil.copytree(place.folder / "data", tmp_path / "damaged") / "meta" / "info.json"
+    info.write_text(json.dumps({key: value for key, value in json.loads(info.read_text()).items() if key != "fps"}))
     config = json.loads((place.folder / "tiny.yaml").read_text())
     config |= {"load_from_checkpoint": str(tmp_path / "weights"), "use_wandb": True, "n_epochs": 3}
     config |= {"global_batch_size": 6, "per_device_batch_size": 4}
+    config["eval_cfg"] = {"tasks": ["reach-v3"], "every": 4, "start": "process", "script": "nowhere.sh"}
     config["model_cfg"] = MODEL | {"tokenizer_path": str(tmp_path / "words")}
     config["data"]["train"]["datasets"] = datasets
     (tmp_path / "broken.yaml").write_text(json.dumps(config))
@@ -193,6 +202,7 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
     for name, text, change in (
         ("wandb", "no wandb key", "use_wandb: false"),
         ("data: test/missing", "does not exist", "`root`"),
+        ("data: test/damaged", "could not be looked through (KeyError: 'fps')", "Copy it again"),
         ("weights", "there is no file or folder", ""),
         ("tokenizer", "there is no such folder", "model_cfg.tokenizer_path to a local folder"),
         ("batch", "6 is not a multiple", "write global_batch_size: 4 or 8"),
@@ -207,7 +217,8 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
     warned = [row["text"] for row in report["rows"] if row["result"] == "warn"]
     assert any(text.startswith("n_epochs has no effect") for text in warned)
     assert any("not checked" in text for text in warned)
-    assert "Traceback" not in process.stderr + process.stdout
+    assert any("there is no nowhere.sh in" in text for text in warned)
+    assert (process.stderr + process.stdout).count("Traceback") == 1  # of the damage that nobody has thought of
     assert Image.open(tmp_path / "runs" / "broken" / "check" / "cameras.png").size[0] > 256
 
 
@@ -289,6 +300,24 @@ def test_the_largest_batch_is_the_predictors(server: ForkServer, place: Workplac
     assert card(found["largest_batch"]) <= GPUS["h100"].memory < card(found["largest_batch"] + 1)
 
 
+@pytest.mark.parametrize("share, result", [(0.9, "pass"), (0.97, "warn"), (1.1, "fail")])
+def test_the_advised_batch_passes(place: Workplace, monkeypatch: pytest.MonkeyPatch, share: float, result: str) -> None:
+    """Of a batch that fits hardly or not, what is to be written instead is smaller, and is fine."""
+
+    def context(batch: int) -> Context:
+        sizes = ["--per_device_batch_size", str(batch), "--global_batch_size", "64"]
+        return Context(load_config(place.folder / "tiny.yaml", ["--check_gpu", "4090", *sizes], 1)[0], Launch())
+
+    need = memory.predicted(context(64), 64)
+    monkeypatch.setitem(GPUS, "4090", replace(GPUS["4090"], memory=int(need / share)))
+    (row,) = memory.check(context(64))
+    assert row.result == result
+    if result != "pass":
+        advised = re.match(r"write per_device_batch_size: (\d+) ", row.change)
+        assert advised is not None and 0 < int(advised[1]) < 64, row
+        assert memory.check(context(int(advised[1])))[0].result == "pass"
+
+
 def test_requeues_follow_from_the_time_limit(server: ForkServer, place: Workplace) -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(time.time()) + 3600), "SLURM_GPUS_ON_NODE": "2"}
     long = ["--n_updates", "10000000", "--check_gpu", "h100"]
@@ -315,6 +344,12 @@ def test_a_job_is_read_from_its_script(tmp_path: Path, monkeypatch: pytest.Monke
     assert (job.limit_s, job.gpus, job.cores, job.requeue, job.warning_s) == (36 * 3600, 4, 54, True, 300)
     assert job.gpu_words == ["h100", "a100", "h200"]
     assert find_job("other", [tmp_path], 0.0) is None
+    (folder / "disk.sh").write_text("#SBATCH --gres=tmp:200,gpu:a100:2\n#SBATCH --gpus-per-node=a100:2\n")
+    job = find_job("disk", [tmp_path], 0.0)
+    assert job is not None and job.gpus == 2 and set(job.gpu_words) == {"a100"}
+    (folder / "disk.sh").write_text("#SBATCH --gres=disk:200\n")
+    job = find_job("disk", [tmp_path], 0.0)
+    assert job is not None and job.gpus is None
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from agent.data.transforms import resize_with_pad
 from agent.preflight.context import Context
 from agent.preflight.report import Row, failed
 from agent.preflight.survey import Survey
+from agent.validation_record import dimension_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -54,20 +55,15 @@ def _spelled(found: Survey, context: Context) -> str:
         ("state", found.config.state, context.model.max_state_dim),
         ("action", found.config.action, context.model.max_action_dim),
     ):
-        names = dimension_names(found.metadata, key)
+        names = names_of(found.metadata, key)
         lines.append(f"{what} ← {key}: {', '.join(names)} ({len(names)}, padded to {most})")
     return "\n".join(lines)
 
 
-def dimension_names(metadata: Any, key: str) -> list[str]:
+def names_of(metadata: Any, key: str) -> list[str]:
     """Names of a feature's dimensions, numbers where the data set has none."""
     feature = metadata.features[key]
-    names = feature.get("names")
-    if isinstance(names, dict):  # {"motors": [names]} and {name: place} both occur
-        inner = [part for value in names.values() if isinstance(value, list) for part in value]
-        names = inner or sorted(names, key=lambda name: str(names[name]).zfill(4))
-    size = int(np.prod(feature["shape"]))
-    return [str(name) for name in names] if names and len(names) == size else [f"dimension {n}" for n in range(size)]
+    return dimension_names(feature, int(np.prod(feature["shape"])), "dimension")
 
 
 def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | None]]:

@@ -46,8 +46,9 @@ def _verdict(context: Context, text: str, details: dict, needed: float, each: fl
     if ask <= room:
         change = f"write data.train.num_workers: {ask}"
         return Row("loader", "warn", f"{text}; {own} workers for each are too few", change, details)
+    place = "the job" if known else "this machine"
     change = (
-        f"{ask} workers for each would do, {gpus * (ask + 1)} cores in all, and the job has {cores}; ask for them "
+        f"{ask} workers for each would do, {gpus * (ask + 1)} cores in all, and {place} has {cores}; ask for them "
         "(--cpus-per-task) with as many data.train.num_workers, or make a frame store: `uv run python -m agent.data.prepare …`"
     )
     return Row("loader", "warn", f"{text}; it would wait {1 - supply / needed:.0%} of the time", change, details)

@@ -11,7 +11,8 @@ from agent.preflight.gpus import GPUS, Gpu
 from agent.preflight.report import Row
 
 GIB = 1 << 30
-_MOST = 4096
+_MOST = 4096  # nobody asks for a larger batch, and none is looked for
+_TIGHT = 0.95  # of a GPU's memory: what needs more gets a warning
 
 
 def check(context: Context) -> list[Row]:
@@ -27,7 +28,7 @@ def check(context: Context) -> list[Row]:
     batch = context.config.per_device_batch_size
     fits = [name for name, most in largest.items() if most >= batch]
     text = f"{_needed(context)}; largest per_device_batch_size: " + ", ".join(
-        f"{name} {most or 'none'}" for name, most in largest.items()
+        f"{name} {_spelled(most)}" for name, most in largest.items()
     )
     details = {"largest": largest, "predicted_bytes": predicted(context, batch)}
     if len(fits) == len(largest):
@@ -63,10 +64,12 @@ def predicted(context: Context, batch: int) -> int:
 
 
 def largest_batch(context: Context, memory: int) -> int:
-    """The largest batch whose prediction fits; 0 if not even one sample does."""
+    """The largest batch up to 4096 whose prediction fits; 0 if not even one sample does."""
     low, high = 0, 1
     while high <= _MOST and predicted(context, high) <= memory:
         low, high = high, high * 2
+    if high > _MOST:
+        return _MOST
     while high - low > 1:
         middle = (low + high) // 2
         if predicted(context, middle) <= memory:
@@ -84,11 +87,15 @@ def _needed(context: Context) -> str:
 def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
     config, batch = context.config, context.config.per_device_batch_size
     need, most = predicted(context, batch), largest_batch(context, gpu.memory)
-    text = f"{gpu.name} ({source}) has {gpu.memory / GIB:.1f} GiB: {_needed(context)}; largest per_device_batch_size {most}"
+    text = (
+        f"{gpu.name} ({source}) has {gpu.memory / GIB:.1f} GiB: {_needed(context)}; largest per_device_batch_size "
+        f"{_spelled(most)}"
+    )
     details = {"gpu": gpu.name, "predicted_bytes": need, "gpu_bytes": gpu.memory, "largest_batch": most}
-    if need <= 0.95 * gpu.memory:
+    if need <= _TIGHT * gpu.memory:
         return Row("memory", "pass", text, details=details)
-    changes = [f"per_device_batch_size: {_divisor(context, most)}"] if most else []
+    easily = largest_batch(context, int(_TIGHT * gpu.memory))
+    changes = [f"per_device_batch_size: {_divisor(context, easily)}"] if easily else []
     if config.activation_checkpointing != "full":
         changes.append("activation_checkpointing: full")
     if config.precision == "float32_master":
@@ -101,6 +108,10 @@ def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
     if need <= gpu.memory:
         return Row("memory", "warn", f"{text}; less than 5% is left", change, details)
     return Row("memory", "fail", text, change, details)
+
+
+def _spelled(most: int) -> str:
+    return "none" if most == 0 else f"{most} or more" if most == _MOST else str(most)
 
 
 def _divisor(context: Context, most: int) -> int:

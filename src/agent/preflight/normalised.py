@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.preflight.cameras import dimension_names
+from agent.preflight.cameras import names_of
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 
@@ -28,7 +28,7 @@ def check(context: Context) -> list[Row]:
     for source, robot in zip(reader.sources, reader.robots, strict=True):
         for what, key, values in _normalised(source, robot):
             name = f"statistics: {source.config.repo_id}"
-            names = dimension_names(source.metadata, key)
+            names = names_of(source.metadata, key)
             clamped = robot.state_statistics.clamped if what == "state" else robot.action_statistics.clamped
             far = np.abs(values) > FAR
             share = far.mean(axis=0)

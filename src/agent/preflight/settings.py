@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from agent.preflight.context import Context
@@ -25,10 +26,7 @@ def _given(config: Any) -> int:
     """How many values are not the defaults, all levels counted."""
     count = 0
     for item in fields(config):
-        default: Any
-        value, default = getattr(config, item.name), item.default
-        if item.default_factory is not MISSING:
-            default = item.default_factory()
+        value, default = getattr(config, item.name), _default(item)
         if is_dataclass(value) and type(value) is type(default):
             count += sum(getattr(value, inner.name) != getattr(default, inner.name) for inner in fields(value))
         else:
@@ -36,16 +34,29 @@ def _given(config: Any) -> int:
     return count
 
 
+def _default(item: Any) -> Any:
+    return item.default_factory() if item.default_factory is not MISSING else item.default
+
+
 def _unused(context: Context) -> Iterator[tuple[str, str]]:
     """Key that was set, and why nothing reads it."""
     config, data = context.config, context.config.data
-    changed = {item.name for item in fields(config) if getattr(config, item.name) != item.default}
+    changed = {item.name for item in fields(config) if getattr(config, item.name) != _default(item)}
     if config.n_updates is not None and "n_epochs" in changed:
         yield "n_epochs", "n_updates is given"
     if not config.eval_freq:
-        yield from ((key, "eval_freq is 0") for key in ("eval_size",) if key in changed)
+        yield from ((key, "eval_freq is 0") for key in ("eval_size", "eval_thresholds") if key in changed)
         if data.val.datasets:
             yield "data.val.datasets", "eval_freq is 0"
+    if len(data.train.datasets) == 1 and data.train.datasets[0].weight is not None:
+        yield "data.train.datasets.0.weight", "there is one data set"
+    for number, dataset in enumerate(data.val.datasets):
+        for key in ("weight", "augmentation"):
+            if getattr(dataset, key) is not None:
+                yield (
+                    f"data.val.datasets.{number}.{key}",
+                    "validation takes every picture as it is, and all data sets alike",
+                )
     if data.val.datasets and data.val.fraction != type(data.val)().fraction:
         yield "data.val.fraction", "data.val.datasets is given"
     if config.load_from_checkpoint is not None and context.model.paligemma_pretrained_path is not None:
@@ -77,5 +88,11 @@ def _odd(context: Context) -> Iterator[tuple[str, str]]:
         yield "gradients are not clipped", "write max_grad_norm: 1.0, unless that is meant"
     if config.use_bf16 is False and context.kinds[0]:
         yield "a GPU is asked for and computes in float32, which takes several times as long", "write use_bf16: true"
+    simulation = config.eval_cfg
+    if simulation is not None and simulation.start != "by_hand" and not Path(simulation.script).is_file():
+        yield (
+            f"eval_cfg.start is {simulation.start}, and there is no {simulation.script} in {Path.cwd()}",
+            "write the path of a script in eval_cfg.script, like slurms/eval_scripts/pi0_metaworld.sh",
+        )
     if config.debug:
         yield "debug is true: no loader workers, and every operation is watched for NaN", "write debug: false to train"

@@ -61,10 +61,11 @@ def _of_script(path: Path) -> Job:
     if signal := re.search(r"@(\d+)", options.get("signal", "")):
         job.warning_s = float(signal[1])
     for key in ("gres", "gpus-per-node", "gpus"):
-        match = re.fullmatch(r"(?:gpu:)?(?:([a-zA-Z][\w.-]*):)?(\d+)", options.get(key, ""))
-        if match:
-            job.gpus = int(match[2])
-            job.gpu_words += [match[1]] if match[1] else []
+        for resource in options.get(key, "").split(","):  # gres can be a list, of a disk beside the GPUs for instance
+            match = re.fullmatch(r"(gpu:)?(?:([a-zA-Z][\w.-]*):)?(\d+)", resource.strip())
+            if match and (match[1] or key != "gres"):
+                job.gpus = int(match[3])
+                job.gpu_words += [match[2]] if match[2] else []
     job.gpu_words += [word for word in re.split(r"[|&,\[\]()]", options.get("constraint", "")) if word]
     tasks = int(options.get("ntasks-per-node", "1"))
     if options.get("cpus-per-task", "").isdigit():

@@ -5,6 +5,7 @@ Training refuses a data set at the first thing that is wrong. Here everything th
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from agent.preflight import needs
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.source import DatasetConfig
+
+log = logging.getLogger(__name__)
 
 _FRAMES = 48  # of a data set, read as training reads them
 _SECONDS = 30.0  # for these, and as much for the files, of all data sets together
@@ -86,6 +89,11 @@ def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Sur
             _look_at_frames(found, found.source, patience)
     except ValueError as error:
         found.problem, found.source = error, None
+    except Exception as error:  # nobody has thought of this damage; the other data sets are still worth a look
+        log.exception("%s could not be looked through", found.name())
+        told = f"{type(error).__name__}: {error}"
+        found.source = None
+        found.problem = ValueError(f"{found.name()} could not be looked through ({told}); is it whole? Copy it again")
     return found
 
 
@@ -111,13 +119,20 @@ def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
         return
     keys = [key for key in (found.config.state, found.config.action) if key in metadata.features]
     table = ColumnTable(metadata, good, tuple(dict.fromkeys([*keys, "task_index", "timestamp"])))
+    for key in keys:
+        has, said_to = table[key].shape[1], int(np.prod(metadata.features[key]["shape"]))
+        if has != said_to:
+            raise ValueError(
+                f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json; copy "
+                "the data set again, or correct the shape there"
+            )
     lengths, begins = metadata.episodes["length"][good], table.begins(good)
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(good)), lengths)
     frame = np.arange(ends[-1]) - (ends - lengths)[owner]
     rows = begins[owner] + frame
     stamps = table["timestamp"][rows, 0].astype(np.float64)
-    tasks = table["task_index"][rows, 0]
+    tasks = np.nan_to_num(table["task_index"][rows, 0], nan=-1).astype(np.int64)  # where it is null
     said = np.asarray([bool(task.strip()) for task in metadata.tasks] + [False])
     known = (tasks >= 0) & (tasks < len(metadata.tasks))
     after = np.append(True, (np.diff(stamps) > 0) | (frame[1:] == 0))
