@@ -286,7 +286,7 @@ def test_header_is_accepted_and_its_gpus_are_used(cluster: Cluster, script: str)
     number = cluster.submit(script, options=(f"--job-name=header_{script}",), OUTCOMES="finished")
     assert cluster.wait(number)["JobState"] == "COMPLETED"
     out = cluster.log(f"header_{script}")
-    gpus = 0 if script == "pi0_demo" else 4
+    gpus = 4 if "#SBATCH --gres=gpu:4\n" in (ROOT / "slurms" / "train_scripts" / f"{script}.sh").read_text() else 0
     assert re.search(rf"GPUs {gpus} \(CUDA_VISIBLE_DEVICES=({','.join(map(str, range(gpus)))}|unset)\)", out)
     assert f"--nproc_per_node={max(1, gpus)} " in out
 
