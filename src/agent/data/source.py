@@ -321,21 +321,23 @@ def open_source(
     files.verify_files(metadata, chosen, videos=verify_videos and store is None)
     names = dict.fromkeys([config.state, config.action, "task_index", "timestamp"])
     table = ColumnTable(metadata, chosen, tuple(names))
-    backend = choose_video_backend(video_backend)
+    backend = choose_video_backend(video_backend, needed=store is None and bool(metadata.video_keys))
     return Source(config, metadata, chosen, chosen, chunk_size, backend, tolerance_s, table, store=store)
 
 
 @cache
-def choose_video_backend(asked: str | None) -> str:
+def choose_video_backend(asked: str | None, needed: bool = True) -> str:
     """The decoder to use: ``torchcodec`` when it really loads, else ``pyav``; logged once.
+
+    Where no video is to be decoded it is not tried out, since importing it takes a second.
 
     Raises:
         ValueError: if the one that is asked for is unknown or does not load.
     """
     if asked not in (None, "torchcodec", "pyav"):
         raise ValueError(f"data.train.video_backend is {asked!r}: write torchcodec, pyav, or leave it out")
-    if asked == "pyav":
-        return asked
+    if asked == "pyav" or not needed:
+        return asked or "pyav"
     try:
         # Installed is not enough: it binds FFmpeg's shared libraries when it is imported.
         import torchcodec.decoders  # noqa: F401
