@@ -305,16 +305,16 @@ def test_the_advised_batch_passes(place: Workplace, monkeypatch: pytest.MonkeyPa
     """Of a batch that fits hardly or not, what is to be written instead is smaller, and is fine."""
 
     def context(batch: int) -> Context:
-        sizes = ["--per_device_batch_size", str(batch), "--global_batch_size", "64"]
+        sizes = ["--per_device_batch_size", str(batch), "--global_batch_size", "2048"]
         return Context(load_config(place.folder / "tiny.yaml", ["--check_gpu", "4090", *sizes], 1)[0], Launch())
 
-    need = memory.predicted(context(64), 64)
+    need = memory.predicted(context(2048), 2048)
     monkeypatch.setitem(GPUS, "4090", replace(GPUS["4090"], memory=int(need / share)))
-    (row,) = memory.check(context(64))
+    (row,) = memory.check(context(2048))
     assert row.result == result
     if result != "pass":
         advised = re.match(r"write per_device_batch_size: (\d+) ", row.change)
-        assert advised is not None and 0 < int(advised[1]) < 64, row
+        assert advised is not None and 0 < int(advised[1]) < 2048, row
         assert memory.check(context(int(advised[1])))[0].result == "pass"
 
 
