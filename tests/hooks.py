@@ -218,6 +218,26 @@ def report_compilations() -> None:
     trainer.train = reporting
 
 
+def count_blocks_of_gradients() -> None:
+    """Writes, after each micro-batch, in how many blocks of memory the gradients are, and how many gradients there are."""
+    import contextlib
+
+    from agent import trainer
+
+    accumulating, target = trainer.accumulating, Path(os.environ["BLOCKS"] + f".{_rank()}")
+
+    @contextlib.contextmanager
+    def counted(model: Any, last: bool) -> Any:
+        with accumulating(model, last):
+            yield
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        blocks = {gradient.untyped_storage().data_ptr() for gradient in gradients}
+        with open(target, "a") as stream:
+            stream.write(json.dumps([len(blocks), len(gradients)]) + "\n")
+
+    trainer.accumulating = counted
+
+
 def compile_on_rank_0_alone() -> None:
     """The compiler of rank 1 fails."""
     import torch

@@ -66,6 +66,23 @@ def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in files for name, tensor in tensor_reader.read(path).items()}
 
 
+# ---- DDP
+
+
+def test_gradients_have_no_memory_beside_the_buckets(place: Workplace, server: ForkServer) -> None:
+    target = place.folder / "blocks"
+    options = ("--n_updates", "2", "--eval_freq", "0")
+    run = server.start(
+        place, "buckets", *options, ranks=2, hook=("hooks", "count_blocks_of_gradients"), BLOCKS=str(target)
+    )
+    output = run.wait()
+    assert place.status("buckets")["state"] == "finished", output
+    for rank in range(2):
+        found = [json.loads(line) for line in Path(f"{target}.{rank}").read_text().splitlines()]
+        assert len(found) == 4  # two updates of two micro-batches, of which the first is not added up at once
+        assert all(blocks <= 2 < gradients for blocks, gradients in found), found
+
+
 # ---- FSDP
 
 

@@ -73,6 +73,15 @@ def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def forget_gradients(model: Any, optimizer: Any) -> None:
+    """After an update or a pass whose gradients nobody wants.
+
+    DDP holds buckets for all gradients, and those stay where they are, in there, as zeros. Given back, the gradients of an
+    update's first micro-batches would have memory of their own until the last one: a second time the whole.
+    """
+    optimizer.zero_grad(set_to_none=not hasattr(model, "no_sync"))
+
+
 # ---- activation checkpointing
 
 

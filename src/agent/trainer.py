@@ -18,7 +18,7 @@ from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump, dump_yaml
 from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
-from agent.parallelize import accumulating, agree_on_compilation
+from agent.parallelize import accumulating, agree_on_compilation, forget_gradients
 from agent.reporting.writing import RunReport
 from agent.run_folder import write_atomically
 from agent.saving import Saver
@@ -97,14 +97,20 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
 
     In the first synchronised backward pass DDP learns the graph, in the second the order of the gradients, by which it
     then sorts its buckets. Without these passes the first updates of every start would add in another order than the
-    same updates of a run that was not interrupted. And blocks that cannot be compiled show it here.
+    same updates of a run that was not interrupted. And blocks that cannot be compiled show it here. Where there is neither
+    DDP nor the compiler, there is nothing to learn.
     """
+    alone = run.model is run.policy
+    if alone and not run.config.use_torch_compile:
+        return batches
     first = next(batches)
-    for _ in range(1 if run.model is run.policy else 2):
+    for number in range(1 if alone else 2):
+        if number:  # these are in the buckets as they were
+            run.optimizer.zero_grad(set_to_none=True)
         with run.precision():
             loss = run.model(to_device(first, run.processes.device)).sum()
         loss.backward()
-        run.optimizer.zero_grad(set_to_none=True)
+    forget_gradients(run.model, run.optimizer)
     agree_on_compilation(run.policy, run.processes)
     return itertools.chain([first], batches)
 
@@ -155,7 +161,7 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
         state.skipped_updates += 1
         state.skipped_in_a_row += 1
         log.warning("%s; skipped (%d in a row, %d in all)", problem, state.skipped_in_a_row, state.skipped_updates)
-    run.optimizer.zero_grad(set_to_none=True)
+    forget_gradients(run.model, run.optimizer)
     state.step += 1
     state.samples_seen += config.global_batch_size
     return StepResult(torch.stack([losses.sum() for _, losses in seen]).sum(), grad_norm, lr)
