@@ -238,6 +238,34 @@ def count_blocks_of_gradients() -> None:
     trainer.accumulating = counted
 
 
+def small_buckets() -> None:
+    """DDP adds gradients up in buckets smaller than a block of the model, as they are beside large models; blocks are
+    traced, not compiled, and it is said how many graphs that gave."""
+    from functools import partial
+
+    import torch
+
+    from agent import trainer
+
+    compiler, train, graphs = torch.compile, trainer.train, [0]
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs[0] += 1
+        return graph.forward
+
+    def reporting(*arguments: Any, **keywords: Any) -> Any:
+        result = train(*arguments, **keywords)
+        print(f"traced {graphs[0]} graphs")
+        return result
+
+    torch.compile = lambda body, mode: compiler(body, backend=counting)  # type: ignore[assignment]
+    torch.distributed._DEFAULT_FIRST_BUCKET_BYTES = 1 << 11  # type: ignore[attr-defined]
+    torch.nn.parallel.DistributedDataParallel = partial(  # type: ignore[misc, assignment]
+        torch.nn.parallel.DistributedDataParallel, bucket_cap_mb=1 / 256
+    )
+    trainer.train = reporting
+
+
 def compile_on_rank_0_alone() -> None:
     """The compiler of rank 1 fails."""
     import torch

@@ -201,6 +201,9 @@ def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode
     torch._dynamo.config.recompile_limit = 64
     # A compiler that fails does so in the forward pass, where a unit can still run eagerly.
     torch._functorch.config.force_non_lazy_backward_lowering = True
+    # Else a block under DDP is cut where a bucket is full, which beside large layers is at each matrix: nothing would be
+    # fused across, nor recomputed. Block by block, gradients come early enough to be added up meanwhile.
+    torch._dynamo.config.optimize_ddp = False
     shared = _Compilation()
     for unit, body in zip(units, bodies, strict=True):
         unit.forward = _Compiled(unit.forward, body, mode, shared)  # type: ignore[method-assign, assignment]
