@@ -469,6 +469,28 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert heads[1:4] == ["slow", "fast", "fast, averaged weights"]
 
 
+def test_errors_are_held_against_the_mean_action_of_the_same_run(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", RunFolderSpec(name="metres"))
+    second = write_run(tmp_path / "b", RunFolderSpec(name="millimetres"))
+    for path in (second / "validation").iterdir():
+        content = json.loads(path.read_text())
+        for block in (content, content["baselines"]["mean"]):
+            block["per_dimension_l1"] = [1000 * value for value in block["per_dimension_l1"]]
+        path.write_text(json.dumps(content))
+    assert report(first, second, "--out", tmp_path / "both.html") == 0
+    page = Page(tmp_path / "both.html")
+    assert re.findall(r"<title>gripper, (\w+): ([\d.]+)</title>", page.source) == [
+        ("metres", "0.333"),
+        ("millimetres", "0.333"),
+    ]
+
+
+def test_updates_that_are_planned_follow_from_epochs(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", RunFolderSpec(config={"n_updates": None, "n_epochs": 0.7}))
+    assert report(run) == 0
+    assert Page(run / "report.html").row("updates") == ["40 of 70"]  # an epoch is 100 updates
+
+
 def test_runs_of_one_name_and_of_other_robots_are_told_apart(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a" / "run", RunFolderSpec())
     second = write_run(tmp_path / "b" / "run", RunFolderSpec(names=["j0", "j1"], dataset="other"))

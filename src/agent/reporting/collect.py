@@ -63,8 +63,14 @@ class RunRecord:
 
     @property
     def planned(self) -> int | None:
-        """Updates that the run is to make, as far as the config says."""
-        return self.config.get("n_updates")
+        """Updates that the run is to make, as far as the config says; from ``n_epochs`` as the trainer counts them."""
+        given, epochs, epoch = self.config.get("n_updates"), self.config.get("n_epochs"), self.series.get("epoch")
+        if isinstance(given, int):
+            return given
+        if not isinstance(epochs, int | float) or epoch is None or not epoch.values[-1] > 0:
+            return None
+        # The division's last digit must not make one more update of it.
+        return max(1, math.ceil(epochs * epoch.steps[-1] / epoch.values[-1] - 1e-6))
 
 
 def collect(path: Path) -> RunRecord:

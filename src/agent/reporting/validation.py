@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
 from agent.reporting.collect import RunRecord
@@ -45,34 +46,42 @@ def _where(shown: Sequence[Shown]) -> str:
     return f"at update {steps[0]:,}" if len(steps) == 1 else "at the last evaluation of each run"
 
 
-def _columns(shown: Sequence[Shown], total: int) -> list[tuple[str, str, ActionError]]:
-    """Label, CSS classes and error: of the policies first, then of the baselines."""
+class _Column(NamedTuple):
+    """One error of a table or chart."""
+
+    label: str
+    style: str
+    error: ActionError
+    mean: ActionError | None
+    """That of the mean training action on the same validation set."""
+
+
+def _columns(shown: Sequence[Shown], total: int) -> list[_Column]:
+    """Of the policies first, then of the baselines."""
     found = []
     for run, evaluation, style in shown:
-        found.append((run.label if total > 1 else "policy", style, evaluation.policy))
+        mean = evaluation.baselines.get("mean")
+        found.append(_Column(run.label if total > 1 else "policy", style, evaluation.policy, mean))
         if evaluation.ema is not None:
             label = f"{run.label}, averaged weights" if total > 1 else "averaged weights"
-            found.append((label, f"{style} hollow" if total > 1 else "c1", evaluation.ema))
+            found.append(_Column(label, f"{style} hollow" if total > 1 else "c1", evaluation.ema, mean))
         if total == 1 and len(run.evaluations) > 1:
             best = run.evaluations[0]
-            found.append((f"best, update {best.step:,}", "c2 hollow", best.policy))
+            found.append(_Column(f"best, update {best.step:,}", "c2 hollow", best.policy, best.baselines.get("mean")))
     for key, (label, style) in BASELINES.items():
         blocks = [evaluation.baselines.get(key) for _, evaluation, _ in shown]
         if blocks[0] is not None and all(block == blocks[0] for block in blocks):
-            found.append((label, style, blocks[0]))
+            found.append(_Column(label, style, blocks[0], shown[0][1].baselines.get("mean")))
     return found
 
 
 def _dimension_chart(shown: Sequence[Shown], total: int) -> str:
-    mean = shown[0][1].baselines.get("mean")
-    if mean is None:
+    # A run is held against the mean action of its own training data: that of another can have other units.
+    columns = [column for column in _columns(shown, total) if column.mean not in (None, column.error)]
+    if not columns:
         return ""
-    columns = [column for column in _columns(shown, total) if column[2] is not mean]
-    series = [(label, style) for label, style, _ in columns]
-    values = [
-        (name, [_ratio(error.per_dimension[place], mean.per_dimension[place]) for _, _, error in columns])
-        for place, name in enumerate(shown[0][1].names)
-    ]
+    series = [(column.label, column.style) for column in columns]
+    values = [(name, [_ratio(column, place) for column in columns]) for place, name in enumerate(shown[0][1].names)]
     caption, unit = f"Error by dimension {_where(shown)}", "relative to the mean action's"
     drawing = dot_chart(f"{caption}, {unit}. The table has the numbers", values, series, line_at=1.0)
     note = "Left of the line at 1: better than always predicting the mean training action."
@@ -82,22 +91,24 @@ def _dimension_chart(shown: Sequence[Shown], total: int) -> str:
 def _dimension_table(shown: Sequence[Shown], total: int) -> str:
     columns = _columns(shown, total)
     rows = [
-        [name, *(number(error.per_dimension[place]) for _, _, error in columns)]
+        [name, *(number(column.error.per_dimension[place]) for column in columns)]
         for place, name in enumerate(shown[0][1].names)
     ]
-    rows.append(["all", *(number(error.action_l1) for _, _, error in columns)])
-    heads = ["dimension", *(label for label, _, _ in columns)]
+    rows.append(["all", *(number(column.error.action_l1) for column in columns)])
+    heads = ["dimension", *(column.label for column in columns)]
     return table(f"Action error by dimension {_where(shown)}", heads, rows) + paragraph(_UNITS, "note")
 
 
-def _ratio(error: float, reference: float) -> float:
-    return error / reference if reference > 0 else math.nan
+def _ratio(column: _Column, place: int) -> float:
+    assert column.mean is not None
+    reference = column.mean.per_dimension[place]
+    return column.error.per_dimension[place] / reference if reference > 0 else math.nan
 
 
 def _step_chart(shown: Sequence[Shown], total: int) -> str:
     columns = [
         (label, style, error)
-        for label, style, error in _columns(shown, total)
+        for label, style, error, _ in _columns(shown, total)
         if any(not math.isnan(value) for value in error.per_step)
     ]
     if not columns:
