@@ -606,6 +606,21 @@ def test_signals_spare_workers_and_a_killed_one_is_reported(data):
         next(loader)
 
 
+def test_a_killed_fork_server_is_reported(data):
+    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=2)
+    next(loader)
+    workers = worker_processes()
+    os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match=r"the process that forks data workers was killed, as .*memory.*--mem"):
+        for _ in range(1000):
+            next(loader)
+    give_up = time.monotonic() + 20
+    while any(lives(worker) for worker in workers):
+        assert time.monotonic() < give_up, "a worker lives on"
+        time.sleep(0.05)
+    assert len(micro_batches(data, 1, batch=4, workers=1)) == 1  # another server is there for those that come
+
+
 def test_workers_end_with_a_killed_trainer(video, tokenizer, tmp_path):
     code = f"import test_data; test_data.wait_with_workers({str(video)!r}, {tokenizer!r})"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_DATASETS_CACHE": str(tmp_path)}

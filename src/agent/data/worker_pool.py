@@ -21,6 +21,7 @@ from agent.data.shared_batches import Description, create_memory, read, write
 
 _READY = 2  # batches that wait in the training process, besides those in the workers' slots
 _FREE = b"."
+_SERVER_GONE = 255  # multiprocessing's exit code of every worker when the fork server, which would know it, is gone
 
 
 class Made(NamedTuple):
@@ -171,10 +172,10 @@ class WorkerPool:
         """Why a worker is gone, and what to do."""
         who = f"number {worker.number} of {len(self._workers)}, process {worker.process.pid}"
         code = worker.process.exitcode
-        if code is None or code >= 0:
+        if code is None or (code >= 0 and code != _SERVER_GONE):
             return f"a data worker has ended ({who}, exit code {code}); what it printed before is in the log"
-        how = f"signal {-code}, {signal.strsignal(-code)}"
-        if code != -signal.SIGKILL:
+        how = f"signal {-code}, {signal.strsignal(-code)}" if code < 0 else ""
+        if how and code != -signal.SIGKILL:
             return (
                 f"a data worker has crashed ({who}, {how}): a fault of a library that it uses, or a file that was cut short "
                 "while it was read; its stack is in the log"
@@ -182,10 +183,11 @@ class WorkerPool:
         kills = _kills_for_memory() - self._kills_before
         certain = f" ({kills} processes of this machine were, since the workers began)" if kills else ""
         sizes = [other.resident for other in self._workers]
+        killed = f"a data worker was killed ({who}, {how})" if how else "the process that forks data workers was killed"
         return (
-            f"a data worker was killed ({who}, {how}), as the system does when the machine or the job runs out of memory"
-            f"{certain}. This worker held {worker.resident / 1e9:.2f} GB, all of them {sum(sizes) / 1e9:.2f} GB, the training "
-            f"process {_resident() / 1e9:.2f} GB. Ask for more memory (--mem), or lower {self._advice}"
+            f"{killed}, as the system does when the machine or the job runs out of memory{certain}. Worker {worker.number} "
+            f"held {worker.resident / 1e9:.2f} GB, all of them {sum(sizes) / 1e9:.2f} GB, the training process "
+            f"{_resident() / 1e9:.2f} GB. Ask for more memory (--mem), or lower {self._advice}"
         )
 
 
