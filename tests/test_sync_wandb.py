@@ -31,7 +31,9 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def sync(run_dir: Path, *arguments: str, **variables: str) -> tuple[int, str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment = {
+        k: v for k, v in os.environ.items() if not k.startswith("WANDB") and not k.lower().endswith("_proxy")
+    }
     environment |= {"HOME": str(run_dir.parent), "NETRC": str(run_dir.parent / "netrc"), **variables}
     command = [sys.executable, "-m", "agent.sync_wandb", str(run_dir), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
@@ -77,6 +79,15 @@ def test_a_missing_key_is_refused_at_once(run_dir: Path) -> None:
     code, said = sync(run_dir)
     assert code == 2 and "no wandb key for api.wandb.ai" in said
     assert not (run_dir / "wandb").exists()
+
+
+def test_a_server_that_is_not_there_is_said_and_the_lines_are_kept(run_dir: Path) -> None:
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
+    code, said = sync(run_dir, "--mode", "online", **nowhere)
+    assert code == 2 and "127.0.0.1:9: [Errno 111] Connection refused" in said and "could not be reached" in said
+    assert "wandb sync" in said and "7, online" not in said
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert [entry["_step"] for entry in offline_records(folder)[1]] == list(range(1, 8))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from agent.validation_record import ValidationRecords
 
 log = logging.getLogger(__name__)
 
+_PATIENCE_S = 10.0
+
 
 @dataclass
 class WandbConfig:
@@ -128,6 +130,27 @@ class JsonLines:
             self._handle = None
 
 
+def _unreachable() -> str | None:
+    """Why wandb's server cannot be reached; None if it can, or if a proxy stands between, which would answer for it.
+
+    wandb itself tries for many minutes to reach a server that is not there, and training would wait for it.
+    """
+    import socket
+    import urllib.parse
+    import urllib.request
+
+    server = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    host = server.hostname or ""
+    if {server.scheme, "all"} & set(urllib.request.getproxies()) and not urllib.request.proxy_bypass(host):
+        return None
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=_PATIENCE_S).close()
+    except OSError as error:
+        return f"{host}:{port}: {error}"
+    return None
+
+
 class Wandb:
     """The same numbers on wandb, in one run across restarts."""
 
@@ -150,15 +173,21 @@ class Wandb:
             # A run that has saved must not wait for wandb's servers until its job is killed.
             "settings": wandb.Settings(console="off", quiet=True, finish_timeout=30),
         }
-        try:
-            self._run = wandb.init(**keywords, mode=mode, resume="allow" if mode == "online" else None)
-        except wandb.errors.Error as error:
-            if mode != "online":
-                raise
-            log.error("wandb cannot be reached, logging offline; `python -m agent.sync_wandb` uploads: %s", error)
+        problem = _unreachable() if mode == "online" else None
+        if problem is None:
+            try:
+                self._run = wandb.init(**keywords, mode=mode, resume="allow" if mode == "online" else None)
+            except wandb.errors.Error as error:
+                if mode != "online":
+                    raise
+                problem = str(error)
+        if problem is not None:
+            log.error("wandb cannot be reached, logging offline; `python -m agent.sync_wandb` uploads: %s", problem)
             mode = "offline"
             self._set_aside_offline(run_dir)
             self._run = wandb.init(**keywords, mode=mode)
+        self.mode = mode
+        """As it came to be."""
         log.info(
             "wandb: %s",
             self._run.url if mode == "online" else f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`",

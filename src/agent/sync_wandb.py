@@ -101,9 +101,14 @@ def sync(run_dir: Path, options: argparse.Namespace) -> str:
     for record in records:
         sink.write(record)
     sink.close(0)
-    print(f"wandb run {sink.run_id}: {len(records)} lines, steps {records[0]['step']} to {records[-1]['step']}, {mode}")
+    print(
+        f"wandb run {sink.run_id}: {len(records)} lines, steps {records[0]['step']} to {records[-1]['step']}, {sink.mode}"
+    )
+    upload = f"wandb sync {run_dir / 'wandb'}/offline-run-*"
+    if sink.mode != mode:
+        raise ValueError(f"wandb could not be reached; where it can be, upload this with: {upload}")
     if mode == "offline":
-        print(f"upload it with: wandb sync {run_dir / 'wandb'}/offline-run-*")
+        print(f"upload it with: {upload}")
     return sink.run_id
 
 
