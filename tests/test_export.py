@@ -26,7 +26,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from launching import Workplace
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_pi0_adapter import reference
 
 from agent import export, weights
@@ -211,6 +211,15 @@ def test_openpi_has_its_assets_and_config(runs, tmp_path):
     assert config.keys() == {"action_dim", "action_horizon", "paligemma_variant", "action_expert_variant", "precision"}
 
 
+def test_openpi_needs_no_statistics_that_it_does_not_read(runs, tmp_path):
+    source = shutil.copytree(runs.pretrained(), tmp_path / "source")  # as weights of LeRobot v1 bring them
+    (file,) = source.glob("policy_preprocessor_*.safetensors")
+    save_file({k: v for k, v in load_file(file).items() if k.endswith((".mean", ".std"))}, file)
+    out = exported(source, tmp_path / "out", "openpi")
+    (found,) = (json.loads(path.read_text())["norm_stats"] for path in out.glob("assets/**/norm_stats.json"))
+    assert {key: set(entry) for key, entry in found.items()} == {"state": {"mean", "std"}, "actions": {"mean", "std"}}
+
+
 @pytest.mark.parametrize(("mode", "buffers"), [("MIN_MAX", ("min", "max")), ("IDENTITY", ())])
 def test_lerobot_v1_stores_what_the_normalisation_reads(runs, tmp_path, mode, buffers):
     source = with_config(runs, tmp_path, normalization_mapping={"VISUAL": "IDENTITY", "STATE": mode, "ACTION": mode})
@@ -236,7 +245,9 @@ def mapping(state: str, action: str) -> dict:
 @pytest.mark.parametrize(
     ("target", "changes", "message"),
     [
-        ("lerobot", {"type": "act"}, "a model of type 'act' cannot be exported, only pi0 can"),
+        ("lerobot", {"type": "act"}, "config.json is of a model of type 'act'; name a checkpoint of π0"),
+        ("lerobot", {"type": None}, "config.json names no type of model; name a checkpoint of π0"),
+        ("lerobot", {"use_peft": True}, "config.json: use_peft: low-rank adapters are not supported; write false"),
         ("lerobot", {"chunk_sise": 3}, "chunk_sise"),
         ("lerobot", {"max_state_dim": 12}, "max_state_dim"),
         ("lerobot_v1", mapping("QUANTILES", "MEAN_STD"), "normalization_mapping.STATE is QUANTILES, which LeRobot v1"),

@@ -54,7 +54,7 @@ def open_checkpoint(reference: str) -> Source:
         reference: a run folder, a checkpoint, or its ``pretrained_model``.
 
     Raises:
-        ValueError: if it is not there, damaged, or not a model that can be exported.
+        ValueError: if it is not there, damaged, or not of a model that is known here.
     """
     from agent import manifest
     from agent.weights import find_weights
@@ -98,16 +98,16 @@ def _model_config(pretrained: Path, written: dict[str, Any]) -> Any:
     from agent.models import registry as _registry  # noqa: F401  (registers "pi0")
     from agent.models.base import ModelConfig
 
-    if written.get("type") != "pi0":
-        raise ValueError(
-            f"{pretrained / 'config.json'}: a model of type {written.get('type')!r} cannot be exported, only pi0 can"
-        )
+    path, kind = pretrained / "config.json", written.get("type")
+    if kind != "pi0":
+        found = "names no type of model" if kind is None else f"is of a model of type {kind!r}"
+        raise ValueError(f'{path} {found}; name a checkpoint of π0, whose config.json has "type": "pi0"')
     try:
         return draccus.decode(ModelConfig, written)
     except draccus.utils.DecodingError as error:
-        raise ValueError(
-            f"{pretrained / 'config.json'}: {error}; only the format that this project writes is read"
-        ) from None
+        raise ValueError(f"{path}: {error}; only the format that this project writes is read") from None
+    except draccus.utils.ParsingError as error:  # around what the config class says of a value
+        raise ValueError(f"{path}: {error.__cause__ or error}") from None
 
 
 def _training_config(pretrained: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ _HEADS = {
 }
 # What the normalisation of each mode reads.
 _V1_STATISTICS = {"IDENTITY": (), "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max")}
-_OPENPI_STATISTICS = ("mean", "std", "q01", "q99")
+_OPENPI_STATISTICS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("mean", "std", "q01", "q99")}
 _PERIODS = (4e-3, 4.0)  # fixed in LeRobot v1 and openpi
 
 
@@ -218,9 +218,14 @@ def _openpi_statistics(modes: dict[str, str], statistics: Statistics) -> dict[st
             f"config.json: normalization_mapping is {modes['STATE']} for STATE and {modes['ACTION']} for ACTION; openpi "
             "knows MEAN_STD for both or QUANTILES for both; export to lerobot"
         )
-    places = {"state": STATE, "actions": ACTION}
-    values = {
-        theirs: {name: _statistic(statistics, feature, name).tolist() for name in _OPENPI_STATISTICS}
-        for theirs, feature in places.items()
-    }
+    values: dict[str, dict[str, list[float]]] = {}
+    for theirs, feature in {"state": STATE, "actions": ACTION}.items():
+        needed = _OPENPI_STATISTICS[modes["STATE"]]
+        # Quantiles that it does not read it may have all the same; statistics that came with weights can lack them.
+        more = [
+            name
+            for name in _OPENPI_STATISTICS["QUANTILES"]
+            if name not in needed and name in statistics.get(feature, {})
+        ]
+        values[theirs] = {name: _statistic(statistics, feature, name).tolist() for name in (*needed, *more)}
     return {"norm_stats": values}
