@@ -200,6 +200,16 @@ def test_overriding_a_key_that_holds_dots(files: Files) -> None:
     assert values(config)["model_cfg"]["input_features"] == {"observation.state": {"type": "STATE", "shape": [5]}}
 
 
+def test_overriding_what_an_anchor_repeats(files: Files) -> None:
+    files.yaml.write_text(
+        "model_cfg: !include ../model/small.json\n"
+        "data: {train: {datasets: &all [{repo_id: lab/a, root: /a}]}, val: {datasets: *all}}\n"
+        "use_wandb: false\n"
+    )
+    config = files.load("--data.train.datasets.0.root", "/b")
+    assert (config.data.train.datasets[0].root, config.data.val.datasets[0].root) == ("/b", "/a")
+
+
 def test_including_another_model_on_the_command_line(files: Files) -> None:
     other = files.write("model/other.json", json.dumps(MODEL | {"chunk_size": 3}))
     assert values(files.load("--model_cfg", f"!include {other}"))["model_cfg"]["chunk_size"] == 3
@@ -514,6 +524,8 @@ def test_the_plan(files: Files) -> None:
     assert (plan.accumulation_steps, plan.n_updates) == (2, 7)  # 24 = 4 × 3 × 2; 150 samples / 24 = 6.25
     assert "24 = 4 per device × 3 processes × 2 accumulation steps; 100 training frames" in plan.describe(config)
     assert make_plan(replace(config, n_updates=5), 3, 100).n_updates == 5
+    # 15 · (800 / 96) is 125.00000000000001 in floating point.
+    assert make_plan(replace(config, n_epochs=15, global_batch_size=96), 3, 800).n_updates == 125
 
 
 def test_local_rank_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,6 +642,12 @@ def test_pretrained_path_of_the_model_json(files: Files) -> None:
     assert files.load().load_from_checkpoint == "lerobot/pi0_base@v2"
     assert files.notes() == ["load_from_checkpoint: lerobot/pi0_base@v2, from the model config's pretrained_path"]
     assert files.load("--load_from_checkpoint", "mine").load_from_checkpoint == "mine"
+    wins = "load_from_checkpoint: mine of the training config wins over {} of the model config"
+    assert files.notes("--load_from_checkpoint", "mine") == [wins.format("pretrained_path: lerobot/pi0_base@v2")]
+    assert files.notes("--load_from_checkpoint", "lerobot/pi0_base@v2") == []
+    files.model(paligemma_pretrained_path="google/paligemma")
+    assert files.notes() == []
+    assert files.notes("--load_from_checkpoint", "mine") == [wins.format("paligemma_pretrained_path: google/paligemma")]
 
 
 def test_debug(files: Files) -> None:

@@ -225,7 +225,8 @@ def accumulation_steps(config: TrainPipelineConfig, world_size: int) -> int:
 def make_plan(config: TrainPipelineConfig, world_size: int, train_frames: int) -> Plan:
     """The one place where derived numbers are computed."""
     updates_per_epoch = train_frames / config.global_batch_size
-    n_updates = config.n_updates or max(1, math.ceil(config.n_epochs * updates_per_epoch))
+    # Rounded first: 15 epochs of 800 frames in batches of 96 are 125 updates, and not one more for 125.00000000000001.
+    n_updates = config.n_updates or max(1, math.ceil(round(config.n_epochs * updates_per_epoch, 6)))
     return Plan(world_size, accumulation_steps(config, world_size), train_frames, updates_per_epoch, n_updates)
 
 
@@ -261,16 +262,30 @@ def reconcile(config: TrainPipelineConfig) -> list[str]:
     # Their own checks once more, on the values they have now.
     model.__post_init__()
     config.__post_init__()
-    if config.load_from_checkpoint is None and model.pretrained_path is not None:
-        config.load_from_checkpoint = str(model.pretrained_path)
-        if model.pretrained_revision:
-            config.load_from_checkpoint += f"@{model.pretrained_revision}"
-        lines.append(f"load_from_checkpoint: {config.load_from_checkpoint}, from the model config's pretrained_path")
+    lines += _starting_weights(config, model)
     if config.debug:
         config.use_wandb = False
         config.data.train.num_workers = 0
         lines.append("debug: true turns wandb and loader workers off")
     return lines
+
+
+def _starting_weights(config: TrainPipelineConfig, model: Any) -> list[str]:
+    """Fills in ``load_from_checkpoint`` from the model JSON; a line for each path there that is not followed."""
+    pretrained = model.pretrained_path
+    if pretrained is not None and model.pretrained_revision:
+        pretrained = f"{pretrained}@{model.pretrained_revision}"
+    if config.load_from_checkpoint is None:
+        if pretrained is None:
+            return []
+        config.load_from_checkpoint = str(pretrained)
+        return [f"load_from_checkpoint: {pretrained}, from the model config's pretrained_path"]
+    stated = {"pretrained_path": pretrained, "paligemma_pretrained_path": model.paligemma_pretrained_path}
+    return [
+        f"load_from_checkpoint: {config.load_from_checkpoint} of the training config wins over {key}: {path} of the model config"
+        for key, path in stated.items()
+        if path not in (None, config.load_from_checkpoint)
+    ]
 
 
 def load_config(path: str | Path, arguments: list[str], world_size: int) -> tuple[TrainPipelineConfig, list[str]]:

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import typing
+from copy import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,9 +202,9 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> tuple[str, ...
             node[place] = value
             return tuple(path)
         child = node.get(place) if isinstance(node, dict) else node[place]
-        if not isinstance(child, (dict, list)):
-            child = node[place] = {}
-        node = child
+        # A copy: what the file says in one place by an anchor in another (&, *) is one object.
+        node[place] = copy(child) if isinstance(child, (dict, list)) else {}
+        node = node[place]
 
 
 def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
