@@ -176,6 +176,33 @@ def test_rows_without_an_action(copy, refusal):
     assert "data set test/data: action is nan in dimension 0 at episode 5, frame 11: repair" in refusal(*root(copy))
 
 
+def test_rows_with_more_or_fewer_dimensions(copy, refusal):
+    """One number too few in one row, one too many in the next: all together there are as many as there should be."""
+    import pyarrow as pa
+
+    def spoil(table):
+        actions = table["action"].to_pylist()
+        actions[13], actions[14] = actions[13][:6], [*actions[14], 0.5]
+        column = pa.array(actions, type=pa.list_(pa.float32()))
+        return table.set_column(table.column_names.index("action"), "action", column)
+
+    rewrite(only(copy, "data/*/*.parquet"), spoil)
+    reason = refusal(*root(copy))
+    assert "data set test/data: action is nan in dimension 0 at episode 1, frame 1: repair" in reason
+
+
+def test_a_column_of_other_dimensions_than_the_metadata_say(copy, refusal):
+    import pyarrow as pa
+
+    def widen(table):
+        wide = pa.array([[*row, 0.5] for row in table["action"].to_pylist()], type=pa.list_(pa.float32()))
+        return table.set_column(table.column_names.index("action"), "action", wide)
+
+    path = only(copy, "data/*/*.parquet")
+    rewrite(path, widen)
+    assert f"{path}: action has 8 dimensions, meta/info.json says 7; copy the data set again" in refusal(*root(copy))
+
+
 @pytest.mark.parametrize("value", [None, 7])
 def test_an_instruction_that_is_missing(copy, refusal, value):
     def spoil(table):

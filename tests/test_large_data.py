@@ -122,7 +122,7 @@ def test_what_is_kept_changes_nothing(tenth, tmp_path, monkeypatch):
     monkeypatch.setattr(episode_table, "LARGE", 0)
     shutil.rmtree(tenth / "agent_cache", ignore_errors=True)
     first = start((tenth, None))
-    assert kept(tenth) == {"columns", "statistics", "episodes"}
+    assert kept(tenth) == {"columns", "statistics", "episodes", "tokens"}
     same(start((tenth, None)), first)
     copy = tmp_path / "copy"
     shutil.copytree(tenth, copy, copy_function=os.link)

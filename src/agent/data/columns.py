@@ -8,8 +8,9 @@ arrays hold what the files hold, bit for bit, and are made anew when a file has 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,9 +112,10 @@ class ColumnTable:
         rows = int(self.metadata.episodes["length"][self._held()].sum())
         arrays: dict[str, np.ndarray] = {}
         seen = np.zeros(rows, dtype=bool)
+        widths = {name: math.prod(self.metadata.features[name]["shape"]) for name in self.names}
 
         def fill(path: Path, members: np.ndarray) -> None:
-            owner, frame, values = _columns_of(path, self.names)
+            owner, frame, values = _columns_of(path, widths)
             known = np.isin(owner, members) & (frame >= 0)
             known &= frame < self.metadata.episodes["length"][np.where(known, owner, 0)]
             place = self.begins(owner[known]) + frame[known]
@@ -140,12 +142,16 @@ class ColumnTable:
         return arrays
 
 
-def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Episode and frame of each row of a parquet file, and columns as (rows, dims)."""
+def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Episode and frame of each row of a parquet file, and columns as (rows, dims); ``widths`` has the dims of each.
+
+    Raises:
+        ValueError: if a column is missing or has other dims, naming the file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    wanted = list(dict.fromkeys([*names, "episode_index", "frame_index"]))
+    wanted = list(dict.fromkeys([*widths, "episode_index", "frame_index"]))
     # ParquetFile reads many small row groups several times faster than read_table, which goes through a scanner.
     with pq.ParquetFile(path, memory_map=True) as file:
         if missing := [name for name in wanted if name not in file.schema_arrow.names]:
@@ -155,22 +161,29 @@ def _columns_of(path: Path, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
             )
         table = file.read(columns=wanted, use_threads=False)
     values = {}
-    for name in names:
+    for name, width in widths.items():
         column = table[name].combine_chunks()
-        if column.null_count and pa.types.is_nested(column.type):
-            values[name] = _with_gaps(column.to_pylist())
+        lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        uneven = lists and len(np.unique(np.diff(to_numpy(column.offsets)))) > 1
+        if uneven or (column.null_count and pa.types.is_nested(column.type)):
+            values[name] = _with_gaps(column.to_pylist(), width)
             continue
         while pa.types.is_nested(column.type):
             column = column.flatten()
         values[name] = to_numpy(column).reshape(len(table), -1)
+        if values[name].shape[1] != width:
+            raise ValueError(
+                f"{path}: {name} has {values[name].shape[1]} dimensions, meta/info.json says {width}; copy the data set again, "
+                "or correct its shape there"
+            )
     return to_numpy(table["episode_index"]), to_numpy(table["frame_index"]), values
 
 
-def _with_gaps(rows: list) -> np.ndarray:
-    """(rows, dims); where a row has no value it is NaN, which is refused by frame if its episode is a wanted one."""
-    dims = max(np.size(row) for row in rows if row is not None)
-    gap = np.full(dims, np.nan)
-    return np.stack([gap if row is None else np.ravel(row) for row in rows])
+def _with_gaps(rows: list, width: int) -> np.ndarray:
+    """(rows, width); a row without a value, or with more or fewer dimensions, is NaN: that is refused by frame if its
+    episode is a wanted one."""
+    gap = np.full(width, np.nan)
+    return np.stack([gap if row is None or np.size(row) != width else np.ravel(row) for row in rows])
 
 
 def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
