@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "instruction_tokens": ["data.task_tokens", "saved_processors"],
     "serving.*": ["inference", "observation_check", "saved_processors", "serving.*"],
     **{name: [] for name in ("model_card", "publishing", "environment")},
-    "reporting.*": ["reporting.*", "history"],
+    "reporting.*": ["reporting.*", "history", "validation_record"],
     "evaluate": ["batch", "distributed", "validation_record"],
     "ema": ["sharding"],
     **{name: [] for name in ("validation_record", "validation_picture")},

@@ -325,6 +325,7 @@ def test_a_run_without_validation_or_status_says_so(tmp_path: Path) -> None:
         ({"chunks": [{"dataset": "d", "episode": 0, "frame": 0, "recorded": [[1, 2, 3]], "predicted": [], "valid": [1]}]},
          "differ in their lengths"),
         ({"baselines": {"last": {}}}, "it has no 'per_dimension_l1'"),
+        ({"format": 2}, "its format is 2, this version reads 1"),
     ],
 )  # fmt: skip
 def test_a_damaged_evaluation_is_named(tmp_path: Path, change: str | dict, problem: str) -> None:

@@ -20,7 +20,7 @@ from agent.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1
+FORMAT = 1
 _DIGITS = 7  # of a float32
 
 
@@ -104,7 +104,7 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
         start = None
     keys = ("action_l1", "per_dimension_l1", "per_step_l1")
     return {
-        "format": _FORMAT,
+        "format": FORMAT,
         "step": step,
         "names": raw.names,
         "units": "data set's own",
@@ -182,7 +182,7 @@ class ValidationRecords:
         path = self.path(step)
         try:
             contents = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(contents, dict) or contents["format"] != _FORMAT:
+            if not isinstance(contents, dict) or contents["format"] != FORMAT:
                 raise ValueError("not of this format")
             return contents
         except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""The arrays of one validation, from ``validation/step_….json``."""
+"""The arrays of one validation, from ``validation/step_….json``, which ``agent.validation_record`` writes.
+
+The file can be of any age and from anywhere, so everything about it is checked; null is read as NaN.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class ActionError:
-    """Mean absolute error of predicted actions, in the data set's units; NaN where there was nothing to compare."""
-
-    action_l1: float
-    per_dimension: list[float]
-    """[a] over all steps."""
-    per_step: list[float]
-    """[T] over all dimensions."""
-
-
-@dataclass(frozen=True)
-class DatasetError:
-    """The policy's error on one of several data sets."""
-
-    name: str
-    names: list[str]
-    error: ActionError
+from agent.validation_record import FORMAT, DatasetErrors, Errors
 
 
 @dataclass(frozen=True)
@@ -53,13 +38,13 @@ class Evaluation:
     step: int
     names: list[str]
     """[a] of the action's dimensions."""
-    policy: ActionError
-    baselines: dict[str, ActionError]
+    policy: Errors
+    baselines: dict[str, Errors]
     """``last`` action repeated, ``mean`` training action, ``start``: the checkpoint that the run began from."""
     chunks: list[Chunk]
-    ema: ActionError | None
+    ema: Errors | None
     """Of the averaged weights."""
-    datasets: list[DatasetError]
+    datasets: list[DatasetErrors]
     """Each data set's own; empty where there is one."""
 
 
@@ -71,6 +56,11 @@ def read_evaluation(path: Path) -> Evaluation:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(
+                f"its format is {content['format']}, this version reads {FORMAT}: write the report with the version that "
+                "trained the run"
+            )
         names = _names(content)
         baselines = content.get("baselines") or {}
         ema = content.get("ema")
@@ -93,16 +83,16 @@ def read_evaluation(path: Path) -> Evaluation:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from None
 
 
-def _error(block: dict[str, Any], width: int) -> ActionError:
+def _error(block: dict[str, Any], width: int) -> Errors:
     per_dimension = _numbers(block["per_dimension_l1"])
     if len(per_dimension) != width:
         raise ValueError(f"per_dimension_l1 has {len(per_dimension)} numbers for {width} names")
-    return ActionError(_number(block["action_l1"]), per_dimension, _numbers(block["per_step_l1"]))
+    return Errors(_number(block["action_l1"]), per_dimension, _numbers(block["per_step_l1"]))
 
 
-def _dataset(block: dict[str, Any]) -> DatasetError:
+def _dataset(block: dict[str, Any]) -> DatasetErrors:
     names = _names(block)
-    return DatasetError(str(block["name"]), names, _error(block, len(names)))
+    return DatasetErrors(str(block["name"]), names, _error(block, len(names)))
 
 
 def _names(block: dict[str, Any]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import NamedTuple
 from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
 from agent.reporting.collect import RunRecord
 from agent.reporting.curves import BASELINES, style_of, validation_charts
-from agent.reporting.evaluations import ActionError, Chunk, Evaluation
+from agent.reporting.evaluations import Chunk, Evaluation
 from agent.reporting.markup import details, figure, missing, number, paragraph, section, table
+from agent.validation_record import Errors
 
 _MOST_SMALL_CHARTS = 1200  # times curves: beyond it the page would take megabytes
 _UNITS = "Errors are mean |predicted − recorded| over unpadded steps, in the units of the data set."
@@ -51,8 +52,8 @@ class _Column(NamedTuple):
 
     label: str
     style: str
-    error: ActionError
-    mean: ActionError | None
+    error: Errors
+    mean: Errors | None
     """That of the mean training action on the same validation set."""
 
 
@@ -91,7 +92,7 @@ def _dimension_chart(shown: Sequence[Shown], total: int) -> str:
 def _dimension_table(shown: Sequence[Shown], total: int) -> str:
     columns = _columns(shown, total)
     rows = [
-        [name, *(number(column.error.per_dimension[place]) for column in columns)]
+        [name, *(number(column.error.per_dimension_l1[place]) for column in columns)]
         for place, name in enumerate(shown[0][1].names)
     ]
     rows.append(["all", *(number(column.error.action_l1) for column in columns)])
@@ -101,24 +102,24 @@ def _dimension_table(shown: Sequence[Shown], total: int) -> str:
 
 def _ratio(column: _Column, place: int) -> float:
     assert column.mean is not None
-    reference = column.mean.per_dimension[place]
-    return column.error.per_dimension[place] / reference if reference > 0 else math.nan
+    reference = column.mean.per_dimension_l1[place]
+    return column.error.per_dimension_l1[place] / reference if reference > 0 else math.nan
 
 
 def _step_chart(shown: Sequence[Shown], total: int) -> str:
     columns = [
         (label, style, error)
         for label, style, error, _ in _columns(shown, total)
-        if any(not math.isnan(value) for value in error.per_step)
+        if any(not math.isnan(value) for value in error.per_step_l1)
     ]
     if not columns:
         return ""
     lines = [
-        Line(label, [(float(place), value) for place, value in enumerate(error.per_step, start=1)], _dashed(style))
+        Line(label, [(float(place), value) for place, value in enumerate(error.per_step_l1, start=1)], _dashed(style))
         for label, style, error in columns
     ]
     caption = f"Error by step of the chunk {_where(shown)}"
-    length = max(len(error.per_step) for _, _, error in columns)
+    length = max(len(error.per_step_l1) for _, _, error in columns)
     said = f"{caption}, steps 1 to {length}, mean over all dimensions"
     drawing = line_chart(said, lines, x_label="step of the chunk", from_zero=True)
     return figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))
@@ -133,7 +134,7 @@ def _by_dataset(shown: Shown, total: int) -> str:
     rows = [
         [one.name, name, number(error)]
         for one in evaluation.datasets
-        for name, error in [*zip(one.names, one.error.per_dimension, strict=True), ("all", one.error.action_l1)]
+        for name, error in [*zip(one.names, one.errors.per_dimension_l1, strict=True), ("all", one.errors.action_l1)]
     ]
     of = f" of {run.label}" if total > 1 else ""
     return table(
