@@ -254,6 +254,15 @@ def test_checkpoints_by_the_clock_and_retention(place: Workplace, server: ForkSe
     assert all((folder / "pretrained_model" / "model.safetensors").exists() for folder in folders)
 
 
+def test_the_wait_for_checkpoints_is_counted_once_and_to_the_last(place: Workplace, server: ForkServer) -> None:
+    often = ("--n_updates", "5", "--save_model_freq", "1", "--eval_freq", "0", "--per_device_batch_size", "8")
+    output = server.start(place, "waits", *often, hook=("hooks", "slow_save")).wait()
+    assert place.status("waits")["state"] == "finished", output
+    (attempt,) = place.status("waits")["attempts"]
+    since_the_first_update = attempt["ended"] - attempt["started"] - attempt["first_update_s"]
+    assert 5 <= attempt["checkpoint_stall_s"] < since_the_first_update + 0.1  # a second each, at least
+
+
 def test_a_checkpoint_holds_the_state_of_its_update_however_late_it_is_copied(
     place: Workplace, server: ForkServer
 ) -> None:

@@ -86,10 +86,11 @@ class Saver:
         Raises:
             RuntimeError: if the processes' weights differ, or an earlier save was the third in a row to fail.
         """
-        run, begin = self.run, time.perf_counter()
+        run = self.run
         if self._last_step == run.state.step:
             return
         self.finish()  # the previous one, should it still be under way
+        begin = time.perf_counter()
         if self._preparing is not None:
             self._preparing.join()
         every = run.config.check_replicas_every
@@ -119,10 +120,14 @@ class Saver:
         Raises:
             RuntimeError: if it failed and is needed, or was the third in a row to fail.
         """
-        begin = time.perf_counter()
-        while (outcome := self._writer.wait()) is not None:
+        while (outcome := self._wait()) is not None:
             self._note(outcome, must_succeed)
+
+    def _wait(self) -> Outcome | None:
+        begin = time.perf_counter()
+        outcome = self._writer.wait()
         self.stall_s += time.perf_counter() - begin
+        return outcome
 
     def close(self) -> None:
         """Gives up what is under way; for an end that no checkpoint can be waited for."""
@@ -135,7 +140,7 @@ class Saver:
         if outcome.error is None:
             self._failures = 0
             if self.run.folder is not None:
-                self.run.folder.note(checkpoint_step=outcome.step)
+                self.run.folder.note(checkpoint_step=outcome.step, checkpoint_stall_s=round(self.stall_s, 2))
                 self.run.folder.update("running", self.run.state.step)
             log.info("checkpoint at update %d saved, %.1f s in the background", outcome.step, outcome.background_s)
             return
