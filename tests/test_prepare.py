@@ -395,6 +395,20 @@ def test_every_answer_of_the_hub(site: Site, tmp_path: Path, silent: bool) -> No
         assert seconds < 5, name
 
 
+def test_preparing_frames_while_the_hub_is_in_trouble(site: Site, tmp_path: Path) -> None:
+    site.hub.refuse("datasets/lab/ill", Refusal(500))
+    command = [sys.executable, "-m", "agent.data.prepare", "--config_path", str(site.place.folder / "tiny.yaml")]
+    done = subprocess.run(
+        [*command, "--data.train.datasets", "[{repo_id: lab/ill}]"],
+        env=site.environment(HF_HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error: data set lab/ill: " in done.stderr and "status 500, try later" in done.stderr
+
+
 def test_the_cache_serves_when_the_hub_does_not(site: Site, tmp_path: Path) -> None:
     folder = site.place.folder / "policy"
     site.hub.add("models/lab/once", folder)

@@ -221,6 +221,7 @@ def prepare_all(
     Returns:
         What is wrong, one entry per data set; empty if all stores are complete.
     """
+    from agent import hub
     from agent.data.features import check_features
     from agent.data.robot_names import assign_robots
     from agent.data.source import open_source
@@ -239,7 +240,7 @@ def prepare_all(
         ]
         count = len(train.datasets)
         check_features(sources, spec, *assign_robots(sources[:count], sources[count:], train))
-    except ValueError as error:
+    except (ValueError, hub.HubTrouble) as error:
         return [str(error)]
     problems = []
     for source in _each_once(sources):
