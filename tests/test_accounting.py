@@ -95,7 +95,7 @@ class Live(TorchDispatchMode):
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """The path of ``attend`` on a GPU; on a CPU it computes bfloat16 otherwise."""
     groups = queries.shape[1] // keys.shape[1]
-    if mask is not None and groups > 1:
+    if groups > 1 and (mask is not None or queries.dtype == torch.float32):
         keys, values = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (keys, values))
         groups = 1
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=groups > 1)

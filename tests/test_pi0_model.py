@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agent.batch import ActionChunk, Batch, Observation
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
@@ -239,6 +240,25 @@ def test_attention_shares_key_value_heads(kv_heads):
         weights = (scores if seen is None else scores.masked_fill(~seen, -torch.inf)).softmax(-1)
         expected = (weights @ values_all).transpose(1, 2).reshape(2, 5, 32)
         torch.testing.assert_close(attend(queries, keys, values, seen), expected)
+
+
+@pytest.mark.parametrize(("dtype", "masked"), [("float32", False), ("float32", True), ("bfloat16", True)])
+def test_on_a_gpu_shared_heads_leave_a_fused_kernel(monkeypatch, dtype, masked):
+    # enable_gqa "works only for Flash_attention and math kernel on CUDA tensor", and flash knows neither of these.
+    seen = []
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *arguments, **options: (seen.append((arguments[1], options)), kernel(*arguments, **options))[1],
+    )
+    with FakeTensorMode(), torch.device("cuda"):
+        queries = torch.empty(2, 8, 5, 16, dtype=getattr(torch, dtype))
+        keys, mask = queries[:, :1], torch.ones(2, 1, 1, 5, dtype=torch.bool) if masked else None
+        assert attend(queries, keys, keys, mask).shape == (2, 5, 128)
+    ((given, options),) = seen
+    assert options["enable_gqa"] is False and given.shape[1] == 8
+    assert given.stride(1) == 0  # repeated, not copied
 
 
 def test_uint8_images_equal_float_ones():

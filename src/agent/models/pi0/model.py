@@ -87,9 +87,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -
     groups = queries.shape[1] // keys.shape[1]
     if queries.device.type == "cpu" and queries.dtype == torch.bfloat16:
         return _attend_with_products(queries, keys, values, mask)
-    if mask is not None and groups > 1:
-        # With a mask, enable_gqa leaves only the kernel that writes out all scores. A view that repeats the heads
-        # keeps the fused kernels; of a single key-value head it copies nothing.
+    if groups > 1 and (mask is not None or (queries.dtype == torch.float32 and queries.device.type == "cuda")):
+        # On a GPU, enable_gqa is for flash attention alone, which takes neither a mask nor float32: there it leaves only
+        # the kernel that writes out all scores. A view that repeats the heads keeps the others; of a single key-value
+        # head it copies nothing.
         keys, values = (x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (keys, values))
         groups = 1
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=groups > 1)
