@@ -377,6 +377,8 @@ def test_wrong_type_or_choice(files: Files, key: str, value: str, complaint: str
         ("max_grad_norm", "-1", "max_grad_norm must not be negative, got -1.0"),
         ("n_updates", "0", "n_updates must be at least 1, got 0"),
         ("n_epochs", "0", "n_epochs must be above 0, got 0.0"),
+        ("seed", "9223372036854775808", "seed must be below 2**63, got 9223372036854775808"),
+        ("checkpoint_interval_minutes", "0", "checkpoint_interval_minutes must be above 0, or null for none; got 0.0"),
         ("name", "a/b", "name must be usable as a folder's name, got 'a/b'"),
         ("name", "", "name must be usable as a folder's name, got ''"),
         ("name", "..", "name must be usable as a folder's name, got '..'"),

@@ -152,6 +152,12 @@ class TrainPipelineConfig:
                 f"keep_training_states must be between 1 and keep_checkpoints ({self.keep_checkpoints}), "
                 f"got {self.keep_training_states}"
             )
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
+        if self.checkpoint_interval_minutes is not None and self.checkpoint_interval_minutes <= 0:
+            raise ValueError(
+                f"checkpoint_interval_minutes must be above 0, or null for none; got {self.checkpoint_interval_minutes}"
+            )
         if self.n_updates is not None and self.n_updates < 1:
             raise ValueError(f"n_updates must be at least 1, got {self.n_updates}")
         if self.n_updates is None and self.n_epochs <= 0:

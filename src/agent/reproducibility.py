@@ -16,7 +16,7 @@ import numpy as np
 
 @lru_cache(maxsize=1024)
 def key_of(seed: int, purpose: str) -> int:
-    """A 64-bit key for one purpose of one run; purposes never share a stream."""
+    """A 64-bit key for one purpose of one run."""
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
@@ -39,9 +39,10 @@ def stream(seed: int, purpose: str, k: int) -> np.random.Generator:
     Args:
         seed: the run's seed.
         purpose: what the numbers are for; two purposes give independent streams.
-        k: the sample's number in the run, ``0 <= k < 2**64``.
+        k: the sample's number in the run, ``0 <= k < 2**53``; beyond, neighbours would share a stream.
     """
-    # As Philox(key=[…]) reads its list, by way of float64 where one of the two needs 64 bits.
+    # As Philox(key=[…]) reads its list: by way of float64 where the key needs all 64 bits, of which 53 count then. That two
+    # of a run's few purposes agree in those is out of the question; and other bits would make every run another one.
     key = np.asarray([key_of(seed, purpose), k]).astype(np.uint64)
     return np.random.Generator(np.random.Philox(_Key(key)))  # type: ignore[arg-type]
 
