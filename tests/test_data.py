@@ -174,6 +174,16 @@ def test_choice_of_episodes(video):
         chosen(episodes=[1], split="train")
 
 
+def test_a_split_that_reaches_beyond_the_episodes(video, tmp_path):
+    shutil.copytree(video, tmp_path / "copy")
+    info = tmp_path / "copy" / "meta" / "info.json"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "splits": {"train": "0:9"}}))
+    with pytest.raises(
+        ValueError, match=r"'train' is the episodes 0:9, of which there are 4: correct it there, or name"
+    ):
+        opened(tmp_path / "copy", split="train[:50%]")
+
+
 def test_hold_out():
     for count in (2, 3, 10, 20, 101):
         for fraction in (0.01, 0.05, 0.5, 0.99):

@@ -43,6 +43,11 @@ def _slice_of(split: str, metadata: Metadata, name: str) -> np.ndarray:
             "slice of its episodes: train[:95%], train[5%:], train[10:200]"
         )
     first, last = (int(end) for end in splits[match[1]].split(":"))
+    if not 0 <= first <= last <= metadata.total_episodes:
+        raise ValueError(
+            f"{name}: meta/info.json says that split {match[1]!r} is the episodes {splits[match[1]]}, of which there are "
+            f"{metadata.total_episodes}: correct it there, or name `episodes` instead of `split`"
+        )
     episodes = np.arange(first, last)
     try:
         chosen = episodes[slice(*(_bound(text, len(episodes)) for text in match.groups()[1:]))]
