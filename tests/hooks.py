@@ -125,6 +125,18 @@ def slow_copies() -> None:
     HostSnapshot.finish = slow  # type: ignore[method-assign]
 
 
+def unanswered_files() -> None:
+    """Reading a checkpoint to verify it fails, as it does while a file server restarts."""
+    import errno
+
+    from agent import manifest
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    manifest.checksum = stale
+
+
 def slow_start() -> None:
     """Building says when it begins and takes a while."""
     from agent import building

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +246,22 @@ def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
     found = store.newest()
     assert found.step == 5 and "model.safetensors" in found.passed_over[0]
     assert "Input/output error" in found.passed_over[0]
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+def test_an_error_of_the_moment_is_no_damage(tmp_path, monkeypatch, number):
+    store = store_with(tmp_path, 5, 10)
+    path = store.folder / "step_00000010"
+
+    def failing(*_args: object, **_options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for name in ("open", "check_sizes", "files_of"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"agent.manifest.{name}", failing, raising=False)
+            with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+                Verification(path).result()
+    assert verify(path) is None
 
 
 def test_names_that_are_no_checkpoint_are_neither_taken_nor_removed(tmp_path):

@@ -67,6 +67,21 @@ def test_g3_when_every_checkpoint_is_damaged_the_run_does_not_start_over(
     assert {p.name for p in (run / "checkpoints").iterdir()} == {"damaged_step_00000016", "damaged_step_00000020"}
 
 
+def test_g3_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(
+    place: Workplace, server: ForkServer, through: str
+) -> None:
+    run = place.folder / "runs" / "g3-moment"
+    shutil.copytree(place.folder / "runs" / through, run, symlinks=True)
+    more = (*FOUR, "--n_updates", "22", "--resume_changes", "true")
+    output = server.start(place, "g3-moment", *more, ranks=2, hook=("hooks", "unanswered_files")).wait()
+    status = place.status("g3-moment")
+    assert status["error_kind"] == "runtime" and "Stale file handle" in status["reason"], output  # and is requeued
+    output = server.start(place, "g3-moment", *more, ranks=2).wait()
+    status = place.status("g3-moment")
+    assert status["state"] == "finished" and status["attempts"][-1]["first_step"] == 20, output
+    assert not list(run.glob("checkpoints/damaged*"))
+
+
 def test_weights_that_nothing_can_continue_from_are_not_overwritten(place: Workplace, server: ForkServer) -> None:
     few = ("--n_updates", "6", "--save_model_freq", "2", "--keep_checkpoints", "3", "--keep_training_states", "1")
     server.start(place, "weights", *few, "--eval_freq", "0").wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,9 @@ import xxhash
 
 MANIFEST = "manifest.json"
 _BLOCK = 1 << 22  # stays in the processor's cache between the read and the hash
+# What the system says of a disk that has lost something. Any other error is of the moment: too many open files, a file
+# server that restarts, a permission. A checkpoint that cannot be read then is not damaged.
+_LOST = (errno.EIO, errno.EUCLEAN, errno.EBADMSG)
 
 
 class Known(Protocol):
@@ -83,13 +87,16 @@ def files_of(folder: Path) -> dict[str, tuple[int, str]]:
 
     Raises:
         Damaged: if there is none that can be read.
+        OSError: if none can be read now.
     """
     try:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         files = {str(name): (int(entry["size"]), str(entry["xxh3_128"])) for name, entry in content["files"].items()}
     except FileNotFoundError:
         raise Damaged(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        raise Damaged(_unreadable(f"its {MANIFEST}", error)) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Damaged(f"its {MANIFEST} cannot be read") from None
     if not files:
         raise Damaged(f"its {MANIFEST} lists no file")
@@ -97,21 +104,36 @@ def files_of(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def check_sizes(folder: Path) -> str | None:
-    """None if every file of the manifest is there in its size; otherwise what is wrong. Reads no file."""
+    """None if every file of the manifest is there in its size; otherwise what is wrong. Reads no file.
+
+    Raises:
+        OSError: if it cannot be looked at now, which says nothing about it.
+    """
     try:
-        for name, (size, _) in files_of(folder).items():
-            path = folder / name
+        listed = files_of(folder)
+    except Damaged as damage:
+        return str(damage)
+    for name, (size, _) in listed.items():
+        path = folder / name
+        try:
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes, {size} were written"
-    except Damaged as damage:
-        return str(damage)
+        except OSError as error:
+            return _unreadable(name, error)
     return None
 
 
+def _unreadable(what: str, error: OSError) -> str:
+    """What is damaged by this error, which is raised if nothing is."""
+    if error.errno not in _LOST:
+        raise error
+    return f"{what} cannot be read: {error.strerror}"
+
+
 def verify(folder: Path) -> str | None:
-    """None if every file of the manifest is there, unchanged; otherwise what is wrong."""
+    """None if every file of the manifest is there, unchanged; otherwise what is wrong. Errors as of its ``result``."""
     return Verification(folder).result()
 
 
@@ -131,9 +153,15 @@ class Verification:
         return digest
 
     def result(self) -> str | None:
-        """None if the checkpoint is good, otherwise what is wrong."""
+        """None if the checkpoint is good, otherwise what is wrong.
+
+        Raises:
+            OSError: if it cannot be read now, which says nothing about it.
+        """
         try:
             return self._compare()
+        except OSError:
+            raise
         except Exception as error:  # reaches the caller as damage: what could not be verified is not taken
             return f"it could not be verified: {error!r}"
 
@@ -152,7 +180,7 @@ class Verification:
         try:
             found = fed.hexdigest() if fed is not None and fed.size == size else checksum(self._folder / name)
         except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+            return _unreadable(name, error)
         return None if found == expected else f"{name} is damaged: its checksum does not match"
 
 
