@@ -274,6 +274,18 @@ def test_statistics_and_instructions_name_what_is_odd(server: ForkServer, place:
     assert checked.state["state"] == "finished"  # odd, not wrong
 
 
+def test_a_run_folder_that_cannot_be_made_costs_no_other_check(
+    server: ForkServer, place: Workplace, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    output = server.start(place, "x", "--check", "true", VLA_LOG_DIR=str(tmp_path / "file" / "runs")).wait()
+    words = " ".join(output.split())  # the table wraps
+    assert re.search(r"fail run folder \S+ cannot be written \(Not a directory\)", words), output
+    assert "pass map: test/data" in words and "warn update not checked, because the run folder" in words, output
+    assert "report.json could not be written: the run folder cannot be written" in words
+    assert "Traceback" not in output
+
+
 # ---- predictions
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from agent.data.transforms import resize_with_pad
 from agent.preflight.context import Context
-from agent.preflight.report import Row, failed
+from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey
 from agent.validation_record import dimension_names
 
@@ -32,10 +32,15 @@ def check(context: Context) -> list[Row]:
             rows.append(Row(name, "pass", _spelled(found, context)))
             cells.append(_cells(found, context))
     if cells:
-        path = context.folder / "cameras.png"
-        _sheet(cells).save(path)
         count = sum(picture is not None for row in cells for _, picture in row)
-        rows.append(Row("cameras", "pass", f"{count} thumbnails in {path}: look at them"))
+        try:
+            path = context.folder / "cameras.png"
+            _sheet(cells).save(path)
+            rows.append(Row("cameras", "pass", f"{count} thumbnails in {path}: look at them"))
+        except (OSError, NotChecked) as error:  # the rows above are worth more than the pictures
+            rows.append(
+                Row("cameras", "warn", f"no thumbnails: {error}", "put right what fails above, and check again")
+            )
     elif not rows:
         rows.append(Row("cameras", "warn", "no data set to take pictures from", "put right what fails under data"))
     return rows

@@ -87,7 +87,7 @@ def check(config: TrainPipelineConfig, launch: Launch) -> int:
     print(table(rows))
     try:
         write(context.folder / "report.json", rows, facts)
-    except OSError as error:  # a row says so already
+    except (OSError, NotChecked) as error:  # a row says so already
         print(f"\nreport.json could not be written: {error}", file=sys.stderr)
     counts = {result: sum(row.result == result for row in rows) for result in ("pass", "warn", "fail")}
     told = ", ".join(f"{number} {result}" for result, number in counts.items())

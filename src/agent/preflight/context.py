@@ -53,9 +53,16 @@ class Context:
 
     @cached_property
     def folder(self) -> Path:
-        """``check`` in the run folder."""
+        """``check`` in the run folder.
+
+        Raises:
+            NotChecked: if it cannot be made.
+        """
         folder = self.config.run_dir / "check"
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise NotChecked("the run folder cannot be written") from error
         return folder
 
     # ---- the job

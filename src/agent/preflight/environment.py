@@ -51,7 +51,8 @@ def _folder(context: Context) -> Row:
     """Whether the run folder can be written."""
     folder = context.config.run_dir
     try:
-        probe = context.folder / ".probe"
+        probe = folder / "check" / ".probe"
+        probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
     except OSError as error:
