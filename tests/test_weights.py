@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_pi0_adapter import reference
 
 from agent import tensor_file
@@ -259,6 +259,14 @@ def test_a_missing_shard(tmp_path, published):
     text = refusal(tmp_path)
     assert f"{KEY}: {tmp_path / 'model.safetensors.index.json'} names model-00002-of-00002.safetensors" in text
     assert text.endswith("which is not there")
+
+
+def test_a_tensor_in_two_shards(tmp_path, published):
+    first, second = sorted(shards(tmp_path, published).glob("*.safetensors"))
+    twice = load_file(first)
+    name = min(twice)
+    save_file(load_file(second) | {name: twice[name] + 1}, second)
+    assert f"{first} and {second} both hold {name}, and nobody knows which" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("index", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}'])

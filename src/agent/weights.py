@@ -244,7 +244,15 @@ def account(
     """
     from agent import tensor_reader
 
-    listed = {entry.name: (path, entry.shape) for path in files for entry in tensor_reader.entries(path)}
+    listed: dict[str, tuple[Path, tuple[int, ...]]] = {}
+    for path in files:
+        for entry in tensor_reader.entries(path):
+            if entry.name in listed:
+                raise ValueError(
+                    f"{listed[entry.name][0]} and {path} both hold {entry.name}, and nobody knows which of the two counts; "
+                    "is one of them left from other weights?"
+                )
+            listed[entry.name] = (path, entry.shape)
     found = match(list(listed))
     fresh = {name: why for name in shapes if name not in found.sources and (why := _rule(name, found.layout.fresh))}
     coverage = Coverage(
