@@ -455,8 +455,12 @@ def test_a_run_without_eval_cfg_is_refused(tmp_path: Path) -> None:
         watching.read_config(tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_evaluated_is_told_in_the_exit_code(tmp_path: Path) -> None:
+def test_a_checkpoint_that_cannot_be_evaluated_is_told_in_the_exit_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval_cfg": EVAL_CFG}))
+    watching.watch(tmp_path, [REACH], once=True)
+    assert f"{tmp_path} has no complete checkpoint to evaluate" in caplog.text
     checkpoint = tmp_path / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")

@@ -51,20 +51,24 @@ def watch(
     except BlockingIOError:
         os.close(lock)
         raise ValueError(f"--run: another process evaluates {run_dir} already") from None
+    done: set[Path] = set()
     failed: set[Path] = set()
     try:
         while True:
             # Asked before looking: what was saved up to the end is then seen by one more look.
             going_on = not once and is_training(run_dir)
             for checkpoint in chosen(run_dir, config.every, last=not going_on):
-                out = folder / checkpoint.name
-                if checkpoint not in failed and not _evaluate(checkpoint, request, out, device, tokenizer):
-                    failed.add(checkpoint)
+                if checkpoint not in done | failed:
+                    fine = _evaluate(checkpoint, request, folder / checkpoint.name, device, tokenizer)
+                    (done if fine else failed).add(checkpoint)
             if not going_on:
                 break
             time.sleep(POLL_S)
     finally:
         os.close(lock)
+    log.info("%d checkpoints are evaluated: %s", len(done), folder / CURVE)
+    if not done | failed:
+        log.warning("%s has no complete checkpoint to evaluate", run_dir)
     if there := sorted(checkpoint.name for checkpoint in failed if checkpoint.exists()):
         raise RuntimeError(f"{', '.join(there)} could not be evaluated; the lines above say why")
 
