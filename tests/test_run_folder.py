@@ -64,6 +64,23 @@ def test_a_damaged_status_is_said_and_replaced(tmp_path: Path, content: str, cap
     assert json.loads((tmp_path / "status.json").read_text())["step"] == 7
 
 
+def test_a_status_that_cannot_be_read_for_a_moment_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin_attempt()
+
+    def stale(*arguments: Any, **keywords: Any) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        folder.update("running", 5)
+    assert "status.json cannot be read" in caplog.text and "Stale file handle" in caplog.text
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 5
+    folder.close()
+
+
 def test_starts_are_counted_over_restarts(tmp_path: Path) -> None:
     for restarts in range(3):
         folder = RunFolder(tmp_path)

@@ -153,10 +153,14 @@ class RunFolder:
             self._status["checkpoint_step"] = details["checkpoint_step"]
 
     def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None) -> None:
-        """Writes ``status.json`` and the launcher's status file. A disk that is full is a warning, not the end."""
+        """Writes ``status.json`` and the launcher's status file. An error of the disk is a warning, not the end."""
         if self.attempt["ended"] is not None:
             return  # the watchdog has ended this attempt, and the training loop drew one more breath
-        recorded = self._read_status().get("attempts", [])[-1:]
+        try:
+            recorded = self._read_status().get("attempts", [])[-1:]
+        except OSError as error:
+            log.warning("%s cannot be read: %s", self.path / "status.json", error)
+            recorded = []
         if recorded and recorded[0].get("started") == self.attempt["started"] and recorded[0].get("ended") is not None:
             return  # another rank has: it failed first, and knows why
         now = {"state": state, "step": step, "reason": reason, "error_kind": error_kind}
