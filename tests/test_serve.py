@@ -306,6 +306,14 @@ def test_a_bad_frame_is_answered_and_the_connection_stays(server, policy, frame,
     assert agree(actions, expected(policy, request()))
 
 
+def test_a_refusal_is_short_whatever_it_names(server):
+    connection = server.raw()
+    connection.send(msgpack.packb({"k" * 100_000: 1}))
+    answer = connection.recv(timeout=30)
+    assert answer.startswith("refused: the policy knows no 'kkk") and len(answer) < 2100
+    assert max(map(len, server.said)) < 3000
+
+
 def test_an_oversize_message_ends_its_connection_alone(server, policy):
     client, other = server.client(), server.client()
     with pytest.raises(ConnectionClosed) as closed:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _STOPPING = 1001, "the server is stopping"
+_LONGEST = 2000  # characters of a refusal
 _PATIENCE_S = 60.0  # with the requests under way at the end
 
 
@@ -165,9 +166,11 @@ class Server:
                 observation = self._observation(frame)
             except ValueError as error:
                 self._latencies.refused += 1
-                log.log(logging.DEBUG if complained else logging.WARNING, "%s: refused: %s", _name(connection), error)
+                said = str(error)
+                said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"  # a key can be as long as a message
+                log.log(logging.DEBUG if complained else logging.WARNING, "%s: refused: %s", _name(connection), said)
                 complained = True  # a client that repeats it at 30 Hz need not fill the log
-                await connection.send(f"refused: {error}")
+                await connection.send(f"refused: {said}")
             else:
                 noise = self._policy.noise(seed, "serve", number)
                 number += 1
