@@ -57,6 +57,21 @@ def test_the_newest_offline_folder_holds_every_step_once(run_dir: Path) -> None:
     assert copy.read_bytes() == (run_dir / "validation" / "step_00000004.png").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["cut short", "no room"])
+def test_a_picture_that_cannot_be_shown_costs_no_line(run_dir: Path, damage: str, small_disk: Path) -> None:
+    if damage == "cut short":
+        (run_dir / "validation" / "step_00000004.png").write_bytes(b"")
+    else:
+        (run_dir / "wandb").symlink_to(small_disk)
+        noise = Image.effect_noise((2000, 2000), 80)  # four megabytes
+        noise.save(run_dir / "validation" / "step_00000004.png")
+    code, said = sync(run_dir, "--mode", "offline")
+    assert code == 0 and "wandb does not show" in said and "step_00000004.png" in said, said
+    if damage == "cut short":
+        (folder,) = (run_dir / "wandb").glob("offline-run-*")
+        assert [entry["_step"] for entry in offline_records(folder)[1]] == list(range(1, 8))
+
+
 def test_the_id_of_the_run_is_kept_and_another_can_be_given(run_dir: Path) -> None:
     (run_dir / "wandb").mkdir()
     (run_dir / "wandb" / "run_id").write_text("kept1234")

@@ -223,11 +223,16 @@ class Wandb:
         # null, for a skipped update, is no number to wandb
         values = {k: v for k, v in record.items() if k != "step" and v is not None}
         picture = self._pictures.path(record["step"], ".png")
-        if picture.exists():
-            import wandb
+        try:
+            self._run.log(values | self._shown(picture), step=record["step"])
+        except OSError as error:  # damaged, or the disk has no room for wandb's copy: a picture is not worth the run
+            log.warning("wandb does not show %s: %s", picture, error)
+            self._run.log(values, step=record["step"])
 
-            values["val/chunks"] = wandb.Image(str(picture))
-        self._run.log(values, step=record["step"])
+    def _shown(self, picture: Path) -> dict[str, Any]:
+        import wandb
+
+        return {"val/chunks": wandb.Image(str(picture))} if picture.exists() else {}
 
     def summarize(self, facts: dict[str, Any]) -> None:
         """Sets figures of the whole run."""
