@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
 from agent.data.frame_store import SourceFile
 from agent.data.transforms import fitted_size
@@ -187,11 +188,19 @@ class _Writer:
 
 def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
     """A decoded frame as the part keeps it."""
-    plane = frame.reformat(format="rgb24").planes[0]
+    plane = _converter().reformat(frame, format="rgb24").planes[0]
     # ``to_ndarray`` would copy it.
     rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
     pixels = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
     return _resized(part, pixels, halved_colours=frame.format.name in ("yuv420p", "yuvj420p", "nv12"))
+
+
+@lru_cache(maxsize=1)
+def _converter() -> av.video.reformatter.VideoReformatter:
+    """One for all frames: a frame's own would compute the same tables anew for each."""
+    from av.video.reformatter import VideoReformatter
+
+    return VideoReformatter()
 
 
 def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
@@ -332,8 +341,8 @@ def places(path: Path, encoding: Encoding) -> dict[str, np.ndarray]:
                 ends = np.arange(len(batch) + 1, dtype=np.int64) * images.type.byte_width
             else:
                 ends = np.frombuffer(buffers[0], dtype=np.int32)[: len(batch) + 1].astype(np.int64)
-            columns["episode"].append(batch["episode_index"].to_numpy())
-            columns["frame"].append(batch["frame_index"].to_numpy())
+            columns["episode"].append(to_numpy(batch["episode_index"]))
+            columns["frame"].append(to_numpy(batch["frame_index"]))
             columns["offset"].append(ends[:-1] + (buffers[-1].address - begin))
             columns["size"].append(np.diff(ends))
     empty = np.zeros(0, dtype=np.int64)
