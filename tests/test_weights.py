@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -38,6 +39,7 @@ CONFIG = PI0Config(
 )
 PREFIX = "model.paligemma_with_expert."
 STATE_PROJ = "model.state_proj.weight"
+EMBEDDING = f"{PREFIX}paligemma.model.language_model.embed_tokens.weight"
 
 
 def model(seed: int) -> PI0:
@@ -305,7 +307,20 @@ def test_a_pickle_is_refused_unopened(tmp_path, name):
 def test_a_folder_of_pickles_says_so(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
     text = refusal(tmp_path)
-    assert "holds no model.safetensors" in text and "pytorch_model.bin" in text and "convert" in text
+    assert "holds no model.safetensors" in text and "pytorch_model.bin is a pickle file; convert" in text
+
+
+def test_the_command_that_converts_a_pickle(tmp_path, published):
+    folder = tmp_path / "my weights"
+    folder.mkdir()
+    tied = published | {"model.paligemma_with_expert.paligemma.lm_head.weight": published[EMBEDDING]}
+    torch.save(tied, folder / "pytorch_model.bin")
+    command = refusal(folder).splitlines()[-1]
+    assert command.startswith("uv run python -c ")
+    subprocess.run([sys.executable, *shlex.split(command)[3:]], check=True)
+    policy = model(2)
+    load(policy, folder)
+    assert_same(policy, model(1))
 
 
 @pytest.mark.parametrize("reference", ["/no/such/folder", "./weights", "~/no_such_weights", "weights", "a/b/c/d"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -117,9 +118,7 @@ def find_weights(reference: str, key: str) -> list[Path]:
     """
     path = Path(reference).expanduser()
     if path.suffix in _PICKLES and path.exists():
-        raise ValueError(
-            f"{key}: {path} is a pickle file, which can run code when opened; convert it to safetensors first"
-        )
+        raise ValueError(f"{key}: {path} is a pickle file, which can run code when opened{_converting(path)}")
     if path.is_file():
         return [path]
     for folder in (
@@ -131,8 +130,8 @@ def find_weights(reference: str, key: str) -> list[Path]:
         if folder.is_dir() and (files := _files_in(folder, key)):
             return files
     if path.is_dir():
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES)
-        hint = f"; convert its {pickles[0]} to safetensors first" if pickles else ""
+        pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
+        hint = f"; its {pickles[0].name} is a pickle file{_converting(pickles[0])}" if pickles else ""
         raise ValueError(
             f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json{hint}"
         )
@@ -142,6 +141,17 @@ def find_weights(reference: str, key: str) -> list[Path]:
             f"{key}: there is no file or folder {reference}, and it does not look like a hub id (owner/name)"
         )
     return _files_on_hub(repository, key)
+
+
+def _converting(pickle: Path) -> str:
+    """What to do about a pickle file. Read so, it runs no code; tensors that share memory are written apart."""
+    program = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+        "save_file({name: t.clone().contiguous() for name, t in tensors.items()}, sys.argv[2])"
+    )
+    command = ["uv", "run", "python", "-c", program, str(pickle), str(pickle.with_name("model.safetensors"))]
+    return f"; convert it to safetensors first:\n{shlex.join(command)}"
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
