@@ -112,7 +112,8 @@ class ColumnTable:
         rows = int(self.metadata.episodes["length"][self._held()].sum())
         arrays: dict[str, np.ndarray] = {}
         seen = np.zeros(rows, dtype=bool)
-        widths = {name: math.prod(self.metadata.features[name]["shape"]) for name in self.names}
+        features = self.metadata.features  # without LeRobot's own columns, one number each, in some data sets
+        widths = {name: math.prod(features[name]["shape"]) if name in features else 1 for name in self.names}
 
         def fill(path: Path, members: np.ndarray) -> None:
             owner, frame, values = _columns_of(path, widths)
