@@ -500,6 +500,15 @@ def test_everything_is_on_the_disk_before_the_manifest_and_the_manifest_before_t
     assert ("sync", ".") in events[named:linked] and ("sync", ".") in events[linked:]
 
 
+def test_the_folders_of_the_first_checkpoint_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (synced.append(os.readlink(f"/proc/self/fd/{handle}")), fsync(handle))
+    )
+    store = store_with(tmp_path / "run", 5)
+    assert {str(tmp_path), str(tmp_path / "run"), str(store.folder)} <= set(synced)
+
+
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one(small_disk):
     store = CheckpointStore(small_disk / "run", keep=1)
     store.save(5, writer("s5", 1_000_000))

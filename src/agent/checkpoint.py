@@ -92,7 +92,10 @@ class CheckpointStore:
         Raises:
             OSError: if fewer than ``needed`` bytes are free, or the folder cannot be made.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True)
+            for parent in (self.folder.parent, self.folder.parent.parent):  # the run's folder may be as new
+                sync(parent)
         self.recover()
         free = shutil.disk_usage(self.folder).free
         if free < needed:
