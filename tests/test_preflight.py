@@ -274,6 +274,14 @@ def test_statistics_and_instructions_name_what_is_odd(server: ForkServer, place:
     assert checked.state["state"] == "finished"  # odd, not wrong
 
 
+def test_what_training_warns_of_is_warned_of_before(server: ForkServer, place: Workplace) -> None:
+    same = {"repo_id": "test/data", "root": str(place.folder / "data"), "episodes": [2, 3]}
+    checked = check(server, place, "overlap", "--data.val.datasets", json.dumps([same]))
+    (row,) = checked.rows("data: together", "warn")
+    assert "episodes 2-3 are trained on and validated on" in row["text"] and "WARNING" not in row["text"]
+    assert checked.state["state"] == "finished"
+
+
 def test_a_run_folder_that_cannot_be_made_costs_no_other_check(
     server: ForkServer, place: Workplace, tmp_path: Path
 ) -> None:

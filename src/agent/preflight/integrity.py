@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from agent.data.files import spelled
 from agent.preflight.context import Context
-from agent.preflight.report import Row, failed
+from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey
+
+_WARNING = "WARNING: "  # how lines of the data's report begin that are more than information
 
 
 def check(context: Context) -> list[Row]:
@@ -14,9 +16,20 @@ def check(context: Context) -> list[Row]:
 
 
 def check_together(context: Context) -> list[Row]:
-    """What training would refuse of all of them together; nothing to say when it does not."""
+    """What training would refuse of all of them together, or only warns of; nothing to say where it does neither."""
     problem = context.data_problem()
-    return [] if problem is None else [failed("data: together", problem)]
+    if problem is not None:
+        return [failed("data: together", problem)]
+    try:
+        lines = context.data.report
+    except NotChecked:  # for what the rows above say
+        return []
+    change = "training says so in its log and goes on; put it right unless it is meant"
+    return [
+        Row("data: together", "warn", line.removeprefix(_WARNING), change)
+        for line in lines
+        if line.startswith(_WARNING)
+    ]
 
 
 def _rows(found: Survey) -> list[Row]:
