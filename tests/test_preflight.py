@@ -364,6 +364,11 @@ def test_a_job_is_read_from_its_script(tmp_path: Path, monkeypatch: pytest.Monke
     assert (job.limit_s, job.gpus, job.cores, job.requeue, job.warning_s) == (36 * 3600, 4, 54, True, 300)
     assert job.gpu_words == ["h100", "a100", "h200"]
     assert find_job("other", [tmp_path], 0.0) is None
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NAME", "mine")
+    job = find_job("other", [tmp_path], 0.0)  # sbatch mine.sh --name other
+    assert job is not None and job.source == "job 7" and job.requeue and job.warning_s == 300
+    monkeypatch.delenv("SLURM_JOB_ID")
     (folder / "disk.sh").write_text("#SBATCH --gres=tmp:200,gpu:a100:2\n#SBATCH --gpus-per-node=a100:2\n")
     job = find_job("disk", [tmp_path], 0.0)
     assert job is not None and job.gpus == 2 and set(job.gpu_words) == {"a100"}

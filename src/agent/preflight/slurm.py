@@ -32,16 +32,20 @@ def find_job(name: str, folders: list[Path], now: float) -> Job | None:
     """The job of a run.
 
     Args:
-        name: of the run, and of its script.
+        name: of the run, and of its script; within a job the job's name counts first.
         folders: where ``slurms/train_scripts`` may be.
         now: seconds since 1970.
 
     Returns:
         None outside a job if there is no such script.
     """
-    script = next((path for folder in folders if (path := folder / SCRIPTS / f"{name}.sh").is_file()), None)
+    within = "SLURM_JOB_ID" in os.environ
+    # A job's own name says which script it is of; the run can have been given another by --name.
+    names = [os.environ.get("SLURM_JOB_NAME", name), name] if within else [name]
+    places = [folder / SCRIPTS / f"{one}.sh" for one in names for folder in folders]
+    script = next((path for path in places if path.is_file()), None)
     job = _of_script(script) if script is not None else None
-    if "SLURM_JOB_ID" not in os.environ:
+    if not within:
         return job
     job = job or Job("")
     job.source = f"job {os.environ['SLURM_JOB_ID']}"
