@@ -169,6 +169,17 @@ def test_lerobot_export_is_the_checkpoint(runs, tmp_path):
     assert json.loads((started / "config.json").read_text())["pretrained_path"] == "lerobot/pi0_base"
 
 
+def test_a_folder_of_the_hubs_cache_is_exported(runs, tmp_path):
+    cached, blobs = tmp_path / "models--you--pi0" / "snapshots" / "main", tmp_path / "models--you--pi0" / "blobs"
+    shutil.copytree(runs.pretrained(), cached)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(cached.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("../../blobs") / str(number))
+    out = exported(cached, tmp_path / "out", "lerobot")
+    assert (out / "model.safetensors").read_bytes() == (runs.pretrained() / "model.safetensors").read_bytes()
+
+
 def test_a_folder_that_weights_came_from_is_not_published(runs, tmp_path):
     source = shutil.copytree(runs.pretrained(), tmp_path / "source")
     config = json.loads((source / "config.json").read_text())

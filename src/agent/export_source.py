@@ -63,7 +63,8 @@ def open_checkpoint(reference: str) -> Source:
         raise ValueError(
             f"--checkpoint: there is no {reference}; name a run folder, a checkpoint or its pretrained_model"
         )
-    files = [file.resolve() for file in find_weights(reference, "--checkpoint")]
+    # The folder alone: `last` leads to a checkpoint, but a file of the hub's cache to a blob without its companions.
+    files = [file.parent.resolve() / file.name for file in find_weights(reference, "--checkpoint")]
     pretrained = files[0].parent
     checkpoint = pretrained.parent
     step = None
@@ -189,7 +190,7 @@ def bases(source: Source) -> list[str]:
         if is_hub_id(reference) or not Path(reference).expanduser().exists():
             break
         try:
-            pretrained = find_weights(reference, "load_from_checkpoint")[0].resolve().parent
+            pretrained = find_weights(reference, "load_from_checkpoint")[0].parent.resolve()
         except ValueError:
             break  # the weights are gone by now, and with them what they came from
         config = pretrained / "config.json"
