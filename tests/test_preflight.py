@@ -29,7 +29,7 @@ from PIL import Image
 from agent.configuration_pipeline import load_config
 from agent.distributed import Launch
 from agent.models.pi0.memory import Training, predict
-from agent.preflight import memory
+from agent.preflight import memory, rehearsal
 from agent.preflight.context import Context
 from agent.preflight.gpus import GPUS, recognised
 from agent.preflight.slurm import find_job, seconds_of
@@ -336,6 +336,24 @@ def test_the_advised_batch_passes(place: Workplace, monkeypatch: pytest.MonkeyPa
         advised = re.match(r"write per_device_batch_size: (\d+) ", row.change)
         assert advised is not None and 0 < int(advised[1]) < 2048, row
         assert memory.check(context(int(advised[1])))[0].result == "pass"
+
+
+def test_a_model_too_large_for_the_gpu_is_a_row(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Already building it runs out of memory, as on a GPU, and nothing is left behind."""
+    import torch
+
+    from agent import building
+
+    def build(*_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")
+
+    monkeypatch.setenv("VLA_LOG_DIR", str(place.folder / "runs"))
+    monkeypatch.setattr(building, "build", build)
+    context = Context(load_config(place.folder / "tiny.yaml", ["--name", "too_large"], 1)[0], Launch())
+    (row,) = rehearsal.check(context)
+    assert row.result == "fail" and row.text.endswith("CUDA out of memory. Tried to allocate 2 GiB.")
+    assert row.change.startswith("write a smaller per_device_batch_size than 2")
+    assert not (context.folder / "rehearsal").exists()
 
 
 def test_requeues_follow_from_the_time_limit(server: ForkServer, place: Workplace) -> None:

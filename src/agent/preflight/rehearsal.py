@@ -47,9 +47,18 @@ def check(context: Context) -> list[Row]:
         return [Row("update", "fail", text, "make room where the run folder is, or set VLA_LOG_DIR to a larger disk")]
     place = context.folder / "rehearsal"
     shutil.rmtree(place, ignore_errors=True)  # of a check that was killed
+    config = _config(context, device.type)
     try:
         with _variable("VLA_LOG_DIR", str(place)):
-            return _rehearse(context, _config(context, device.type), device)
+            return _rehearse(context, config, device)
+    except torch.cuda.OutOfMemoryError as error:  # which the model alone can be too large for
+        batch = config.per_device_batch_size
+        change = (
+            f"write a smaller per_device_batch_size than {batch}, or what the row `memory` says"
+            if batch > 1
+            else "do what the row `memory` says, or take a GPU with more memory"
+        )
+        return [Row("update", "fail", f"out of memory on {device}: {str(error).splitlines()[0]}", change)]
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
@@ -97,8 +106,6 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
 
 
 def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
-    import torch
-
     from agent.building import build
     from agent.data.loader import TrainLoader
     from agent.distributed import Launch, Processes
@@ -118,11 +125,6 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
         batches = list(itertools.islice(loader, run.plan.accumulation_steps))
         row = _update(context, run, batches)
         return [row] if row.result == "fail" else [row, round_trip.check(run, saver)]
-    except torch.cuda.OutOfMemoryError as error:
-        change = (
-            f"write a smaller per_device_batch_size than {config.per_device_batch_size}; the row `memory` says which"
-        )
-        return [Row("update", "fail", f"out of memory on {device}: {str(error).splitlines()[0]}", change)]
     finally:
         saver.close()
         loader.close()
