@@ -213,11 +213,13 @@ WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
 
 def report_compilations() -> None:
-    """Says at the end of training how many graphs were looked up among those that earlier starts compiled."""
+    """Compiles with ``$CXX``; says at the end of training how many graphs were looked up among those of earlier starts."""
     from torch._dynamo.utils import counters
+    from torch._inductor import config
 
     from agent import trainer
 
+    config.cpp.cxx = (None, os.environ["CXX"])
     train = trainer.train
 
     def reporting(*arguments: Any, **keywords: Any) -> Any:

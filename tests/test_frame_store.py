@@ -326,6 +326,62 @@ def test_more_episodes_are_added(place, copy, small_parts):
     assert source.store.manifest.frames == 36 and source.read(35).frame == 11
 
 
+def test_a_store_is_read_as_it_was_until_more_episodes_are_all_there(place, copy, monkeypatch):
+    """Raw pictures have no form: read from a part that was written anew, they would be other pictures without an error."""
+    entry, raw = "--data.train.datasets.0.episodes", ("--data.train.frame_store", "raw")
+    assert prepared(place, copy, *raw, entry, "[0, 1, 2]") == []
+    before = [source_of(copy, "raw", episodes=[0, 1, 2]).read(position).images[FRONT] for position in range(36)]
+
+    def stop(*_):
+        raise ValueError("stopped")
+
+    for owner, moment in ((frame_preparation.Preparation, "finish"), (Manifest, "write")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, moment, stop)
+            assert prepared(place, copy, *raw) == ["stopped"]
+        source = source_of(copy, "raw", episodes=[0, 1, 2])
+        assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(before))
+    assert prepared(place, copy, *raw) == []
+    source = source_of(copy, "raw")
+    assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(before))
+    assert (
+        len(source) == 72
+        and len(list(copy.glob("frames/*/*/*.arrow"))) == len(list(copy.glob("frames/*/*.arrow"))) == 1
+    )
+
+
+def test_episodes_that_were_left_out_stay_so_when_others_are_asked_for(place, copy, small_parts):
+    video = video_of(copy)
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 2 // 3])
+    assert prepared(place, copy, skip=True) == []
+    left_out = source_of(copy).store.manifest.left_out
+    assert prepared(place, copy, "--data.train.datasets.0.episodes", "[0, 1]") == []
+    assert source_of(copy).store.manifest.left_out == left_out != {}
+
+
+def test_what_could_not_be_read_is_tried_again_when_the_file_is_copied_again(place, copy):
+    """Reading may fail without the file being damaged; then its contents are the same."""
+    assert prepared(place, copy, workers=1) == []
+    (note,) = copy.glob("frames/*/*/*.json")
+    note.write_text(json.dumps({**json.loads(note.read_text()), "bad": {"2": "Input/output error"}}))
+    assert "Copy the files again" in prepared(place, copy, workers=1)[0]
+    write_over(video_of(copy), video_of(copy).read_bytes())
+    assert prepared(place, copy, workers=1) == []
+
+
+def test_rows_of_pictures_in_another_order(place, tmp_path):
+    import pyarrow.parquet as pq
+
+    root = write_dataset(tmp_path / "pictures", episodes=3, length=[3, 9, 6], cameras={FRONT: (32, 32)}, video=False)
+    expected = [source_of(root, "none").read(position).images[FRONT] for position in range(18)]
+    (path,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
+    assert prepared(place, root, "--data.train.frame_store", "raw", workers=1) == []
+    source = source_of(root, "raw")
+    assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(expected))
+
+
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

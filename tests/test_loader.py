@@ -102,7 +102,7 @@ def test_the_split_changes_neither_samples_nor_losses(
 def picture_of(place: Workplace, episode: int, frame: int) -> tuple[Path, int, int]:
     """File, offset and length of a picture in the JPEG store."""
     folder = place.folder / "data" / "frames" / "32x32-jpeg95"
-    index = read_index(folder / "index.arrow")
+    index = read_index(folder / Manifest.read(folder / "manifest.json").index)
     row = int(np.flatnonzero((index["episode_index"] == episode) & (index["frame_index"] == frame))[0])
     part, offset, size = (int(index[f"{FRONT}/{name}"][row]) for name in ("part", "offset", "size"))
     return folder / FRONT / Manifest.read(folder / "manifest.json").cameras[FRONT][part], offset, size

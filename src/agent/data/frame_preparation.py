@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
 
+from agent.data.arrow import to_numpy
 from agent.data.frame_parts import FileIndex, Part, places, times_of_episodes
 from agent.data.frame_store import (
     VERSION,
@@ -58,6 +60,8 @@ class Preparation:
         self.folder = wanted.folder(frames_folder(source.metadata, source.config.frames))
         self.cameras = sorted(set(source.cameras.values()))
         self.episodes = source.episodes
+        self._left_out: dict[int, str] = {}
+        """What the store as it is lacks, of episodes that are not asked for now."""
         self._keep_what_is_there()
         self.jobs = [job for camera in self.cameras for job in self._jobs(camera)]
 
@@ -70,9 +74,11 @@ class Preparation:
         known = [key for key in before.cameras if key in self.metadata.camera_keys]
         if before.version != VERSION or before.metadata != describe_metadata(self.metadata, known):
             return
-        stored = np.unique(read_index(self.folder / "index.arrow")["episode_index"])
+        stored = np.unique(read_index(self.folder / before.index)["episode_index"])
         self.cameras = sorted({*self.cameras, *known})
         self.episodes = np.union1d(self.episodes, stored)
+        asked = set(self.episodes.tolist())
+        self._left_out = {episode: why for episode, why in before.left_out.items() if episode not in asked}
 
     def _jobs(self, camera: str) -> Iterator[Job]:
         metadata, video = self.metadata, camera in self.metadata.video_keys
@@ -88,9 +94,13 @@ class Preparation:
             parts = []
             for number in np.unique(group):
                 together = members[group == number]
-                target = f"chunk-{chunk:03d}-file-{file:03d}-episode-{together[0]:06d}.arrow"
-                if len(wanted := together[np.isin(together, self.episodes)]):
-                    parts.append((self.folder / camera / target, wanted))
+                if not len(wanted := together[np.isin(together, self.episodes)]):
+                    continue
+                # A part with more episodes has another name: until its index is there, the old one is read with the old.
+                name = f"chunk-{chunk:03d}-file-{file:03d}-episode-{together[0]:06d}"
+                if len(wanted) < len(together):
+                    name += f"-{xxhash.xxh3_64(wanted.astype(np.int64)).hexdigest()}"
+                parts.append((self.folder / camera / f"{name}.arrow", wanted))
             yield Job(camera, path, video, members, parts)
 
     def frames(self, episodes: np.ndarray | Sequence[int]) -> int:
@@ -134,13 +144,13 @@ class Preparation:
             starts = self.metadata.episodes[f"videos/{job.camera}/from_timestamp"][job.episodes]
             found = times_of_episodes(index, starts, lengths[job.episodes], float(self.metadata.info["fps"]))
         else:
-            # Rows of a data file are in the order of its episodes.
-            found = list(np.split(np.arange(self.frames(job.episodes)), np.cumsum(lengths[job.episodes])[:-1]))
+            found = list(np.split(_rows(job.path), np.cumsum(lengths[job.episodes])[:-1]))
         of_episode = dict(zip(job.episodes.tolist(), found, strict=True))
         todo = []
         for target, episodes in job.parts:
             note = read_note(target)
-            same = note is not None and note["source"]["xxh3"] == index.source.xxh3
+            # What was bad is tried again: reading may have failed, not the file.
+            same = note is not None and note["source"]["xxh3"] == index.source.xxh3 and not note["bad"]
             if note is not None and same and set(episodes.tolist()) <= set(note["episodes"]):
                 self._take(job, target, note)
                 continue
@@ -160,7 +170,7 @@ class Preparation:
         return dict(sorted(found.items()))
 
     def finish(self) -> None:
-        """Writes ``index.arrow`` and ``manifest.json`` and removes what belongs to neither."""
+        """Writes the index, then ``manifest.json``, which names it, and removes what belongs to neither."""
         bad = self.bad()
         good = np.setdiff1d(self.episodes, list(bad))
         if not len(good):
@@ -178,7 +188,7 @@ class Preparation:
         first[good] = begins
         for camera, parts in cameras.items():
             index |= self._places(camera, parts, first, int(lengths.sum()))
-        _write_index(self.folder / "index.arrow", index)
+        index_name = _write_index(self.folder, index)
         sources = {job.path: job.source for job in self.jobs}
         import av
 
@@ -191,12 +201,16 @@ class Preparation:
             metadata=describe_metadata(self.metadata, self.cameras),
             cameras=cameras,
             sources=dict(sorted(names.items())),
-            left_out=bad,
+            left_out=dict(sorted({**self._left_out, **bad}.items())),
             frames=int(lengths.sum()),
+            index=index_name,
         ).write(self.folder / "manifest.json")
         known = {self.folder / camera / part for camera, parts in cameras.items() for part in parts}
         for path in self.folder.glob("*/*"):
             if path not in known and path.with_suffix(".arrow") not in known:
+                path.unlink()
+        for path in self.folder.glob("index*.arrow"):
+            if path.name != index_name:
                 path.unlink()
 
     def _places(self, camera: str, parts: list[str], first: np.ndarray, rows: int) -> dict[str, np.ndarray]:
@@ -217,6 +231,15 @@ class Preparation:
         return {f"{camera}/{name}": values for name, values in columns.items()}
 
 
+def _rows(path: Path) -> np.ndarray:
+    """The rows of a data file in order of episode and frame, as LeRobot writes them."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, memory_map=True) as file:
+        table = file.read(columns=["episode_index", "frame_index"], use_threads=False)
+    return np.lexsort((to_numpy(table["frame_index"]), to_numpy(table["episode_index"])))
+
+
 def note_of(target: Path) -> Path:
     return target.with_suffix(".json")
 
@@ -226,11 +249,15 @@ def read_note(target: Path) -> dict[str, Any] | None:
     return json.loads(note.read_text()) if note.is_file() and target.is_file() else None
 
 
-def _write_index(path: Path, columns: dict[str, np.ndarray]) -> None:
+def _write_index(folder: Path, columns: dict[str, np.ndarray]) -> str:
+    """The name of the file, with a hash of its contents in it: an older one stays as it is."""
     import pyarrow as pa
 
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    write_whole(path, memoryview(sink.getvalue()))
+    content = memoryview(sink.getvalue())
+    name = f"index-{xxhash.xxh3_64(content).hexdigest()}.arrow"
+    write_whole(folder / name, content)
+    return name

@@ -4,12 +4,12 @@ A store is a folder ``frames/<height>x<width>-<encoding>`` in the data set's own
 
 ====================================  ==================================================================================
 ``manifest.json``                     what the store was made of and how; written last
-``index.arrow``                       one row per frame, in order of episode and frame: for each camera the part, the
+``index-HASH.arrow``                  one row per frame, in order of episode and frame: for each camera the part, the
                                       byte and the length of its picture
 ``<camera>/<video>-<episode>.arrow``  a part: the pictures of consecutive episodes, readable by any Arrow library
 ====================================  ==================================================================================
 
-A picture is found by the integer number of its frame; no time stamp is compared. ``index.arrow`` is mapped into memory,
+A picture is found by the integer number of its frame; no time stamp is compared. The index is mapped into memory,
 one copy for all processes of a machine; pictures are read, not mapped, so that a process does not seem to grow.
 """
 
@@ -105,6 +105,8 @@ class Manifest:
     left_out: dict[int, str]
     """Episode that could not be stored → why."""
     frames: int
+    index: str = "index.arrow"
+    """The file that belongs to these parts: a store that is added to has both indices for a moment."""
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -306,7 +308,7 @@ class FrameStore:
     def open(self) -> None:
         """Maps the index into memory."""
         if self._index is None:
-            self._index = read_index(self.folder / "index.arrow")
+            self._index = read_index(self.folder / self.manifest.index)
             episodes = self._index["episode_index"]
             firsts = np.flatnonzero(np.diff(episodes, prepend=-1))
             self._first_row = dict(zip(episodes[firsts].tolist(), firsts.tolist(), strict=True))
