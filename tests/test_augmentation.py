@@ -269,7 +269,7 @@ def test_samples_do_not_depend_on_the_split(video, pictures):
         assert by_number(micro_batches(data, 12, batch=4, workers=workers)) == whole
     ranks = [micro_batches(data, 6, batch=4, rank=rank, world=2) for rank in (0, 1)]
     assert by_number(ranks[0] + ranks[1]) == whole
-    resumed = by_number(micro_batches(data, 2, batch=16, first_update=1))
+    resumed = by_number(micro_batches(data, 2, batch=16, first_sample=16))
     assert resumed == {k: sample for k, sample in whole.items() if k >= 16}
 
 

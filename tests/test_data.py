@@ -484,7 +484,7 @@ def test_statistics_are_those_of_the_training_frames(video, tokenizer):
     assert data.validation.sources[0].episodes.tolist() == held.tolist()
 
 
-def micro_batches(data, count, *, batch, rank=0, world=1, first_update=0, workers=0):
+def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, workers=0):
     loader = TrainLoader(
         data.reader,
         data.mixture,
@@ -492,7 +492,7 @@ def micro_batches(data, count, *, batch, rank=0, world=1, first_update=0, worker
         per_device_batch=batch,
         rank=rank,
         world=world,
-        first_update=first_update,
+        first_sample=first_sample,
         num_workers=workers,
     )
     batches = [next(loader) for _ in range(count)]
@@ -527,9 +527,9 @@ def test_the_stream_does_not_depend_on_the_split(data):
     assert by_number(ranks[0] + ranks[1]) == whole
     assert ranks[1][1].sample_index.tolist() == [12, 13, 14, 15]
     assert by_number(micro_batches(data, 12, batch=4, workers=2)) == whole
-    resumed = micro_batches(data, 2, batch=16, first_update=1)
+    resumed = micro_batches(data, 2, batch=16, first_sample=16)
     assert by_number(resumed) == {k: sample for k, sample in whole.items() if k >= 16}
-    far = micro_batches(data, 1, batch=16, first_update=10**9)
+    far = micro_batches(data, 1, batch=16, first_sample=16 * 10**9)
     assert far[0].sample_index[0] == 16 * 10**9
 
 

@@ -223,7 +223,9 @@ def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, mon
         order = Mixture(mixed.mixture.lengths, weights, seed=5)
         for update in (0, 10**9 // 32):
             calls[0] = 0
-            batch = next(TrainLoader(mixed.reader, order, global_batch=32, per_device_batch=32, first_update=update))
+            batch = next(
+                TrainLoader(mixed.reader, order, global_batch=32, per_device_batch=32, first_sample=32 * update)
+            )
             assert batch.sample_index.tolist() == list(range(update * 32, update * 32 + 32))
             order.counts(update * 32, update * 32 + 32)
             costs.append(calls[0])

@@ -184,6 +184,21 @@ def test_g7_the_samples_are_those_of_the_uninterrupted_run(place: Workplace, ser
     assert what_was_computed(place.metrics("g7-killed")) == what_was_computed(place.metrics("g7"))
 
 
+def test_another_global_batch_goes_on_with_the_next_sample(place: Workplace, server: ForkServer) -> None:
+    common = ("--per_device_batch_size", "4", "--save_model_freq", "2", "--eval_freq", "0", "--resume_changes", "true")
+    for batch, updates in ((8, 2), (4, 6)):
+        sizes = ("--global_batch_size", str(batch), "--n_updates", str(updates))
+        run = server.start(place, "batch", *common, *sizes, hook=("hooks", "record"), **recorded(place, "batch"))
+        output = run.wait()
+        assert place.status("batch")["state"] == "finished", output
+    numbers = [
+        [sample[0] for sample in samples] for _, samples in sorted(samples_of_updates(place, "batch", 1).items())
+    ]
+    assert numbers == [list(range(k, k + size)) for k, size in ((0, 8), (8, 8), (16, 4), (20, 4), (24, 4), (28, 4))]
+    epochs = [line["epoch"] for line in place.metrics("batch")]
+    assert epochs == sorted(epochs) and place.metrics("batch")[-1]["samples_seen"] == 32
+
+
 @pytest.mark.parametrize("how", ["one rank", "different ranks", "twice", "file", "environment"])
 def test_g8_a_stop_request_ends_all_ranks_at_one_update(place: Workplace, server: ForkServer, how: str) -> None:
     name = f"g8-{how.replace(' ', '-')}"

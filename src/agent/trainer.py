@@ -44,7 +44,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         per_device_batch=config.per_device_batch_size,
         rank=processes.rank,
         world=processes.world_size,
-        first_update=state.step,
+        first_sample=state.samples_seen,
         num_workers=config.data.train.num_workers,
         prefetch_factor=config.data.train.prefetch_factor,
         pin=processes.device.type == "cuda",
@@ -234,7 +234,7 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
         "data_wait": sum(waits) / processes.world_size,
         "data_wait_max": max(waits),  # of the process that all others wait for in the next collective
         "memory_gb": _peak_memory_gb(processes.device),
-        "epoch": state.step / run.plan.updates_per_epoch,
+        "epoch": state.samples_seen / run.plan.train_frames,
         "samples_seen": state.samples_seen,
         **run.data.mix(state.drawn),
         "skipped_updates": state.skipped_updates,

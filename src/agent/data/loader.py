@@ -117,15 +117,14 @@ class DataConfig:
 
 @dataclass
 class _MicroBatches:
-    """One rank's micro-batches by number, from the first one of ``first_update`` on, for ever."""
+    """One rank's micro-batches by number, from the one with sample ``first`` on, for ever."""
 
     reader: SampleReader
     mixture: Mixture
-    global_batch: int
     batch: int
     rank: int
     world: int
-    first_update: int
+    first: int
 
     def __call__(self, number: int) -> Batch:
         """Micro-batch ``number``.
@@ -134,7 +133,7 @@ class _MicroBatches:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame.
         """
         # Updates are whole multiples of what all ranks take together, so this counts through u and m at once.
-        start = self.first_update * self.global_batch + (number * self.world + self.rank) * self.batch
+        start = self.first + (number * self.world + self.rank) * self.batch
         samples = [self._sample(k) for k in range(start, start + self.batch)]
         return collate(samples, self.reader.spec, self.reader.tokens.pad_token_id)
 
@@ -171,7 +170,7 @@ class TrainLoader(Iterator[Batch]):
 
     Micro-batch m of update u holds on rank r the samples k = u·G + m·B·W + r·B + j, j in range(B), for a global
     batch G, B samples per device and W ranks. So an update's samples do not depend on ranks, accumulation or
-    workers, and starting at any update costs nothing.
+    workers, and starting at any update costs nothing. A run whose G was changed goes on with the sample after its last.
 
     Args:
         reader: reads a sample.
@@ -180,7 +179,7 @@ class TrainLoader(Iterator[Batch]):
         per_device_batch: B.
         rank: r.
         world: W.
-        first_update: the update whose first micro-batch comes first.
+        first_sample: k of the first sample of all ranks: as many as were trained on before.
         num_workers: processes that read ahead; 0 reads in this one.
         prefetch_factor: micro-batches that each worker keeps ready.
         pin: whether batches are put into pinned memory, for copies to a GPU that overlap with computing.
@@ -195,7 +194,7 @@ class TrainLoader(Iterator[Batch]):
         per_device_batch: int,
         rank: int = 0,
         world: int = 1,
-        first_update: int = 0,
+        first_sample: int = 0,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin: bool = False,
@@ -203,9 +202,7 @@ class TrainLoader(Iterator[Batch]):
         assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
         self._made = 0
         self._pin = pin
-        self._make: _MicroBatches | None = _MicroBatches(
-            reader, mixture, global_batch, per_device_batch, rank, world, first_update
-        )
+        self._make: _MicroBatches | None = _MicroBatches(reader, mixture, per_device_batch, rank, world, first_sample)
         self._pool: WorkerPool | None = None
         if num_workers:
             start_fork_server(reader.sources)
