@@ -334,3 +334,17 @@ def slow_samples() -> None:
 def _slow(draw: Any, k: int) -> Any:
     time.sleep(0.2)
     return draw(k)
+
+
+def fail_on_rank_1_while_building() -> None:
+    """Rank 1 cannot build the model."""
+    from agent import building
+
+    parallelize = building.parallelize
+
+    def broken(policy: Any, *arguments: Any, **keywords: Any) -> Any:
+        if _rank() == 1:
+            raise RuntimeError("no such kernel on this device")
+        return parallelize(policy, *arguments, **keywords)
+
+    building.parallelize = broken

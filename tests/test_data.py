@@ -237,6 +237,10 @@ def test_missing_and_empty_folders(tmp_path):
         opened(tmp_path / "other")
 
 
+def set_info(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 @pytest.mark.parametrize(
     ("pattern", "damage", "message"),
     [
@@ -248,6 +252,9 @@ def test_missing_and_empty_folders(tmp_path):
         ("videos/*/*/*.mp4", lambda path: path.write_bytes(b""), r"file-000.mp4 is empty or no complete mp4"),
         ("meta/episodes/*/*.parquet", cut_short, r"episodes.*file-000.parquet is damaged"),
         ("meta/info.json", cut_short, r"info.json is not valid JSON"),
+        ("meta/info.json", lambda path: path.write_text("[]"), r"info.json holds a list"),
+        ("meta/info.json", lambda path: set_info(path, fps=0), r"info.json has fps 0"),
+        ("meta/info.json", lambda path: set_info(path, fps="ten", features=None), r"has fps 'ten', features None"),
         ("meta/tasks.parquet", Path.unlink, r"lacks its episodes/ or tasks.parquet"),
     ],
 )
@@ -600,8 +607,9 @@ def test_signals_spare_workers_and_a_killed_one_is_reported(data):
     next(loader)
     workers = worker_processes()
     assert workers
-    for worker in workers:
-        os.kill(worker, signal.SIGTERM)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        for worker in workers:
+            os.kill(worker, number)
     for _ in range(5):
         next(loader)
     for worker in workers:

@@ -199,6 +199,13 @@ def test_another_global_batch_goes_on_with_the_next_sample(place: Workplace, ser
     assert epochs == sorted(epochs) and place.metrics("batch")[-1]["samples_seen"] == 32
 
 
+def test_the_error_of_a_rank_that_cannot_build_is_the_runs(place: Workplace, server: ForkServer) -> None:
+    output = server.start(place, "unbuilt", ranks=2, hook=("hooks", "fail_on_rank_1_while_building")).wait()
+    status = place.status("unbuilt")
+    assert status["state"] == "failed" and status["error_kind"] == "runtime", output
+    assert status["reason"] == "rank 1: RuntimeError: no such kernel on this device", output
+
+
 @pytest.mark.parametrize("how", ["one rank", "different ranks", "twice", "file", "environment"])
 def test_g8_a_stop_request_ends_all_ranks_at_one_update(place: Workplace, server: ForkServer, how: str) -> None:
     name = f"g8-{how.replace(' ', '-')}"

@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> int:
 def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> int:
     """Builds and trains; whatever happens is in ``status.json`` and in the exit code."""
     folder: RunFolder | None = None
+    opened = False  # by rank 0
     try:
         if launch.rank == 0:
             # Known from here on: a crash while torch is imported or a GPU started is counted to this run.
@@ -77,6 +78,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
         processes = Processes(launch, choose_device(launch, model_config.device), timedelta(hours=hours))
         folder = processes.on_main(lambda: _open_folder(config, stop, processes))
+        opened = True
         watchdog = Watchdog(
             config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder, config)
         )
@@ -88,6 +90,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return _fail(folder, launch, config, str(error), "config")
     except Exception as error:
         log.exception("the run could not be started")
+        if opened:
+            _report_from_another_rank(config, launch, error)
         return _fail(folder, launch, config, _describe(error), "runtime")
     exit_code = EXIT_FAILED
     try:
@@ -103,9 +107,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
-        if launch.rank != 0 and not lost_a_peer(error):
-            time.sleep(2)  # rank 0 speaks first if it fails as well
-            report_failure(config.run_dir, launch.rank, _describe(error))
+        _report_from_another_rank(config, launch, error)
         return _fail(folder, launch, config, _describe(error), "runtime", run.state.step)
     finally:
         watchdog.close()
@@ -119,6 +121,12 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             processes.close()
         if folder is not None:
             folder.close()
+
+
+def _report_from_another_rank(config: TrainPipelineConfig, launch: Launch, error: Exception) -> None:
+    if launch.rank != 0 and not lost_a_peer(error):
+        time.sleep(2)  # rank 0 speaks first if it fails as well
+        report_failure(config.run_dir, launch.rank, _describe(error))
 
 
 def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:

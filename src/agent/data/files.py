@@ -157,7 +157,10 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
         info = json.loads(info_file.read_text())
     except ValueError as error:
         raise ValueError(f"data set {repo_id}: {info_file} is not valid JSON ({error}); copy it again") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"data set {repo_id}: {info_file} holds a {type(info).__name__}, not an object; copy it again")
     _check_version(repo_id, root, str(info.get("codebase_version")))
+    _check_info(repo_id, info_file, info)
     episode_files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not episode_files or not tasks_file.is_file():
         raise ValueError(
@@ -205,6 +208,19 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
     if version not in commands:
         advice = "convert it with the LeRobot that wrote it, or its successors, to v2.1 or later"
     raise ValueError(f"data set {repo_id} has format {version}, this program reads v3: {advice}.")
+
+
+def _check_info(repo_id: str, path: Path, info: dict[str, Any]) -> None:
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "fps": (int, float),
+        "total_episodes": int,
+        "features": dict,
+        "data_path": str,
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind) or info[name] == 0]
+    if wrong:
+        found = ", ".join(f"{name} {info.get(name)!r:.40}" for name in wrong)
+        raise ValueError(f"data set {repo_id}: {path} has {found}; copy the file again, or write what was recorded")
 
 
 def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) -> None:

@@ -32,7 +32,7 @@ def ignore_cluster_signals() -> None:
     The trainer answers them, and still needs samples until its update is done. Workers and server end when the
     trainer closes them or is gone.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -40,7 +40,7 @@ def _resume(context: Context) -> Row:
     store = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states)
     found = store.candidates()
     if not found:
-        if store.unusable() and config.resume_run:
+        if store.unusable():
             names = ", ".join(map(str, store.unusable()))
             change = "begin a new run with load_from_checkpoint and another name, or remove the folder `checkpoints`"
             return Row("start", "fail", f"this run has checkpoints that it cannot continue from: {names}", change)
