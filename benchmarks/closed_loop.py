@@ -31,7 +31,7 @@ from agent.building import build_run_data
 from agent.configuration_pipeline import load_config, make_plan
 from agent.data.normalization import Normalizer
 from agent.data.reader import collate
-from agent.data.transforms import TaskTokens
+from agent.data.task_tokens import make_task_tokens
 from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
@@ -147,7 +147,7 @@ class LeRobotActor:
 
     def __init__(self, policy: Any, model: Any, data: Any, seed: int) -> None:
         self._policy, self._model, self._data, self._seed = policy.eval(), model, data, seed
-        self._tokens = TaskTokens(model.tokenizer_path, model.tokenizer_max_length, _sentences())
+        self._tokens = make_task_tokens(model.tokenizer_path, model.tokenizer_max_length, _sentences())
         robot = data.robots[0]
         self._state: Normalizer = robot.state
         self._decode = robot.decode

@@ -172,3 +172,34 @@ def test_the_way_to_a_config_imports_nothing_heavy() -> None:
     program = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert process.stdout == "[]\n"
+
+
+SCRIPTS = [path for folder in ("benchmarks", "scripts") for path in sorted((SOURCE.parent / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_what_benchmarks_and_scripts_import_exists(script: Path) -> None:
+    """They are not run whole by the tests, nor are their types checked."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] != "agent":
+            continue
+        module = (node.module or "").removeprefix("agent").removeprefix(".")
+        known = {name.removeprefix(f"{module}.") for name in MODULES if name.startswith(f"{module}.") or not module}
+        if module in MODULES:
+            known |= names_in(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+        known |= {name.split(".")[0] for name in known}
+        assert {alias.name for alias in node.names} <= known, f"{script.name}, line {node.lineno}: {node.module}"
+
+
+def names_in(tree: ast.Module) -> set[str]:
+    """What a module defines or imports at its top level."""
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names

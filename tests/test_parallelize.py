@@ -276,7 +276,7 @@ def test_without_a_compiler_the_run_is_eager_and_says_why_once(
     assert losses == [line["loss"] for line in place.metrics(ddp)]
 
 
-@pytest.mark.parametrize("options", [(), (*FSDP, "--activation_checkpointing", "full")], ids=["ddp", "fsdp, full"])
+@pytest.mark.parametrize("options", [(), ("--activation_checkpointing", "full"), FSDP], ids=["ddp", "full", "fsdp"])
 def test_when_one_rank_cannot_compile_none_does(
     place: Workplace, ddp: str, fsdp: str, server: ForkServer, options: tuple[str, ...]
 ) -> None:
