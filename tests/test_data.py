@@ -324,6 +324,28 @@ def test_empty_instruction(video, tmp_path, tokenizer):
         built(dataset_config(tmp_path / "copy"), tokenizer=tokenizer, val=ValDataConfig(fraction=0))
 
 
+def test_the_fingerprint_knows_which_frame_has_which_instruction(video, tmp_path, tokenizer):
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def fingerprint(root):
+        return built(dataset_config(root), tokenizer=tokenizer, val=ValDataConfig(fraction=0)).fingerprint
+
+    root = tmp_path / "copy"
+    shutil.copytree(video, root)
+    path = root / "meta" / "tasks.parquet"
+    tasks = pd.read_parquet(path)
+    tasks.index = list(tasks.index[::-1])
+    tasks.to_parquet(path)
+    assert len(tasks) == 2 and fingerprint(root) != fingerprint(video)
+    (rows,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(rows)
+    at = table.column_names.index("task_index")
+    pq.write_table(table.set_column(at, "task_index", pa.array(1 - table["task_index"].to_numpy())), rows)
+    assert fingerprint(root) == fingerprint(video)  # other numbers for the same words
+
+
 def test_mismatches_with_the_model(video, pictures, tokenizer):
     other = SampleSpec(4, 16, 10, (48, 48), 16, (FRONT, "observation.images.top"), state_dim=8, action_dim=7)
     with pytest.raises(ValueError) as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from agent import history, optim, resuming, sharding, weights
-from agent.checkpoint import CheckpointStore
+from agent.checkpoint import PRETRAINED, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, make_plan
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
@@ -42,7 +44,7 @@ def build(
     checkpoints = CheckpointStore(config.run_dir, *keep, choose_best=ValidationRecords(config.run_dir).best)
     candidates = processes.main_decides(partial(resuming.candidates, config, checkpoints))
     watchdog.alive("reading the data sets", patience=4)
-    data = build_run_data(config, processes)
+    data = build_run_data(config, processes, candidates)
     watchdog.alive("building the model and loading its weights", patience=4)
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
@@ -117,8 +119,14 @@ def _shard(config: TrainPipelineConfig, policy: Any, processes: Processes) -> No
     sharding.shard(policy, processes, torch.bfloat16 if config.use_bf16 else None)
 
 
-def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
-    """The data sets of a run, checked against the model; completes the model config's features."""
+def build_run_data(config: TrainPipelineConfig, processes: Processes, own: Sequence[Path] = ()) -> Data:
+    """The data sets of a run, checked against the model; completes the model config's features.
+
+    Args:
+        config: of the run.
+        processes: of the run; the first reads the data sets first.
+        own: checkpoints that the run might continue from, the newest first.
+    """
     model: Any = config.model_cfg
     spec = SampleSpec(
         chunk_size=model.chunk_size,
@@ -151,7 +159,7 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
             normalization_mapping=model.normalization_mapping,
             tokenizer_path=model.tokenizer_path,
             task_paraphrase=config.task_paraphrase,
-            given=_given_statistics(config),
+            given=_given_statistics(config, own),
             relative=RelativeActions(model.relative_exclude_joints, model.action_feature_names)
             if model.use_relative_actions
             else None,
@@ -169,11 +177,18 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes) -> Data:
     return data
 
 
-def _given_statistics(config: TrainPipelineConfig) -> GivenStatistics | None:
+def _given_statistics(config: TrainPipelineConfig, own: Sequence[Path]) -> GivenStatistics | None:
     reference = config.load_from_checkpoint
     if config.data.statistics == "dataset" or reference is None:
         return None
-    files = weights.find_weights(reference, "load_from_checkpoint")
+    try:
+        files = weights.find_weights(reference, "load_from_checkpoint")
+    except ValueError as error:
+        if not own:
+            raise
+        # Every checkpoint of this run holds the same ones: the weights that it began with may be gone by now.
+        log.info("statistics from %s, for load_from_checkpoint is not there any more (%s)", own[0], error)
+        files = weights.find_weights(str(own[0] / PRETRAINED), "resume")
     try:
         return GivenStatistics(reference, registry.adapter(config.model_cfg).read_statistics(files, config.model_cfg))
     except ValueError as error:

@@ -129,6 +129,12 @@ def build_data(
         paraphrases, missing = load_paraphrases(task_paraphrase, trained)
         if missing:
             report.append(f"{len(missing)} of {len(trained)} instructions have no paraphrase: {missing[:5]}")
+    order = {task: number for number, task in enumerate(tasks)}
+    for source in training:
+        # which frame has which instruction, whatever its number is in meta/tasks.parquet
+        number = np.asarray([order.get(task, -1) for task in source.metadata.tasks])
+        for block in source.blocks("task_index"):
+            digest.update(number[block[:, 0].astype(np.int64)])
     for source in [*training, *validation]:
         source.table.release()  # every page was touched
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
