@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import shutil
 import socket
@@ -81,15 +82,24 @@ class _Match:
         self.layout, self.sources, self.waived, self.extra = _Everything(), {name: name for name in names}, {}, []
 
 
+def fresh(tensor: Tensor) -> Tensor:
+    """Room for as much, as a new process has it: from the system, not from what an earlier load gave back."""
+    if tensor.is_cuda:
+        return torch.empty_like(tensor)
+    pages = mmap.mmap(-1, max(tensor.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)[: tensor.nbytes]
+    return memory.view(tensor.dtype).view(tensor.shape)
+
+
 def load(path: Path, state: dict[str, dict[str, Tensor]], checksums: Checksums | None) -> None:
-    """As a resume does it: the weights into the model, the optimizer's state into memory of its own."""
+    """As a resume does it: model and optimizer get memory that nothing was in before."""
     files = weights.find_weights(str(path / PRETRAINED), "benchmark")
-    weights.load_into(state[WEIGHTS], files, _Match, lambda *_: None, checksums)  # type: ignore[arg-type]
+    model = {name: fresh(tensor) for name, tensor in state[WEIGHTS].items()}
+    weights.load_into(model, files, _Match, lambda *_: None, checksums)  # type: ignore[arg-type]
     optimizer = state[f"{OPTIMIZER}.safetensors"]
     for part in tensor_reader.parts(path, OPTIMIZER):
-        targets = {entry.name: torch.empty_like(optimizer[entry.name]) for entry in tensor_reader.entries(part)}
+        targets = {entry.name: fresh(optimizer[entry.name]) for entry in tensor_reader.entries(part)}
         tensor_reader.stream(part, targets, checksums(part) if checksums is not None else None)
-        optimizer |= targets
 
 
 def timed(action: Callable[[], object]) -> float:
