@@ -466,7 +466,7 @@ def test_a_job_that_gets_nowhere_is_held_and_released(cluster: Cluster) -> None:
 
     for ends in range(3):
         wait_for("a start", lambda: ended() and bool(stuck.workers()), SECONDS)
-        time.sleep(ends * 3)  # once before the config is read, then somewhere in the start
+        time.sleep(ends)  # once before the config is read, then somewhere in the start
         for worker in stuck.workers():
             worker.send_signal(signal.SIGKILL)
     ends = 3
