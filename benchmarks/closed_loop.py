@@ -1,13 +1,13 @@
 """LeRobot's π0 beside ours in closed loop: the same demonstrations, the same samples in the same order, the same size.
 
-    uv run --extra sim python benchmarks/closed_loop.py train --config_path config/train/pi0_metaworld.yaml --updates 4000 \\
-        --out runs/pi0_metaworld_lerobot
-    uv run --extra sim python benchmarks/closed_loop.py play --out runs/pi0_metaworld_lerobot --updates 4000
+    uv run --extra sim python benchmarks/closed_loop.py train --updates 10000 --out runs/pi0_metaworld_lerobot
+    uv run --extra sim python benchmarks/closed_loop.py play --updates 10000 --seed 3000 --out runs/pi0_metaworld_lerobot
 
 `train` trains LeRobot's `PI0Policy` as its own training loop does, on the samples that the config gives (one draw of
 noise and time each, LeRobot's own); optimizer and learning rates are the config's, also where `--updates` ends it earlier.
 Sizes are the model JSON's, but for the heads: LeRobot's attention assumes eight, so they are eight, narrower in
-proportion. Stopped, it begins again. `play` is agent.evaluate_sim's loop with LeRobot's policy predicting the chunks.
+proportion. Stopped, it continues after the update that it saved last. `play` is agent.evaluate_sim's loop with LeRobot's
+policy predicting the chunks.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def as_theirs(observation: Any, max_tokens: int, state_dim: int) -> dict[str, to
 
 
 def train(options: argparse.Namespace) -> None:
-    """Trains LeRobot's policy and saves its weights."""
+    """Trains LeRobot's policy, from where it was stopped, and saves its weights."""
     config, data = read(options.config_path)
     model: Any = config.model_cfg
     policy = make_policy(model, data).train()
@@ -112,8 +112,9 @@ def train(options: argparse.Namespace) -> None:
     rate = optim.LearningRate.plan(
         model.optimizer_lr, model.scheduler_decay_lr, model.scheduler_warmup_steps, None, plan.n_updates
     )
-    size, begin, losses = config.global_batch_size, time.monotonic(), []
-    for update in range(options.updates):
+    progress = Progress(Path(options.out), options.config_path, policy, optimizer)
+    size, losses = config.global_batch_size, []
+    for update in range(progress.updates, options.updates):
         samples = [data.reader.sample(k, *data.mixture[k]) for k in range(update * size, (update + 1) * size)]
         batch = collate(samples, data.spec, data.reader.tokens.pad_token_id)
         theirs = as_theirs(batch.observation, model.tokenizer_max_length, data.spec.state_dim)
@@ -128,18 +129,54 @@ def train(options: argparse.Namespace) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         if (update + 1) % 20 == 0:
-            spent = (time.monotonic() - begin) / (update + 1)
+            spent = progress.seconds() / (update + 1)
             log.info("update %d loss %.4f, %.2f s each", update + 1, np.mean(losses[-20:]), spent)
         if (update + 1) % options.save_every == 0 or update + 1 == options.updates:
-            save(Path(options.out), policy, options, update + 1, time.monotonic() - begin)
+            progress.save(update + 1)
 
 
-def save(out: Path, policy: Any, options: argparse.Namespace, update: int, seconds: float) -> None:
-    """The weights after an update, and what `play` needs to know of them."""
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(policy.state_dict(), out / f"policy_{update}.pt")
-    facts = {"config_path": options.config_path, "updates": update, "minutes": seconds / 60}
-    (out / f"facts_{update}.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+class Progress:
+    """What a training has come to, kept in a folder; a training that begins there continues from it.
+
+    Raises:
+        ValueError: if another config's training is in the folder.
+    """
+
+    def __init__(self, out: Path, config_path: str, policy: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._out, self._config_path, self._policy, self._optimizer = out, config_path, policy, optimizer
+        self._begin, self.updates = time.monotonic(), 0
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / "training.pt").is_file():
+            return
+        kept = torch.load(out / "training.pt", weights_only=True)
+        if kept["config_path"] != config_path:
+            raise ValueError(f"--out: {out} is of {kept['config_path']}; name another folder")
+        policy.load_state_dict(kept["policy"])
+        optimizer.load_state_dict(kept["optimizer"])
+        torch.set_rng_state(kept["random"])
+        self.updates, self._begin = kept["updates"], self._begin - kept["seconds"]
+        log.info("continuing after update %d", self.updates)
+
+    def seconds(self) -> float:
+        """Of training so far, all starts together."""
+        return time.monotonic() - self._begin
+
+    def save(self, updates: int) -> None:
+        """The weights after so many updates, what `play` needs to know of them, and what a continuation needs."""
+        weights = self._policy.state_dict()
+        torch.save(weights, self._out / f"policy_{updates}.pt")
+        facts = {"config_path": self._config_path, "updates": updates, "minutes": self.seconds() / 60}
+        (self._out / f"facts_{updates}.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        kept = {
+            "config_path": self._config_path,
+            "updates": updates,
+            "seconds": self.seconds(),
+            "policy": weights,
+            "optimizer": self._optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        torch.save(kept, self._out / "training.pt.new")
+        (self._out / "training.pt.new").replace(self._out / "training.pt")
 
 
 class LeRobotActor:
@@ -194,10 +231,10 @@ def play(options: argparse.Namespace) -> None:
     model: Any = config.model_cfg
     policy = make_policy(model, data)
     policy.load_state_dict(torch.load(out / f"policy_{options.updates}.pt", weights_only=True))
-    request = Request(tuple(options.tasks.split(",")), options.episodes)
+    request = Request(tuple(options.tasks.split(",")), options.episodes, options.seed)
     height, width = model.image_resolution
     settings = {"policy": f"{out}, update {options.updates}", "seed": request.seed, "max_steps": request.max_steps}
-    results = ResultsFolder(out / f"simulation_{options.updates}", settings)
+    results = ResultsFolder(out / f"simulation_{options.updates}_seed_{options.seed}", settings)
     torch.set_num_threads(1)
     play_missing(request, results, LeRobotActor(policy, model, data, request.seed), height, width)
     print(table(results.summarize(request.tasks, request.episodes)))
@@ -207,11 +244,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["train", "play"])
     parser.add_argument("--config_path", default="config/train/pi0_metaworld.yaml")
-    parser.add_argument("--updates", type=int, default=4000, help="where training ends, or whose weights are to play")
+    parser.add_argument("--updates", type=int, default=10000, help="where training ends, or whose weights are to play")
     parser.add_argument("--save_every", type=int, default=1000)
     parser.add_argument("--out", required=True)
     parser.add_argument("--tasks", default="reach-v3,button-press-topdown-v3")
     parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=1000, help="of noise; episode e starts from seed + e")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if options.what == "play":
