@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed
+from stores import newest
 
 from agent import checkpoint, tensor_file, tensor_reader
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore, verify
+from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoint_writer import CheckpointWriter
 from agent.distributed import Launch, Processes
+from agent.manifest import verify
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"
@@ -216,7 +218,7 @@ def kills(folder: Path, trials: int) -> None:
         acknowledged = len(told_steps)
         torn += any(store.folder.glob(".step_*.tmp"))
         wrong += [f"trial {trial}: {text}" for text in what_is_wrong(store, told_steps)]
-        step = store.newest().step
+        step = newest(store).step
     report(folder, 0, {"trials": trials, "wrong": wrong, "killed": killed, "torn": torn, "acknowledged": acknowledged})
 
 
@@ -236,7 +238,7 @@ def wait_all(pids: list[int], seconds: float) -> bool:
 def what_is_wrong(store: CheckpointStore, told_steps: list[int]) -> list[str]:
     """Every guarantee that does not hold of a store, given the steps that were acknowledged."""
     problems = []
-    found = store.newest()
+    found = newest(store)
     if found.passed_over:
         problems.append(f"damaged: {found.passed_over}")
     present = {int(p.name.removeprefix("step_")): p for p in store.folder.glob("step_*")}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from forked import ForkServer
 from launching import Workplace
+from stores import save
 
 from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
 
@@ -31,9 +32,9 @@ def store_in(run_dir: Path, errors: Errors, keep: int = 2, **more) -> Checkpoint
     return CheckpointStore(run_dir, keep, choose_best=errors.best, **more)
 
 
-def save(store: CheckpointStore, *steps: int) -> None:
+def save_all(store: CheckpointStore, *steps: int) -> None:
     for step in steps:
-        store.save(step, lambda folder: [(folder / name / "x").write_bytes(b"abc") for name in (PRETRAINED, TRAINING)])
+        save(store, step, lambda folder: [(folder / name / "x").write_bytes(b"abc") for name in (PRETRAINED, TRAINING)])
 
 
 def there(store: CheckpointStore) -> list[int]:
@@ -50,7 +51,7 @@ def test_the_best_outlives_the_newest(tmp_path: Path) -> None:
     store = store_in(tmp_path, errors)
     seen = []
     for step in range(10, 80, 10):
-        save(store, step)
+        save_all(store, step)
         seen.append((link(store), there(store)))
     assert seen == [
         (10, [10]),
@@ -66,13 +67,13 @@ def test_the_best_outlives_the_newest(tmp_path: Path) -> None:
 
 def test_where_nothing_was_validated_there_is_no_best(tmp_path: Path) -> None:
     store = store_in(tmp_path, Errors())
-    save(store, 10, 20, 30)
+    save_all(store, 10, 20, 30)
     assert (link(store), there(store)) == (None, [20, 30])
 
 
 def test_the_best_may_lose_its_training_state_but_not_its_weights(tmp_path: Path) -> None:
     store = store_in(tmp_path, Errors({10: 0.1, 20: 0.2}), keep_training_states=1)
-    save(store, 10, 20, 30, 40)
+    save_all(store, 10, 20, 30, 40)
     assert there(store) == [10, 30, 40] and link(store) == 10
     assert [(store.folder / f"step_{step:08d}" / TRAINING).exists() for step in (10, 30, 40)] == [False, False, True]
     assert [path.name for path in store.candidates()] == ["step_00000040"]
@@ -80,7 +81,7 @@ def test_the_best_may_lose_its_training_state_but_not_its_weights(tmp_path: Path
 
 def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
     store = store_in(tmp_path, Errors({10: 0.3, 20: 0.1, 30: 0.2}), keep=3)
-    save(store, 10, 20, 30)
+    save_all(store, 10, 20, 30)
     store.set_aside(store.folder / "step_00000020", "a flipped bit")
     assert (link(store), link(store, "last")) == (30, 30)
     store.set_aside(store.folder / "step_00000030", "a flipped bit")
@@ -90,16 +91,16 @@ def test_a_damaged_best_is_set_aside_and_the_next_one_takes_its_place(tmp_path: 
 
 def test_a_truncated_best_is_found_by_the_next_save(tmp_path: Path) -> None:
     store = store_in(tmp_path, Errors({10: 0.1, 20: 0.2, 30: 0.3}))
-    save(store, 10, 20)
+    save_all(store, 10, 20)
     (store.folder / "step_00000010" / PRETRAINED / "x").write_bytes(b"a")
-    save(store, 30)
+    save_all(store, 30)
     assert (link(store), there(store)) == (20, [20, 30])
     assert (store.folder / "damaged_step_00000010").is_dir()
 
 
 def test_a_kill_before_the_link_was_set_is_made_good(tmp_path: Path) -> None:
     store = store_in(tmp_path, Errors({10: 0.2, 20: 0.1}))
-    save(store, 10, 20)
+    save_all(store, 10, 20)
     (store.folder / "best").unlink()
     (store.folder / "best").symlink_to("step_00000010")
     later = store_in(tmp_path, Errors({10: 0.2, 20: 0.1}))

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import pytest
 import xxhash
+from stores import newest, save
 
 from agent import manifest
-from agent.checkpoint import MANIFEST, PRETRAINED, TRAINING, CheckpointStore, verify
-from agent.manifest import Verification
+from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
+from agent.manifest import MANIFEST, Verification, verify
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 STATE = f"{TRAINING}/state.json"
@@ -37,7 +38,7 @@ def writer(text: str, size: int = 5000) -> Callable[[Path], None]:
 def store_with(run_dir: Path, *steps: int, keep: int = 10) -> CheckpointStore:
     store = CheckpointStore(run_dir, keep)
     for step in steps:
-        store.save(step, writer(f"s{step}"))
+        save(store, step, writer(f"s{step}"))
     return store
 
 
@@ -51,10 +52,10 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 def test_a_saved_checkpoint_is_found_and_its_manifest_lists_every_file(tmp_path):
     store = CheckpointStore(tmp_path, keep=2)
-    assert store.newest().path is None and store.newest().step == 0
-    path = store.save(200, writer("abc"))
+    assert newest(store).path is None and newest(store).step == 0
+    path = save(store, 200, writer("abc"))
     assert path == tmp_path / "checkpoints" / "step_00000200" and verify(path) is None
-    found = store.newest()
+    found = newest(store)
     assert (found.path, found.step, found.passed_over) == (path, 200, [])
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["step"] == 200
@@ -77,7 +78,7 @@ def test_the_newest_are_kept(tmp_path, keep):
     store = store_with(tmp_path, 2, 4, 6, 8, keep=keep)
     left = sorted(p.name for p in store.folder.iterdir())
     assert left == ["last", *(f"step_{step:08d}" for step in (2, 4, 6, 8)[-keep:])]
-    assert store.newest().step == 8
+    assert newest(store).step == 8
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,10 @@ def test_a_failing_save_leaves_nothing_and_harms_nothing(tmp_path, failure):
         raise failure
 
     with pytest.raises(type(failure)) as caught:
-        store.save(15, write)
+        save(store, 15, write)
     assert caught.value is failure
     assert contents(store.folder) == before and len(list(store.folder.iterdir())) == 2
-    assert store.newest().step == 10
+    assert newest(store).step == 10
 
 
 def test_a_failing_save_of_a_step_that_exists_keeps_the_old_one(tmp_path):
@@ -106,15 +107,15 @@ def test_a_failing_save_of_a_step_that_exists_keeps_the_old_one(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        store.save(5, write)
+        save(store, 5, write)
     assert contents(store.folder) == before
 
 
 def test_a_step_saved_again_replaces_the_old_one(tmp_path):
     store = store_with(tmp_path, 5)
     (store.folder / "step_00000005" / STATE).unlink()
-    store.save(5, writer("again"))
-    assert store.newest().step == 5 and (store.folder / "last" / WEIGHTS).read_bytes().startswith(b"again")
+    save(store, 5, writer("again"))
+    assert newest(store).step == 5 and (store.folder / "last" / WEIGHTS).read_bytes().startswith(b"again")
 
 
 def flip_a_bit(path: Path) -> None:
@@ -185,11 +186,11 @@ def test_a_damaged_checkpoint_is_found_while_it_is_loaded_and_set_aside(tmp_path
     assert taken == store.folder / "step_00000005"
     assert store.unusable() == [store.folder / "damaged_step_00000010"]
     assert os.readlink(store.folder / "last") == "step_00000005"
-    assert store.newest().step == 5 and not store.newest().passed_over
+    assert newest(store).step == 5 and not newest(store).passed_over
     # It is neither counted nor removed, and the run can get there again.
     store.keep = 2
-    store.save(10, writer("s10 again"))
-    store.save(15, writer("s15"))
+    save(store, 10, writer("s10 again"))
+    save(store, 15, writer("s15"))
     names = {path.name for path in store.folder.iterdir()}
     assert names == {"last", "damaged_step_00000010", "step_00000010", "step_00000015"}
     harm(store.folder / "step_00000010")
@@ -224,12 +225,12 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage):
     store = store_with(tmp_path, 5, 10)
     harm, reason = DAMAGES[damage]
     harm(store.folder / "step_00000010")
-    found = store.newest()
+    found = newest(store)
     assert (found.step, found.path) == (5, store.folder / "step_00000005")
     assert len(found.passed_over) == 1
     assert "step_00000010" in found.passed_over[0] and found.passed_over[0].endswith(reason)
     harm(store.folder / "step_00000005")
-    everything = store.newest()
+    everything = newest(store)
     assert everything.path is None and [text.split(":")[0][-2:] for text in everything.passed_over] == ["10", "05"]
 
 
@@ -243,7 +244,7 @@ def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
         return open(path, *args, **kwargs)
 
     monkeypatch.setattr("agent.manifest.open", reading, raising=False)
-    found = store.newest()
+    found = newest(store)
     assert found.step == 5 and "model.safetensors" in found.passed_over[0]
     assert "Input/output error" in found.passed_over[0]
 
@@ -266,13 +267,13 @@ def test_an_error_of_the_moment_is_no_damage(tmp_path, monkeypatch, number):
 
 def test_names_that_are_no_checkpoint_are_neither_taken_nor_removed(tmp_path):
     store = store_with(tmp_path, 5, 10, keep=2)
-    newest = store.folder / "step_00000010"
+    latest = store.folder / "step_00000010"
     others = ["step_00000010.backup", "step_00000010_before_the_change", "my_step_00000010", "step_final", "notes"]
     for name in others:
-        shutil.copytree(newest, store.folder / name)
+        shutil.copytree(latest, store.folder / name)
     (store.folder / "step_00000099").write_text("a file, not a folder")
-    assert store.newest().path == newest and not store.newest().passed_over
-    store.save(15, writer("s15"))
+    assert newest(store).path == latest and not newest(store).passed_over
+    save(store, 15, writer("s15"))
     left = {p.name for p in store.folder.iterdir()}
     assert left == {"last", "step_00000010", "step_00000015", "step_00000099", *others}
 
@@ -283,8 +284,8 @@ def test_a_save_cut_short_is_ignored_and_cleared_by_the_next(tmp_path):
         torn = store.folder / f".step_{step:08d}.tmp"
         (torn / PRETRAINED).mkdir(parents=True)
         (torn / "leftover").write_text("of a killed process")
-    assert store.newest().step == 5 and not store.newest().passed_over
-    path = store.save(10, writer("s10"))
+    assert newest(store).step == 5 and not newest(store).passed_over
+    path = save(store, 10, writer("s10"))
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000005", "step_00000010"]
     assert not (path / "leftover").exists() and verify(path) is None
 
@@ -301,10 +302,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_fail_the_save(tmp_pat
             remove(path, *args, **kwargs)
 
         patch.setattr(shutil, "rmtree", removing)
-        assert store.save(15, writer("s15")).name == "step_00000015"
+        assert save(store, 15, writer("s15")).name == "step_00000015"
     assert "step_00000005 could not be removed yet" in caplog.text and "Directory not empty" in caplog.text
-    assert store.newest().step == 15
-    store.save(20, writer("s20"))
+    assert newest(store).step == 15
+    save(store, 20, writer("s20"))
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000015", "step_00000020"]
 
 
@@ -319,20 +320,20 @@ def test_an_old_checkpoint_that_cannot_be_looked_at_does_not_fail_the_save(tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", failing)
-        assert store.save(15, writer("s15")).name == "step_00000015"
+        assert save(store, 15, writer("s15")).name == "step_00000015"
     assert "could not be pruned yet" in caplog.text and "Stale file handle" in caplog.text
-    store.save(20, writer("s20"))
+    save(store, 20, writer("s20"))
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000015", "step_00000020"]
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_path):
     store = store_with(tmp_path, 10, 20, keep=2)
     flip_a_bit(store.folder / "step_00000020")
-    assert store.newest().step == 10
+    assert newest(store).step == 10
     # The run goes on from 10 and saves more often than before.
     for step in (12, 14):
-        store.save(step, writer(f"s{step}"))
-        assert store.newest().step == step
+        save(store, step, writer(f"s{step}"))
+        assert newest(store).step == step
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", "step_00000012", "step_00000014"]
 
 
@@ -342,7 +343,7 @@ def test_a_damaged_checkpoint_that_was_passed_over_does_not_cost_a_good_one(tmp_
 def test_older_checkpoints_keep_their_weights_and_lose_their_training_state(tmp_path):
     store = CheckpointStore(tmp_path, keep=3, keep_training_states=1)
     for step in (5, 10, 15, 20):
-        store.save(step, writer(f"s{step}"))
+        save(store, step, writer(f"s{step}"))
     paths = {int(path.name[-2:]): path for path in store.folder.glob("step_*")}
     assert sorted(paths) == [10, 15, 20]
     for step, path in paths.items():
@@ -353,13 +354,13 @@ def test_older_checkpoints_keep_their_weights_and_lose_their_training_state(tmp_
     assert store.candidates() == [paths[20]] and store.unusable() == [paths[10], paths[15]]
     # A resume passes over them, and does not call them damaged.
     flip_a_bit(paths[20])
-    found = store.newest()
-    assert found.path is None and len(found.passed_over) == 1 and found.weights_only == [paths[15], paths[10]]
+    found = newest(store)
+    assert found.path is None and len(found.passed_over) == 1 and store.unusable() == [paths[10], paths[15]]
 
 
 def test_a_crash_while_a_training_state_is_dropped_leaves_good_weights(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, keep=3, keep_training_states=1)
-    store.save(5, writer("s5"))
+    save(store, 5, writer("s5"))
     path = store.folder / "step_00000005"
 
     def crash(*_args: object, **_options: object) -> None:
@@ -371,14 +372,14 @@ def test_a_crash_while_a_training_state_is_dropped_leaves_good_weights(tmp_path,
             with pytest.raises(KeyboardInterrupt):
                 store._drop_training_state(path)
         assert verify(path) is None and (path / WEIGHTS).exists()
-    store.save(10, writer("s10"))
+    save(store, 10, writer("s10"))
     assert verify(path) is None and not (path / TRAINING).exists()
 
 
 def test_a_damaged_old_checkpoint_is_not_counted(tmp_path):
     store = store_with(tmp_path, 5, 10, keep=2)
     os.truncate(store.folder / "step_00000010" / WEIGHTS, 10)
-    store.save(15, writer("s15"))
+    save(store, 15, writer("s15"))
     names = {path.name for path in store.folder.iterdir()}
     assert names == {"last", "damaged_step_00000010", "step_00000005", "step_00000015"}
 
@@ -404,12 +405,12 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypa
 
                 patch.setattr(os, name, counted)
             try:
-                store.save(5, writer("again"))
+                save(store, 5, writer("again"))
                 crashed = False
             except Crash:
                 crashed = True
         store.recover()
-        found = store.newest()
+        found = newest(store)
         assert found.step == 5 and found.path is not None and not found.passed_over, moment
         assert (found.path / WEIGHTS).read_bytes()[:2] in (b"s5", b"ag"), moment
         assert verify(store.folder / "last") is None
@@ -441,18 +442,18 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, mo
 
                 patch.setattr(os, name, counted)
             try:
-                store.save(15, writer("s15"))
+                save(store, 15, writer("s15"))
                 crashed = False
             except Crash:
                 crashed = True
-        found = CheckpointStore(run_dir, keep=2).newest()
+        found = newest(CheckpointStore(run_dir, keep=2))
         assert found.path is not None and verify(found.path) is None and found.step in (10, 15), moment
         last = run_dir / "checkpoints/last"
         assert verify(last) is None, moment
         outcomes.append(found.step)
         if not crashed:
             break
-        store.save(20, writer("s20"))
+        save(store, 20, writer("s20"))
         left_over = sorted(p.name for p in store.folder.iterdir())
         assert left_over == ["last", f"step_{found.step:08d}", "step_00000020"], moment
     assert outcomes == sorted(outcomes) and set(outcomes) == {10, 15} and len(outcomes) > 10
@@ -488,7 +489,7 @@ def test_everything_is_on_the_disk_before_the_manifest_and_the_manifest_before_t
     monkeypatch.setattr(os, "rename", record_rename)
     monkeypatch.setattr(os, "replace", record_replace)
     monkeypatch.setattr(Path, "write_text", record_write)
-    store.save(10, writer("s10"))
+    save(store, 10, writer("s10"))
 
     manifest = events.index(("write", f"{temporary}/{MANIFEST}"))
     named = events.index(("rename", f"{temporary} → {final}"))
@@ -511,14 +512,14 @@ def test_the_folders_of_the_first_checkpoint_are_on_the_disk_too(tmp_path, monke
 
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one(small_disk):
     store = CheckpointStore(small_disk / "run", keep=1)
-    store.save(5, writer("s5", 1_000_000))
+    save(store, 5, writer("s5", 1_000_000))
     before = contents(store.folder)
     with pytest.raises(OSError) as caught:
-        store.save(10, writer("s10", 2_500_000))
+        save(store, 10, writer("s10", 2_500_000))
     assert caught.value.errno == errno.ENOSPC
     assert contents(store.folder) == before
-    found = store.newest()
+    found = newest(store)
     assert found.step == 5 and found.path is not None and verify(found.path) is None and not found.passed_over
     # What the failed save had filled is free again.
-    store.save(15, writer("s15", 1_500_000))
-    assert store.newest().step == 15
+    save(store, 15, writer("s15", 1_500_000))
+    assert newest(store).step == 15

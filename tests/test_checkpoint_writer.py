@@ -19,12 +19,14 @@ import save_in_ranks as ranks
 import torch
 from safetensors.torch import load_file
 from save_in_ranks import OPTIMIZER, STATE, WEIGHTS
+from stores import newest
 
 from agent import checkpoint, manifest, tensor_file
-from agent.checkpoint import MANIFEST, PRETRAINED, TRAINING, CheckpointStore, verify
+from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoint_writer import CheckpointWriter, Outcome, share
 from agent.distributed import Launch, Processes
 from agent.host_snapshot import HostSnapshot
+from agent.manifest import MANIFEST, verify
 
 HERE = Path(__file__).parent
 
@@ -53,7 +55,7 @@ def test_a_save_in_the_background_is_a_checkpoint(tmp_path, alone):
     path = tmp_path / "checkpoints" / "step_00000005"
     assert (outcome.step, outcome.path, outcome.error) == (5, path, None) and outcome.background_s > 0
     assert outcome.bytes == sum(f.stat().st_size for f in path.rglob("*") if f.is_file() and f.name != MANIFEST)
-    assert store.newest().path == path and os.readlink(store.folder / "last") == path.name
+    assert newest(store).path == path and os.readlink(store.folder / "last") == path.name
     assert ranks.wrong_contents(path) is None
     assert sorted(p.name for p in store.folder.iterdir()) == ["last", path.name]
     assert writer.poll() is None and writer.wait() is None
@@ -113,7 +115,7 @@ def test_a_save_waits_for_the_one_before_and_loses_no_outcome(tmp_path, alone, m
     first, second = writer.poll(), writer.wait()
     assert first is not None and second is not None
     assert (first.step, first.error, second.step, second.error) == (5, None, 10, None)
-    assert writer.poll() is None and store.newest().step == 10
+    assert writer.poll() is None and newest(store).step == 10
 
 
 def test_closing_gives_up_and_the_next_start_clears_what_is_left(tmp_path, alone, monkeypatch):
@@ -125,7 +127,7 @@ def test_closing_gives_up_and_the_next_start_clears_what_is_left(tmp_path, alone
     writer.close()
     assert not writer.in_flight
     names = {p.name for p in store.folder.iterdir()}
-    assert names == {"last", "step_00000005", ".step_00000010.tmp"} and store.newest().step == 5
+    assert names == {"last", "step_00000005", ".step_00000010.tmp"} and newest(store).step == 5
     store.recover()
     assert {p.name for p in store.folder.iterdir()} == {"last", "step_00000005"}
 
@@ -246,7 +248,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, alone, monkeypatch, place):
     assert outcome.path is None and outcome.error is not None and "No space left on device" in outcome.error
     assert (outcome.step, outcome.bytes) == (10, 0)
     assert ranks.contents(store.folder) == before
-    assert save_and_wait(writer, 15).error is None and store.newest().step == 15
+    assert save_and_wait(writer, 15).error is None and newest(store).step == 15
 
 
 def test_an_error_that_is_not_the_disks_costs_one_checkpoint_too(tmp_path, alone, caplog):
@@ -286,7 +288,7 @@ def test_a_small_disk_that_fills_up(small_disk, alone, monkeypatch):
         patch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=1 << 40))
         outcome = save_and_wait(writer, 15, 300_000)
     assert "No space left on device" in str(outcome.error)
-    assert ranks.contents(store.folder) == before and store.newest().step == 5
+    assert ranks.contents(store.folder) == before and newest(store).step == 5
     assert save_and_wait(writer, 20, 40_000).error is None
 
 
@@ -312,7 +314,7 @@ def test_two_ranks_write_one_checkpoint_and_a_failure_of_one_ends_it_for_both(tm
     assert "GB are needed" in outcomes[20]["error"]
     assert reports[0]["unharmed"] and reports[0]["cancelled"]
     store = CheckpointStore(tmp_path / "run", keep=3)
-    assert store.newest().step == 25 and store.newest().path is not None
+    assert newest(store).step == 25 and newest(store).path is not None
     for step in (5, 25):
         path = store.folder / f"step_{step:08d}"
         assert verify(path) is None and ranks.wrong_contents(path) is None

@@ -15,30 +15,16 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from agent.manifest import MANIFEST, Damaged, Known, check_sizes, files_of, forget, seal, sync, verify
-
-__all__ = ["MANIFEST", "PRETRAINED", "PRETRAINED_EMA", "TRAINING", "CheckpointStore", "Found", "verify"]
+from agent.manifest import Damaged, Known, check_sizes, files_of, forget, seal, sync
 
 log = logging.getLogger(__name__)
 
 PRETRAINED = "pretrained_model"
 PRETRAINED_EMA = "pretrained_model_ema"
 TRAINING = "training_state"
-
-
-@dataclass(frozen=True)
-class Found:
-    """The newest usable checkpoint, and what was passed over to get to it."""
-
-    path: Path | None
-    step: int
-    passed_over: list[str]
-    weights_only: list[Path] = field(default_factory=list)
-    """Good ones without a training state, which nothing can be resumed from."""
 
 
 class CheckpointStore:
@@ -66,25 +52,6 @@ class CheckpointStore:
         self.keep_training_states = keep_training_states
 
     # ── saving ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Makes one checkpoint; returns only after it is safely on the disk.
-
-        Args:
-            step: optimizer updates done.
-            write: fills the folder it is given.
-
-        Raises:
-            OSError: if it could not be written (a full disk, say); nothing of it is left and the earlier
-                checkpoints are untouched.
-        """
-        temporary = self.begin(step)
-        try:
-            write(temporary)
-        except BaseException:
-            self.abandon(step)
-            raise
-        return self.finish(step)[0]
 
     def begin(self, step: int, needed: int = 0) -> Path:
         """An empty folder to write a checkpoint to, after which :meth:`finish` or :meth:`abandon` follows.
@@ -257,20 +224,6 @@ class CheckpointStore:
         """
         aside = sorted(self.folder.glob("damaged_step_*")) if self.folder.is_dir() else []
         return aside + [path for path in self._named() if _holds_weights_only(path)]
-
-    def newest(self) -> Found:
-        """The newest checkpoint whose manifest holds; damaged ones are passed over with the reason."""
-        passed_over: list[str] = []
-        weights_only: list[Path] = []
-        for path in reversed(self._named()):
-            damage = verify(path)
-            if damage is not None:
-                passed_over.append(f"{path}: {damage}")
-            elif _holds_weights_only(path):
-                weights_only.append(path)
-            else:
-                return Found(path, _step_of(path), passed_over, weights_only)
-        return Found(None, 0, passed_over, weights_only)
 
     def set_aside(self, path: Path, reason: str) -> Path:
         """Renames a damaged checkpoint to ``damaged_…``: never chosen, counted or pruned again, kept for a look."""

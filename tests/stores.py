@@ -1,0 +1,43 @@
+"""What tests do with a checkpoint store: save in one go, and find what a resume would take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from agent.checkpoint import CheckpointStore
+from agent.manifest import verify
+
+
+@dataclass(frozen=True)
+class Found:
+    """The newest checkpoint that a run would continue from, and what was passed over to get to it."""
+
+    path: Path | None
+    passed_over: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return int(self.path.name.removeprefix("step_")) if self.path is not None else 0
+
+
+def save(store: CheckpointStore, step: int, write: Callable[[Path], object]) -> Path:
+    """One checkpoint of what ``write`` puts into the folder; what it raises leaves nothing behind."""
+    temporary = store.begin(step)
+    try:
+        write(temporary)
+    except BaseException:
+        store.abandon(step)
+        raise
+    return store.finish(step)[0]
+
+
+def newest(store: CheckpointStore) -> Found:
+    """The newest candidate whose manifest holds, as `agent.resuming` looks for it."""
+    passed_over: list[str] = []
+    for path in store.candidates():
+        if (damage := verify(path)) is None:
+            return Found(path, passed_over)
+        passed_over.append(f"{path}: {damage}")
+    return Found(None, passed_over)
