@@ -34,7 +34,3 @@ export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-${XDG_CACHE_HOME:-$HO
 # Singularity (Apptainer): the image file, and an overlay that is mounted read-only. No image means no Singularity.
 export SINGULARITY_IMAGE="${SINGULARITY_IMAGE:-}"
 export OVERLAY_EXT3="${OVERLAY_EXT3:-}"
-
-# Keeps Python from putting the folder of the started script first on its search path, where a file could shadow a
-# module of the standard library or of a dependency.
-export PYTHONSAFEPATH="${PYTHONSAFEPATH:-1}"

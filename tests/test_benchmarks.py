@@ -23,6 +23,18 @@ def last_line(script: str, *options: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "script", [path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name != "contenders.py"]
+)
+def test_a_benchmark_starts_in_a_shell_with_the_paths_set(script: str) -> None:
+    command = f'source ./set_path.sh && "$0" benchmarks/{script} --help'
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stdout + done.stderr
+
+
+@pytest.mark.slow
 def test_the_training_step_against_lerobots() -> None:
     result = last_line("train_step.py", "--present", "1", "--batch", "1", "--rounds", "1", "--device", "cpu")
     assert list(result) == [

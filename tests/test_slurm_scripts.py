@@ -821,7 +821,6 @@ VARIABLES = (
     "TORCHINDUCTOR_CACHE_DIR",
     "OVERLAY_EXT3",
     "SINGULARITY_IMAGE",
-    "PYTHONSAFEPATH",
 )
 
 
@@ -839,7 +838,6 @@ def test_set_path_defaults() -> None:
     assert found["VLA_LOG_DIR"] == found["PWD"] + "/runs"
     assert found["OVERLAY_EXT3"] == found["SINGULARITY_IMAGE"] == found["VLA_WANDB_ENTITY"] == ""
     assert found["HF_HOME"] == "/home/someone/.cache/huggingface"
-    assert found["PYTHONSAFEPATH"] == "1"
 
 
 @pytest.mark.parametrize("name", VARIABLES)
