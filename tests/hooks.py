@@ -47,6 +47,22 @@ def record() -> None:
     trainer.train_step = recording
 
 
+def processor_without_bfloat16() -> None:
+    """As PyTorch sees a Xeon before Sapphire Rapids, and most desktop processors."""
+    import torch
+
+    known = {name: on for name, on in torch.cpu.get_capabilities().items() if "bf16" not in name}
+    torch.cpu.get_capabilities = lambda: known
+
+
+def processor_with_bfloat16() -> None:
+    """As PyTorch sees an EPYC from Genoa on."""
+    import torch
+
+    known = {**torch.cpu.get_capabilities(), "avx512_bf16": True}
+    torch.cpu.get_capabilities = lambda: known
+
+
 def infinite_gradient() -> None:
     """On rank 1, the gradients of the updates named in ``BREAK_AT`` are infinite."""
     from agent import building

@@ -71,11 +71,14 @@ class Checked:
         return row
 
 
-def check(server: ForkServer, place: Workplace, name: str, *overrides: str, **environment: str) -> Checked:
+def check(
+    server: ForkServer, place: Workplace, name: str, *overrides: str, hook: str | None = None, **environment: str
+) -> Checked:
     """A check in a process that has torch imported already."""
     status = place.folder / f"{name}-{time.monotonic_ns()}.json"
     told = {"VLA_STATUS_FILE": str(status), "VLA_ATTEMPT": "1"}
-    output = server.start(place, name, "--check", "true", *overrides, **told, **environment).wait()
+    first = ("hooks", hook) if hook is not None else None
+    output = server.start(place, name, "--check", "true", *overrides, hook=first, **told, **environment).wait()
     report = place.folder / "runs" / name / "check" / "report.json"
     assert report.is_file(), output
     return Checked(output, json.loads(status.read_text()), json.loads(report.read_text()))
@@ -272,6 +275,22 @@ def test_statistics_and_instructions_name_what_is_odd(server: ForkServer, place:
     assert cut["result"] == "warn" and "are cut at 4 tokens" in cut["text"]
     assert "tokenizer_max_length: 8" in cut["change"]
     assert checked.state["state"] == "finished"  # odd, not wrong
+
+
+@pytest.mark.parametrize("use_bf16", ["true", "false"])
+@pytest.mark.parametrize("hook", ["processor_without_bfloat16", "processor_with_bfloat16"])
+def test_bfloat16_without_instructions_for_it_is_warned_of(
+    server: ForkServer, place: Workplace, hook: str, use_bf16: str
+) -> None:
+    name, arguments = f"{hook}_{use_bf16}", ["--use_bf16", use_bf16, "--n_updates", "1"]
+    slow = hook == "processor_without_bfloat16" and use_bf16 == "true"
+    checked = check(server, place, f"{name}_check", *arguments, hook=hook)
+    found = [row for row in checked.rows("config: values") if "no instructions for bfloat16" in row["text"]]
+    assert [row["result"] for row in found] == ["warn"] * slow
+    assert all("use_bf16: false" in row["change"] for row in found)
+    run = server.start(place, name, *arguments, hook=("hooks", hook))
+    output = run.wait()
+    assert place.status(name)["state"] == "finished" and ("no instructions for bfloat16" in output) == slow, output
 
 
 def test_what_training_warns_of_is_warned_of_before(server: ForkServer, place: Workplace) -> None:

@@ -51,9 +51,7 @@ def build(model: Any) -> Any:
 def test_loads_and_overrides_of_its_model_json_what_it_means_to(stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = shipped(stem, monkeypatch)
     assert found.config.name == stem
-    overridden = set() if stem == "pi0_demo" else {"use_bf16: True"}
-    if stem in LARGE:
-        overridden.add("freeze_lm_head: True")
+    overridden = {"use_bf16: True", "freeze_lm_head: True"} if stem in LARGE else set()
     if stem.endswith("freeze_vlm"):
         overridden.add("freeze_vlm: True")
     assert {note.partition(" of the training config wins")[0] for note in found.notes} == overridden

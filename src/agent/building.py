@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agent import history, optim, resuming, sharding, weights
+from agent import environment, history, optim, resuming, sharding, weights
 from agent.checkpoint import PRETRAINED, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig, make_plan
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
@@ -48,6 +48,8 @@ def build(
     watchdog.alive("building the model and loading its weights", patience=4)
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
+    if config.use_bf16 and (slow := environment.slow_bfloat16(processes.device.type)) is not None:
+        log.warning("%s; write use_bf16: false, unless this is a try of what a GPU will compute", slow)
     model_config: Any = config.model_cfg
     with torch.device("meta"):
         policy = registry.policy_class(model_config)(model_config)

@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.environment import slow_bfloat16
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 
@@ -88,6 +89,11 @@ def _odd(context: Context) -> Iterator[tuple[str, str]]:
         yield "gradients are not clipped", "write max_grad_norm: 1.0, unless that is meant"
     if config.use_bf16 is False and context.kinds[0]:
         yield "a GPU is asked for and computes in float32, which takes several times as long", "write use_bf16: true"
+    kinds, source = context.kinds
+    if config.use_bf16 and (not kinds or source == "the GPU here"):
+        slow = slow_bfloat16("cuda" if context.visible_gpus else "cpu")
+        if slow is not None:
+            yield slow, "write use_bf16: false, or name another GPU, which the job will get, with --check_gpu"
     simulation = config.eval_cfg
     if simulation is not None and simulation.start != "by_hand" and not Path(simulation.script).is_file():
         yield (
