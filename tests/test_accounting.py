@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from agent import optim
 from agent.batch import ActionChunk, Batch, Observation, to_device
-from agent.models.pi0 import model as modeling
+from agent.models.pi0 import layers
 from agent.models.pi0.accounting import flop_by_part, flop_per_sample
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.memory import Training, predict
@@ -137,7 +137,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize("training", SETTINGS, ids=str)
 def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, training: Training) -> None:
-    monkeypatch.setattr(modeling, "attend", fused_attention)
+    monkeypatch.setattr(layers, "attend", fused_attention)
     config = PI0Config(**features(224), freeze_lm_head=True)
     kept, peak = passes(config, training)
     memory = predict(config, training)

@@ -21,7 +21,8 @@ from agent.batch import ActionChunk, Batch, Observation
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0, attend, prepare_images
+from agent.models.pi0.layers import attend
+from agent.models.pi0.model import PI0, prepare_images
 from agent.parallelize import recompute
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
