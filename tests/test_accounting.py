@@ -7,17 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed import device_mesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agent import optim
+from agent import optim, sharding
 from agent.batch import ActionChunk, Batch, Observation, to_device
 from agent.models.pi0 import layers
 from agent.models.pi0.accounting import flop_by_part, flop_per_sample
@@ -88,6 +95,15 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         return result
 
+    def resized(self, tensor: Tensor) -> None:
+        """For one whose memory was given back or taken anew, which no operation shows."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self.forget, storage._cdata)
+        self.now += storage.nbytes() - self.sizes.get(storage._cdata, 0)
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
     def forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)
 
@@ -102,26 +118,52 @@ def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor 
     return out.transpose(1, 2).flatten(2)
 
 
-def passes(config: PI0Config, training: Training) -> tuple[int, int]:
-    """Bytes alive after the forward pass, and the most of both passes; weights and batch not counted."""
+def passes(config: PI0Config, training: Training, prepare: Any = lambda policy: None) -> tuple[int, int]:
+    """Bytes alive after the last forward pass, and the most of all passes; weights and batch not counted."""
     stochastic = training.precision == "bfloat16_stochastic"
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         policy = PI0(config)
         if stochastic:
             for module in policy.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(torch.bfloat16)))
         optim.freeze(policy, policy.frozen_parameters())
+        prepare(policy)
         recompute(policy.wrap_units(), training.activation_checkpointing)
         batch = make_batch(config, training.cameras, training.batch, training.draws)
-        given = [*policy.parameters(), *batch.observation.images.values(), batch.noise, batch.actions.values]
+        parameters = [sharding.rows(parameter).local for parameter in policy.parameters()]
+        given = [*parameters, *batch.observation.images.values(), batch.noise, batch.actions.values]
         autocast = torch.autocast("cpu", dtype=torch.bfloat16) if training.use_bf16 else contextlib.nullcontext()
-        with Live(given) as live:
-            with autocast:
-                losses = policy(batch)
-            kept = live.now
-            losses.sum().backward()
+        with Live(given) as live, following_shards(live):
+            for _ in range(2 if training.accumulates else 1):
+                with autocast:
+                    losses = policy(batch)
+                kept = live.now
+                losses.sum().backward()
     return kept, live.peak
+
+
+@contextlib.contextmanager
+def following_shards(live: Live) -> Iterator[None]:
+    """FSDP gives the memory of gathered weights back under its tensors' feet."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("alloc_storage", "free_storage"):
+            plain = getattr(_fsdp_param, name)
+
+            def noted(tensor: Tensor, plain: Any = plain) -> None:
+                plain(tensor)
+                live.resized(tensor)
+
+            patch.setattr(_fsdp_param, name, noted)
+        yield
+
+
+@pytest.fixture
+def four() -> Iterator[None]:
+    """This process is the first of four, of which the others do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    dist.destroy_process_group()
 
 
 SETTINGS = [
@@ -149,6 +191,30 @@ def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, t
     else:
         assert copies > 0
     assert mine == pytest.approx(peak, rel=0.1)
+
+
+SHARDED = [
+    Training(batch=32, cameras=1, activation_checkpointing="none", shards=4),
+    Training(batch=4, cameras=2, activation_checkpointing="blocks", accumulates=True, shards=4),
+    Training(batch=32, cameras=3, activation_checkpointing="full", precision="bfloat16_stochastic", shards=4),
+]
+
+
+@pytest.mark.parametrize("training", SHARDED, ids=str)
+def test_the_predicted_peak_of_a_share_is_within_a_tenth(
+    monkeypatch: pytest.MonkeyPatch, four: None, training: Training
+) -> None:
+    monkeypatch.setattr(modeling, "attend", fused_attention)
+    mesh = device_mesh.init_device_mesh("cpu", (4,))  # by itself it computes with ranks, which fake tensors cannot
+    monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *_: mesh)
+    processes: Any = SimpleNamespace(device=torch.device("cpu"), world_size=4)
+    config = PI0Config(**features(224), freeze_lm_head=True)
+    _, peak = passes(config, training, lambda policy: sharding.shard(policy, processes, torch.bfloat16))
+    memory = predict(config, training)
+    mine = memory.peak - memory.parameters - memory.optimizer
+    print(f"{training}: peak {peak >> 20} MiB, predicted {mine >> 20}")
+    assert mine == pytest.approx(peak, rel=0.1)
+    assert 4 * memory.optimizer == pytest.approx(predict(config, replace(training, shards=1)).optimizer)
 
 
 @pytest.mark.parametrize("eight_bit", [False, True], ids=["adamw", "adamw8bit"])

@@ -54,13 +54,9 @@ def predicted(context: Context, batch: int) -> int:
         ema=config.ema_decay is not None,
         # DDP holds its buckets of gradients from the first update to the last.
         accumulates=config.global_batch_size > batch * gpus or (gpus > 1 and not sharded),
+        shards=gpus if sharded else 1,
     )
-    memory = predictor.predict(context.model, training)
-    if not sharded:
-        return memory.card
-    # Each holds a share; what is gathered for one layer after the other is within the activations' uncertainty.
-    split = memory.parameters + memory.gradients + memory.optimizer + memory.ema
-    return memory.card - split * (gpus - 1) // gpus
+    return predictor.predict(context.model, training).card
 
 
 def largest_batch(context: Context, memory: int) -> int:

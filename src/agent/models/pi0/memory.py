@@ -40,11 +40,13 @@ class Training:
     """Several micro-batches per update: gradients lie there during the forward pass."""
     ema: bool = False
     """Whether there is an ``ema_decay``."""
+    shards: int = 1
+    """Processes that share weights, gradients, optimizer and average, as ``parallel: fsdp`` has it; 1 for none."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes."""
+    """Bytes; of one process."""
 
     parameters: int
     gradients: int
@@ -78,6 +80,8 @@ class _Unit:
     """Bytes of activations that the backward pass computes again."""
     hand: int = 0
     """Bytes that its backward pass has in hand at once, besides."""
+    layer: bool = False
+    """Whether it is gathered in the type of its products where the model is sharded."""
 
     @property
     def numbers(self) -> int:
@@ -89,7 +93,7 @@ class _Unit:
 
 
 def predict(config: PI0Config, training: Training) -> Memory:
-    """The memory of one process that trains this model on one GPU, without ``parallel: fsdp``.
+    """The memory of one process that trains this model on one GPU.
 
     Raises:
         ValueError: for an unknown value of ``training``.
@@ -106,11 +110,22 @@ def predict(config: PI0Config, training: Training) -> Memory:
     parameters = number * sum(unit.numbers for unit in units)
     gradients = number * sum(unit.trained for unit in units)
     state = sum(_state(unit, training.optimizer) for unit in units)
+    ema = 4 * sum(unit.trained for unit in units) if training.ema else 0
+    parameters, gradients, state, ema = (-(-total // training.shards) for total in (parameters, gradients, state, ema))
+    passes = _peak_of_shards if training.shards > 1 else _peak_of_passes
+    low_memory = training.optimizer == "adamw8bit" or number == 2
+    update = gradients + (_OPTIMIZER_PIECE if low_memory else 0)
+    peak = parameters + state + ema + max(passes(units, training, number), update)
+    return Memory(parameters, gradients, state, sum(unit.kept for unit in units), ema, peak)
+
+
+def _peak_of_passes(units: list[_Unit], training: Training, number: int) -> int:
+    """Most bytes of activations, gradients and copies of weights; ``number`` is the size of a weight's number."""
     # Autocast keeps the copies of the weights until the forward pass ends; those that autograd kept live on.
     copied = 2 if training.use_bf16 and number == 4 else 0
     stay = copied if training.activation_checkpointing == "none" else 0
     activations = sum(unit.kept for unit in units)
-    before = gradients if training.accumulates else 0
+    before = number * sum(unit.trained for unit in units) if training.accumulates else 0
     most = before + activations + copied * sum(unit.products for unit in units)
     held, done = activations + stay * sum(unit.products for unit in units), 0
     for unit in reversed(units):
@@ -118,11 +133,29 @@ def predict(config: PI0Config, training: Training) -> Memory:
         most = max(most, held + max(before, done) + own, held + max(before, done + number * unit.trained) + unit.hand)
         held -= unit.kept + stay * unit.products
         done += number * unit.trained
-    low_memory = training.optimizer == "adamw8bit" or number == 2
-    update = gradients + (_OPTIMIZER_PIECE if low_memory else 0)
-    ema = 4 * sum(unit.trained for unit in units) if training.ema else 0
-    peak = parameters + state + ema + max(most, update)
-    return Memory(parameters, gradients, state, activations, ema, peak)
+    return most
+
+
+def _peak_of_shards(units: list[_Unit], training: Training, number: int) -> int:
+    """The same under FSDP2, which gathers a unit's weights for its passes and keeps of its gradients a share.
+
+    In the backward pass the unit before is gathered ahead. Gradients are added up over the processes in float32, from a
+    copy. Of weights that are gathered anew for it the backward pass keeps no copy.
+    """
+    width = 2 if training.use_bf16 else number
+    gathered = [(width if unit.layer else number) * unit.numbers for unit in units]
+    before = number * sum(unit.trained for unit in units) // training.shards if training.accumulates else 0
+    most = held = done = 0
+    for unit, weights in zip(units, gathered, strict=True):
+        most = max(most, before + held + 2 * weights)  # as it came from the processes, and in its own order
+        held += unit.kept
+    for place, unit in reversed(list(enumerate(units))):
+        weights = gathered[place] + (gathered[place - 1] if place else 0)
+        own = (width if unit.layer else number) * unit.trained + 4 * unit.trained
+        most = max(most, held + max(before, done) + weights + max(unit.again + unit.hand, own))
+        held -= unit.kept
+        done += number * unit.trained // training.shards
+    return most
 
 
 def _state(unit: _Unit, optimizer: str) -> int:
@@ -195,9 +228,9 @@ def _vision(config: PI0Config, tokens: int, product: int, mode: str, trained: bo
     for _ in range(table.depth):
         if trained:
             hand = tokens * (4 * w + 2 * product * m) + product * w * m
-            yield _Unit(shapes, 0, matrices, kept, 0 if mode == "none" else all_kept - inputs, hand)
+            yield _Unit(shapes, 0, matrices, kept, 0 if mode == "none" else all_kept - inputs, hand, layer=True)
         else:
-            yield _Unit(shapes, frozen=sum(map(_product, shapes)))
+            yield _Unit(shapes, frozen=sum(map(_product, shapes)), layer=True)
 
 
 def _joint(config: PI0Config, patch_tokens: int, product: int, trained: bool) -> _Unit:
@@ -232,7 +265,7 @@ def _gemma(
     own_pair = 2 * product * pair * tokens
     if not trained:
         # No gradient: keys and values alone remain, for the expert.
-        return _Unit(shapes, frozen=sum(map(_product, shapes)), kept=own_pair)
+        return _Unit(shapes, frozen=sum(map(_product, shapes)), kept=own_pair, layer=True)
     if keys_values_only:
         all_kept = norm + own_pair
         kept = {
@@ -240,7 +273,8 @@ def _gemma(
             "blocks": all_kept - tokens * (4 + product * w) + own_pair // 2,
             "full": inputs + own_pair,
         }
-        return _Unit(shapes, sum(map(_product, rest)), matrices, kept[mode], all_kept - inputs, tokens * 4 * w)
+        again = all_kept - inputs
+        return _Unit(shapes, sum(map(_product, rest)), matrices, kept[mode], again, tokens * 4 * w, layer=True)
     scores = 4 * table.heads * tokens
     # The expert's own keys and values follow the prefix's in a copy.
     attended = own_pair + 2 * product * pair * past
@@ -253,7 +287,7 @@ def _gemma(
     if mode == "blocks":
         again = all_kept - tokens * product * (heads + 2 * m) - full
     hand = tokens * (4 * w + 2 * product * m) + product * w * m
-    return _Unit(shapes, 0, matrices, kept_bytes, again, hand)
+    return _Unit(shapes, 0, matrices, kept_bytes, again, hand, layer=True)
 
 
 def _product(shape: tuple[int, ...]) -> int:
