@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -142,12 +142,21 @@ class ColumnTable:
             )
         return arrays
 
+    def unreadable(self) -> Iterator[tuple[np.ndarray, ValueError]]:
+        """The wanted episodes in each file that cannot be read or lacks some of their frames, and why; keeps nothing."""
+        for _, members in files_of(self.metadata, self.episodes, "data", self.metadata.data_file):
+            part = ColumnTable(self.metadata, members, self.names)
+            try:
+                part._read(part._files())
+            except ValueError as error:
+                yield members, error
+
 
 def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Episode and frame of each row of a parquet file, and columns as (rows, dims); ``widths`` has the dims of each.
 
     Raises:
-        ValueError: if a column is missing or has other dims, naming the file.
+        ValueError: if the file is damaged, or a column is missing or has other dims, naming the file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -160,7 +169,15 @@ def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.n
                 f"{path} has no column {', '.join(missing)}; copy the file again, or leave its episodes out with `episodes`. "
                 f"It has {', '.join(file.schema_arrow.names)}"
             )
-        table = file.read(columns=wanted, use_threads=False)
+        try:
+            table = file.read(columns=wanted, use_threads=False)
+        except (pa.ArrowInvalid, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's, not pyarrow's: another time it may be read
+                raise
+            raise ValueError(
+                f"{path} is damaged ({str(error).splitlines()[0]}); copy the file again, or leave its episodes out with "
+                "`episodes`"
+            ) from error
     values = {}
     for name, width in widths.items():
         column = table[name].combine_chunks()

@@ -30,7 +30,10 @@ def check(context: Context) -> list[Row]:
             rows.append(failed(name, found.mismatch))
         if found.source is not None and found.mismatch is None:
             rows.append(Row(name, "pass", _spelled(found, context)))
-            cells.append(_cells(found, context))
+            try:
+                cells.append(_cells(found, context))
+            except RuntimeError as error:  # a frame that the sample of frames did not meet
+                rows.append(failed(name, error))
     if cells:
         count = sum(picture is not None for row in cells for _, picture in row)
         try:

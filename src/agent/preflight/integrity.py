@@ -54,6 +54,9 @@ def _rows(found: Survey) -> list[Row]:
         text = f"uneven time stamps in {len(found.uneven)} episodes ({spelled(list(found.uneven))}); {first}: {how}"
         change = "record at a steady rate, or correct `fps` in meta/info.json; action chunks assume even steps"
         rows.append(Row(name, "warn", text, change, {"episodes": sorted(found.uneven)}))
+    for key, how in found.sizes.items():
+        change = f"write their size as the `shape` of {key} there: crops are measured by it"
+        rows.append(Row(name, "warn", f"pictures of {key} have {how}", change))
     if found.dark:
         text = f"{len(found.dark)} of {found.frames_read} frames that were read have a picture of one colour: {found.dark[0]}"
         rows.append(Row(name, "warn", text, "look at cameras.png: was the camera plugged in, its lens free?"))

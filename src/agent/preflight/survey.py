@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FRAMES = 48  # of a data set, read as training reads them
+_EACH = 3  # of these from an episode, at least: its first, its last and its middle
 _SECONDS = 30.0  # for these, and as much for the files, of all data sets together
 _EVEN = 1e-4  # seconds that a frame's time may be off
 
@@ -53,6 +54,8 @@ class Survey:
     """Episode whose time stamps are not even → how."""
     dark: list[str] = field(default_factory=list)
     """Frames of which a picture has one colour."""
+    sizes: dict[str, str] = field(default_factory=dict)
+    """Camera whose pictures are not of the size that the metadata say → how."""
     source: Source | None = None
     """Of the good episodes; its cameras are known unless there is a mismatch."""
     files: tuple[int, int] = (0, 0)
@@ -118,7 +121,8 @@ def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
     if not len(good):
         return
     keys = [key for key in (found.config.state, found.config.action) if key in metadata.features]
-    table = ColumnTable(metadata, good, tuple(dict.fromkeys([*keys, "task_index", "timestamp"])))
+    table = _columns(found, metadata, tuple(dict.fromkeys([*keys, "task_index", "timestamp"])))
+    good = found.good
     for key in keys:
         has, said_to = table[key].shape[1], int(np.prod(metadata.features[key]["shape"]))
         if has != said_to:
@@ -149,6 +153,20 @@ def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
         found.uneven[int(good[place])] = f"frame {number} is {late:.4f} s away from frame/fps"
 
 
+def _columns(found: Survey, metadata: files.Metadata, names: tuple[str, ...]) -> ColumnTable:
+    """The columns of the good episodes; a damaged file costs those that it holds."""
+    table = ColumnTable(metadata, found.good, names)
+    try:
+        table.load()
+    except ValueError:
+        bad = {int(episode): str(error) for members, error in table.unreadable() for episode in members}
+        if len(bad) == len(found.good):  # not a file is wrong, but the data set
+            raise
+        found.bad.update(bad)
+        table = ColumnTable(metadata, found.good, names)
+    return table
+
+
 def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> None:
     if not len(found.good):
         raise ValueError(
@@ -169,21 +187,28 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
 
 
 def _look_at_frames(found: Survey, source: Source, patience: float) -> None:
-    """Reads frames spread over the data set: of an episode its first and its last, which a file cut short lacks."""
+    """Reads frames spread over the data set and its episodes."""
     end = time.monotonic() + patience
-    ends = np.cumsum(source.metadata.episodes["length"][source.episodes])
-    some = np.unique(np.linspace(0, len(ends) - 1, _FRAMES // 2).astype(int))
+    lengths = source.metadata.episodes["length"][source.episodes]
+    begins = np.cumsum(lengths) - lengths
+    some = np.unique(np.linspace(0, len(lengths) - 1, _FRAMES // _EACH).astype(int))
+    spread = np.linspace(0, 1, _FRAMES // len(some))
+    spread = spread[np.argsort(-abs(spread - 0.5), kind="stable")]  # the ends first: a file cut short lacks the last
+    recorded = source.recorded_sizes() if source.store is None else {}  # a store's are those of the model
     for place in np.random.default_rng(0).permutation(some).tolist():
-        for position in (int(ends[place]) - 1, int(ends[place - 1]) if place else 0):
+        for frame in dict.fromkeys((spread * (lengths[place] - 1)).round().astype(int).tolist()):
             if time.monotonic() > end:
                 return
-            episode, frame = source.frame(position)
             try:
-                images: dict[str, Any] = source.read(position).images
+                images: dict[str, Any] = source.read(int(begins[place]) + frame).images
             except RuntimeError as error:
-                found.bad.setdefault(episode, str(error))
+                found.bad.setdefault(int(source.episodes[place]), str(error))
                 break
             found.frames_read += 1
             for slot, image in images.items():
                 if int(image.amax()) == int(image.amin()):
-                    found.dark.append(f"{slot} of episode {episode}, frame {frame}")
+                    found.dark.append(f"{slot} of episode {source.episodes[place]}, frame {frame}")
+                if (has := tuple(image.shape[1:])) != (said := recorded.get(slot, has)):
+                    found.sizes[source.cameras[slot]] = (
+                        f"{has[0]} × {has[1]} pixels, meta/info.json says {said[0]} × {said[1]}"
+                    )

@@ -1,0 +1,97 @@
+"""``--check true`` on what is damaged: data sets, weights, the run's own checkpoints. Each fail says what to change.
+
+Run: uv run pytest tests/test_preflight_damage.py      (half a minute)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from checking import check
+from forked import ForkServer
+from launching import Workplace
+from make_dataset import write_dataset
+
+ROOT = "--data.train.datasets.0.root"
+
+
+def spoil_packets(video: Path, first: int, last: int) -> None:
+    """Overwrites the packets of these frames; the file stays whole, so that only decoding them tells."""
+    import av
+
+    with av.open(str(video)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(video.read_bytes())
+    for begin, size in places[first : last + 1]:
+        content[begin : begin + size] = b"\xff" * size
+    video.write_bytes(content)
+
+
+def in_two_files(root: Path, first_of_second: int) -> Path:
+    """Moves the episodes from this one on to a second data file, and returns it."""
+    one = root / "data" / "chunk-000" / "file-000.parquet"
+    other = one.with_name("file-001.parquet")
+    table = pq.read_table(one)
+    later = np.asarray(table["episode_index"]) >= first_of_second
+    pq.write_table(table.filter(pa.array(~later)), one)
+    pq.write_table(table.filter(pa.array(later)), other)
+    (path,) = (root / "meta" / "episodes").rglob("*.parquet")
+    episodes = pq.read_table(path)
+    place = episodes.column_names.index("data/file_index")
+    files = (np.asarray(episodes["episode_index"]) >= first_of_second).astype(np.int64)
+    pq.write_table(episodes.set_column(place, "data/file_index", pa.array(files)), path)
+    return other
+
+
+# ---- data
+
+
+def test_a_damaged_page_costs_the_episodes_of_its_file(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", episodes=6, length=8)
+    path = in_two_files(root, 4)
+    content = bytearray(path.read_bytes())
+    content[100:600] = bytes(500)  # the footer, with the number of rows, is whole
+    path.write_bytes(content)
+    checked = check(server, place, "page", ROOT, str(root))
+    (row,) = checked.rows("data: test/data", "fail")
+    assert "2 of 6 episodes cannot be used (4-5)" in row["text"] and f"{path} is damaged" in row["text"]
+    assert row["details"]["good_episodes"] == [0, 1, 2, 3]
+    assert checked.rows("update", "pass") and "Traceback" not in checked.output
+
+
+def test_a_frame_within_an_episode_is_met(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
+    """Of few episodes more frames are read than their ends."""
+    root = write_dataset(tmp_path / "data", episodes=3, length=60)
+    (video,) = (root / "videos").rglob("*.mp4")
+    spoil_packets(video, 84, 96)
+    checked = check(server, place, "within", ROOT, str(root))
+    (row,) = checked.rows("data: test/data", "fail")
+    assert list(row["details"]["bad_episodes"]) == ["1"]
+    assert checked.rows("map: test/data", "pass") and checked.rows("cameras", "pass")
+
+
+def test_a_frame_that_nobody_met_before_costs_its_thumbnail_alone(
+    server: ForkServer, place: Workplace, tmp_path: Path
+) -> None:
+    root = write_dataset(tmp_path / "data", episodes=33, length=6)
+    (video,) = (root / "videos").rglob("*.mp4")
+    spoil_packets(video, 16 * 6, 16 * 6 + 5)  # the episode in the middle, which is not among the sixteen
+    checked = check(server, place, "unmet", ROOT, str(root))
+    assert checked.rows("map: test/data", "pass")
+    (row,) = checked.rows("map: test/data", "fail")
+    assert "episode 16, frame 3 cannot be read" in row["text"] and "leave the episode out" in row["change"]
+
+
+def test_pictures_of_another_size_than_the_metadata_say(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", episodes=3, length=6)
+    info = root / "meta" / "info.json"
+    content = json.loads(info.read_text())
+    content["features"]["observation.images.front"]["shape"] = [480, 640, 3]
+    info.write_text(json.dumps(content))
+    checked = check(server, place, "size", ROOT, str(root))
+    (row,) = checked.rows("data: test/data", "warn")
+    assert "observation.images.front have 64 × 80 pixels, meta/info.json says 480 × 640" in row["text"]
