@@ -6,12 +6,15 @@ Run: uv run pytest tests/test_preflight_damage.py      (half a minute)
 from __future__ import annotations
 
 import json
+import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from checking import check
+import pytest
+from checking import check, contents
 from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
@@ -95,3 +98,76 @@ def test_pictures_of_another_size_than_the_metadata_say(server: ForkServer, plac
     checked = check(server, place, "size", ROOT, str(root))
     (row,) = checked.rows("data: test/data", "warn")
     assert "observation.images.front have 64 × 80 pixels, meta/info.json says 480 × 640" in row["text"]
+
+
+# ---- the run's own checkpoints
+
+
+@pytest.fixture(scope="module")
+def trained(server: ForkServer, place: Workplace) -> Path:
+    """A run of 8 updates that has checkpoints of update 4 and 8."""
+    server.start(place, "trained", "--n_updates", "8").wait()
+    return place.folder / "runs" / "trained"
+
+
+def cut_short(checkpoint: Path) -> None:
+    weights = checkpoint / "pretrained_model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+
+
+def test_a_damaged_checkpoint_is_passed_over_as_training_does(
+    server: ForkServer, place: Workplace, trained: Path
+) -> None:
+    run = shutil.copytree(trained, trained.with_name("one_damaged"), symlinks=True)
+    cut_short(run / "checkpoints" / "step_00000008")
+    before = contents(run)
+    checked = check(server, place, "one_damaged", "--n_updates", "8")
+    (row,) = checked.rows("start", "pass")
+    assert row["text"].endswith("step_00000004")
+    (row,) = checked.rows("start", "warn")
+    assert "step_00000008: pretrained_model/model.safetensors has" in row["text"]
+    assert checked.row("time")["details"]["updates"] == 4
+    assert {name: value for name, value in contents(run).items() if not name.startswith("check/")} == before
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_fails(server: ForkServer, place: Workplace, trained: Path) -> None:
+    run = shutil.copytree(trained, trained.with_name("all_damaged"), symlinks=True)
+    for step in (4, 8):
+        cut_short(run / "checkpoints" / f"step_{step:08d}")
+    checked = check(server, place, "all_damaged", "--n_updates", "8")
+    (row,) = checked.rows("start", "fail")
+    assert "none that it can continue from" in row["text"] and "step_00000004: pretrained_model/" in row["text"]
+    assert "load_from_checkpoint" in row["change"]
+
+
+def test_a_finished_run_says_so(server: ForkServer, place: Workplace, trained: Path) -> None:
+    checked = check(server, place, "trained", "--n_updates", "8")
+    (row,) = checked.rows("start", "warn")
+    assert row["text"] == "this run is finished with its 8 updates: nothing is left to do"
+    assert checked.state["state"] == "finished"
+
+
+def test_statistics_of_weights_that_are_gone_are_the_checkpoints(
+    server: ForkServer, place: Workplace, trained: Path, tmp_path: Path
+) -> None:
+    """As training has it: what a run began with is not needed to continue it."""
+    weights = shutil.copytree(trained / "checkpoints" / "step_00000008" / "pretrained_model", tmp_path / "weights")
+    begun = ["--load_from_checkpoint", str(weights), "--data.statistics", "checkpoint", "--n_updates"]
+    server.start(place, "gone", *begun, "8", "--save_model_freq", "4").wait()
+    shutil.rmtree(weights)
+    checked = check(server, place, "gone", *begun, "12", "--resume_changes", "true")
+    assert checked.state["state"] == "finished" and checked.rows("start", "pass"), checked.output
+
+
+def test_a_folder_that_a_run_holds_is_named(server: ForkServer, place: Workplace) -> None:
+    """The check neither waits for the run nor disturbs it."""
+    run = server.start(place, "live", "--n_updates", "100000", "--eval_freq", "0")
+    try:
+        run.wait_for_step(5)
+        (row,) = check(server, place, "live", "--n_updates", "100000", "--eval_freq", "0").rows("run folder", "warn")
+        assert f"is in use by host {socket.gethostname()}, process {run.pids[0]}" in row["text"]
+        assert run.alive()
+        run.wait_for_step(place.metrics("live")[-1]["step"] + 1)
+    finally:
+        run.kill_all()
+    assert check(server, place, "live", "--n_updates", "100000", "--eval_freq", "0").rows("run folder", "pass")

@@ -58,6 +58,28 @@ def _lock(handle: int, patience_s: float) -> None:
             time.sleep(0.1)
 
 
+def holder(path: Path) -> str | None:
+    """Who runs in this folder now, None if nobody does or it cannot be told; asks in nobody's way."""
+    try:
+        handle = os.open(path / ".lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        # Shared, and given back at once: a run that starts in this moment tries again.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _described_holder(handle)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+    return None
+
+
+def _described_holder(handle: int) -> str:
+    return os.pread(handle, 4096, 0).decode(errors="replace") or "an unknown process"
+
+
 def report_failure(path: Path, rank: int, reason: str) -> None:
     """Ends the present attempt in ``status.json``; for a rank other than 0, which fails by itself.
 
@@ -92,10 +114,10 @@ class RunFolder:
             # In a job nobody waits for the answer, and what a killed attempt left may take a while to be gone.
             _lock(handle, patience_s=60.0 if "SLURM_JOB_ID" in os.environ else 5.0)
         except BlockingIOError:
-            holder = os.read(handle, 4096).decode(errors="replace") or "an unknown process"
+            other = _described_holder(handle)
             os.close(handle)
             raise ValueError(
-                f"the run folder {self.path} is in use by {holder}; wait for it, stop it, or give this run another name: --name …"
+                f"the run folder {self.path} is in use by {other}; wait for it, stop it, or give this run another name: --name …"
             ) from None
         except OSError as error:
             # Lustre without its flock option, for instance: no reason to refuse every run there.

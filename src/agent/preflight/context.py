@@ -19,6 +19,7 @@ from agent.preflight.slurm import Job, find_job
 from agent.preflight.survey import Survey, survey
 
 if TYPE_CHECKING:
+    from agent.checkpoint import CheckpointStore
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.build import Data
     from agent.distributed import Launch
@@ -64,6 +65,24 @@ class Context:
         except OSError as error:
             raise NotChecked("the run folder cannot be written") from error
         return folder
+
+    # ---- the run
+
+    @cached_property
+    def store(self) -> CheckpointStore:
+        """The run's own checkpoints; only looked at."""
+        from agent.checkpoint import CheckpointStore
+
+        return CheckpointStore(self.config.run_dir, self.config.keep_checkpoints, self.config.keep_training_states)
+
+    @cached_property
+    def own(self) -> tuple[list[Path], dict[Path, str]]:
+        """What the run might continue from, the newest first; and what is damaged, as the sizes of its files tell."""
+        from agent.manifest import check_sizes
+
+        damages = {path: check_sizes(path) for path in self.store.candidates()}
+        whole = [path for path, damage in damages.items() if damage is None]
+        return whole, {path: damage for path, damage in damages.items() if damage is not None}
 
     # ---- the job
 
@@ -146,7 +165,7 @@ class Context:
         try:
             import torch
 
-            return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")))
+            return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
         except Exception as error:  # `data_problem` gives it back, once
             return error
 

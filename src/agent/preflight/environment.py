@@ -10,6 +10,7 @@ from importlib.metadata import version
 from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import Row
+from agent.run_folder import holder
 
 
 def check(context: Context) -> list[Row]:
@@ -48,7 +49,7 @@ def _hub(context: Context) -> Row:
 
 
 def _folder(context: Context) -> Row:
-    """Whether the run folder can be written."""
+    """Whether the run folder can be written, and is free."""
     folder = context.config.run_dir
     try:
         probe = folder / "check" / ".probe"
@@ -58,6 +59,9 @@ def _folder(context: Context) -> Row:
     except OSError as error:
         change = "set VLA_LOG_DIR to a folder that can be written, in set_path.sh"
         return Row("run folder", "fail", f"{folder} cannot be written ({error.strerror})", change)
+    if (other := holder(folder)) is not None:
+        change = "wait for it, stop it, or give this run another name: --name …"
+        return Row("run folder", "warn", f"{folder} is in use by {other}: another run in it is refused", change)
     known = "" if "VLA_LOG_DIR" in os.environ else "; VLA_LOG_DIR is not set"
     return Row("run folder", "pass", f"{folder.absolute()}{known}")
 

@@ -37,13 +37,21 @@ class NotChecked(Exception):
     """Something could not be looked at, because of what another row reports as wrong."""
 
 
-def failed(name: str, error: Exception | str) -> Row:
-    """A fail from a message of this program, whose first sentence says what is wrong and the others what to write."""
+# What to write stands behind a semicolon, the end of a sentence (no "3. " or "… "), a line, or a colon and an order.
+_ADVICE = re.compile(r"; |(?<=[^.\d])\. |\.?\n|: (?=(?:write|set|give|choose|name) )")
+
+
+def failed(name: str, error: Exception | str, otherwise: str = "correct that, and check again") -> Row:
+    """A fail from a message of this program, whose first sentence says what is wrong and the others what to write.
+
+    Args:
+        name: of the row.
+        error: the message.
+        otherwise: what to change where the message does not say it.
+    """
     message = str(error).strip()
-    parts = re.split(r"(?<=[^.\d])(?:; |\. |\.?\n)", message, maxsplit=1)
-    if len(parts) == 1:
-        return Row(name, "fail", "is wrong", message)
-    return Row(name, "fail", parts[0], parts[1].strip())
+    text, *change = _ADVICE.split(message, maxsplit=1)
+    return Row(name, "fail", text, change[0].strip() if change else otherwise)
 
 
 def worst(rows: Sequence[Row]) -> Result:
@@ -68,9 +76,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    """The text beside its head; the lines of a text that has several stay lines."""
+    """The text beside its head; the lines of a text that has several stay lines, and those of a table stay whole."""
     lines: list[str] = []
     for part in text.splitlines():
+        if part.startswith("  "):
+            lines.append(part)
+            continue
         lines += textwrap.wrap(part, max(_WIDTH - len(head), 40), break_long_words=False, break_on_hyphens=False)
     return [head + "".join(lines[:1]), *(" " * len(head) + line for line in lines[1:])]
 

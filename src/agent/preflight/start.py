@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 
 import yaml
 
 from agent import hub
-from agent.checkpoint import TRAINING, CheckpointStore
+from agent.checkpoint import TRAINING
 from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
 from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
+from agent.preflight.schedule import plan
 
 
 def check(context: Context) -> list[Row]:
     """Reads headers of weights and the run's own records; changes nothing in the run folder."""
-    rows = []
-    try:
-        rows.append(_resume(context))
-    except NotChecked as error:
-        text = f"would continue after update {own_step(context)}; whether it may was not checked, because {error}"
-        rows.append(Row("start", "warn", text, "put right what fails above, and check again"))
+    rows = _own(context)
     if own_step(context) is None:
         rows += _weights(context)
     return [*rows, _look(needs.tokenizer(context.config))]
@@ -30,29 +27,37 @@ def check(context: Context) -> list[Row]:
 
 def own_step(context: Context) -> int | None:
     """The update after which the run would continue; None if it would begin."""
-    config = context.config
-    found = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states).candidates()
-    return int(found[0].name.removeprefix("step_")) if found else None
+    whole, _ = context.own
+    return int(whole[0].name.removeprefix("step_")) if whole else None
 
 
-def _resume(context: Context) -> Row:
+def _own(context: Context) -> list[Row]:
+    """Whether the run would begin or continue, as training decides it."""
+    whole, damaged = context.own
+    there = [*context.store.candidates(), *context.store.unusable()]
+    if not there:
+        return [Row("start", "pass", "a new run; nothing to continue from")]
+    if not context.config.resume_run:
+        text = f"resume_run is false, but {there[0]} exists and would be overwritten"
+        return [Row("start", "fail", text, "give this run another name, or remove its folder")]
+    if not whole:
+        told = "\n".join(f"{path}: {damaged[path]}" if path in damaged else str(path) for path in there)
+        change = "begin a new run with load_from_checkpoint and another name, or remove the folder `checkpoints`"
+        return [Row("start", "fail", f"this run has checkpoints, but none that it can continue from:\n{told}", change)]
+    try:
+        rows = [_resume(context, whole[0])]
+    except NotChecked as error:
+        text = f"would continue after update {own_step(context)}; whether it may was not checked, because {error}"
+        rows = [Row("start", "warn", text, "put right what fails above, and check again")]
+    if damaged:
+        text = "damaged, and passed over:\n" + "\n".join(f"{path}: {damage}" for path, damage in damaged.items())
+        rows.append(Row("start", "warn", text, "look why: does the disk fail, or was a copy cut short?"))
+    return rows
+
+
+def _resume(context: Context, checkpoint: Path) -> Row:
     config = context.config
-    store = CheckpointStore(config.run_dir, config.keep_checkpoints, config.keep_training_states)
-    found = store.candidates()
-    if not found:
-        if store.unusable():
-            names = ", ".join(map(str, store.unusable()))
-            change = "begin a new run with load_from_checkpoint and another name, or remove the folder `checkpoints`"
-            return Row("start", "fail", f"this run has checkpoints that it cannot continue from: {names}", change)
-        return Row("start", "pass", "a new run; nothing to continue from")
-    if not config.resume_run:
-        return Row(
-            "start",
-            "fail",
-            f"resume_run is false, but {found[0]} exists and would be overwritten",
-            "give this run another name, or remove its folder",
-        )
-    training = found[0] / TRAINING
+    training = checkpoint / TRAINING
     defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
     saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
     context.require_data()
@@ -61,10 +66,14 @@ def _resume(context: Context) -> Row:
     fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     if fingerprint != context.data.fingerprint and not any(survey.bad for survey in context.surveys):
         changes.append("the training data: states, actions, episodes or instructions")
-    text = f"continues from {found[0]}"
+    text = f"continues from {checkpoint}"
     if changes and not config.resume_changes:
         change = "take these changes back, write another name, or allow them with --resume_changes true"
         return Row("start", "fail", f"{text}, which was made with another config:\n" + "\n".join(changes), change)
+    n_updates = plan(context).n_updates
+    if (own_step(context) or 0) >= n_updates:
+        change = "write more n_updates or n_epochs, with --resume_changes true, or another name for a new run"
+        return Row("start", "warn", f"this run is finished with its {n_updates} updates: nothing is left to do", change)
     return Row("start", "pass", text)
 
 
@@ -87,5 +96,5 @@ def _look(item: needs.Item) -> Row:
         _, _, advice = str(error).partition("\n")
         return Row(item.kind, "fail", text, advice.removeprefix("It is not in the cache of this machine. "))
     except ValueError as error:
-        return failed(item.kind, error)
+        return failed(item.kind, error, f"copy or download it again, or write another {item.key}")
     return Row(item.kind, "pass", found.note, details={"folder": str(found.folder), "bytes": found.size})
