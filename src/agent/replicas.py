@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from agent import optim
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from torch import Tensor
 
@@ -14,13 +16,17 @@ if TYPE_CHECKING:
 
 
 def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    """A number for every tensor of weights and optimizer that changes with any single bit of it.
+    """A number for every tensor of weights and optimizer that changes with any single bit of it."""
+    return fingerprints_of({**dict(policy.named_parameters()), **optim.optimizer_tensors(optimizer, policy)})
+
+
+def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The same for any tensors by their names.
 
     The sum of a tensor's words as integers, computed where the tensor is: a pass over the memory, no copy.
     """
     import torch
 
-    tensors = {**dict(policy.named_parameters()), **optim.optimizer_tensors(optimizer, policy)}
     # Sums wrap around alike everywhere; what matters is that one flipped bit changes one summand.
     sums = [_words(tensor.detach().contiguous()).sum(dtype=torch.int64) for tensor in tensors.values()]
     by_device: dict[torch.device, list[int]] = {}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
 _CPU_FLOP = 2e11  # of a micro-batch on a CPU, at most; some seconds
 _PATIENCE_S = 20.0  # an update that takes longer is not repeated
+_NOT_FINITE = "look for the operation with --debug true; are the statistics this data set's, and the weights whole?"
 
 
 def check(context: Context) -> list[Row]:
@@ -37,7 +38,8 @@ def check(context: Context) -> list[Row]:
     context.require_data()
     size = context.model_size()
     if not context.visible_gpus and (size > SMALL or context.model.device == "cuda"):
-        text = f"not made: there is no GPU here, and {size / 1e6:.0f} M parameters are too many for a CPU"
+        why = f"{size / 1e6:.0f} M parameters are too many for a CPU" if size > SMALL else "model_cfg.device is cuda"
+        text = f"not made: there is no GPU here, and {why}"
         return [Row("update", "warn", text, "run the check once more on a machine with a GPU, if you can")]
     device = torch.device("cuda", 0) if context.visible_gpus else torch.device("cpu")
     weights, training = disk.checkpoint_bytes(context)
@@ -144,7 +146,10 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
     losses, seconds = [], 0.0
     for _ in range(2):
         begin = time.perf_counter()
-        result = train_step(run, iter(batches), clock)
+        try:
+            result = train_step(run, iter(batches), clock)
+        except FloatingPointError as error:
+            return Row("update", "fail", str(error), _NOT_FINITE)
         losses.append(float(result.loss_sum) / run.config.global_batch_size)
         if cuda:
             torch.cuda.synchronize()
@@ -163,10 +168,7 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
         details["peak_bytes"] = peak
         text += f"; {peak / 2**30:.1f} GiB at the peak, {predicted(context, samples) / 2**30:.1f} predicted with the context"
     if not all(map(math.isfinite, [*losses, result.grad_norm])):
-        change = (
-            "look for the operation with --debug true; are the statistics of this data set's, and the weights whole?"
-        )
-        return Row("update", "fail", text, change, details)
+        return Row("update", "fail", text, _NOT_FINITE, details)
     return Row("update", "pass", text, details=details)
 
 
