@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.models import registry
 from agent.preflight.context import Context
-from agent.preflight.report import Row, amount
+from agent.preflight.report import NotChecked, Row, amount
+from agent.preflight.schedule import plan
+from agent.preflight.settings import validates
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
 
 
 def check(context: Context) -> list[Row]:
@@ -16,16 +22,15 @@ def check(context: Context) -> list[Row]:
     config = context.config
     weights, training = checkpoint_bytes(context)
     # The best one stays too, and one more is there while it is written, before the oldest goes.
-    best = 1 if config.eval_freq else 0
-    kept = config.keep_checkpoints + best
-    need = (kept + 1) * weights + ((config.keep_training_states or kept) + 1) * training
+    best = 1 if validates(config) else 0
+    kept, saves = config.keep_checkpoints + best, _saves(context)
+    need = min(kept + 1, saves) * weights + min((config.keep_training_states or kept) + 1, saves) * training
     place = _existing(config.run_dir)
     used = _size(config.run_dir / "checkpoints")
     free = shutil.disk_usage(place).free
     text = (
-        f"a checkpoint is {amount(weights)} of weights and {amount(training)} for a resume; {config.keep_checkpoints} "
-        f"kept, {'the best, ' if best else ''}and one in the writing are {amount(need)}; {place} has {amount(free)} free"
-        + (f" and {amount(used)} of this run" if used else "")
+        f"a checkpoint is {amount(weights)} of weights and {amount(training)} for a resume; {_spelled(config, best, saves)} "
+        f"{amount(need)}; {place} has {amount(free)} free" + (f" and {amount(used)} of this run" if used else "")
     )
     details = {"weights_bytes": weights, "training_bytes": training, "needed_bytes": need, "free_bytes": free}
     if need <= 0.9 * (free + used):
@@ -41,6 +46,22 @@ def check(context: Context) -> list[Row]:
     return [Row("disk", "warn" if need <= free + used else "fail", text, change, details)]
 
 
+def _saves(context: Context) -> float:
+    """How many checkpoints the run makes; infinite if that is not known."""
+    config = context.config
+    try:
+        updates = plan(context).n_updates
+    except NotChecked:
+        return math.inf
+    return math.inf if config.checkpoint_interval_minutes is not None else -(-updates // config.save_model_freq)
+
+
+def _spelled(config: TrainPipelineConfig, best: int, saves: float) -> str:
+    if saves <= config.keep_checkpoints + best:
+        return f"the {saves} that the run makes are"
+    return f"{config.keep_checkpoints} kept, {'the best, ' if best else ''}and one in the writing are"
+
+
 def checkpoint_bytes(context: Context) -> tuple[int, int]:
     """Bytes of a checkpoint's ``pretrained_model`` and of its ``training_state``."""
     import torch
@@ -54,16 +75,21 @@ def checkpoint_bytes(context: Context) -> tuple[int, int]:
     tensors, _ = registry.pretrained_contents(context.model)(context.model, policy.state_dict(), {}, 1)
     numbers = [tensor for some in tensors.values() for tensor in some.values()]
     held = sum(tensor.numel() * tensor.element_size() for tensor in numbers)
-    two_bytes, four_bytes = (width * sum(tensor.numel() for tensor in numbers) for width in (2, 4))
+    two_bytes = 2 * sum(tensor.numel() for tensor in numbers)
     predictor: Any = registry.memory(context.model)
-    state = predictor.Training(batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision)
-    training = predictor.predict(context.model, state).optimizer
+    state = predictor.Training(
+        batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision, ema=True
+    )
+    memory = predictor.predict(context.model, state)
+    training = memory.optimizer
+    # Of what is not trained the average has the weights themselves, in their type.
+    average = held + (memory.ema // 2 if half else 0)
     rounded = config.save_dtype == "bfloat16"
     weights = two_bytes if rounded else held
     training += held if rounded and not half else 0  # what a resume needs is kept beside what is rounded
     if config.ema_decay is not None:
-        weights += two_bytes if rounded else four_bytes
-        training += four_bytes if rounded else 0
+        weights += two_bytes if rounded else average
+        training += average if rounded else 0
     return weights, training
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.environment import slow_bfloat16
 from agent.preflight.context import Context
 from agent.preflight.report import Row
+
+if TYPE_CHECKING:
+    from agent.configuration_pipeline import TrainPipelineConfig
 
 
 def check(context: Context) -> list[Row]:
@@ -21,6 +24,11 @@ def check(context: Context) -> list[Row]:
     ]
     odd = [Row("config: values", "warn", text, change) for text, change in _odd(context)]
     return rows + (odd or [Row("config: values", "pass", "nothing unusual")])
+
+
+def validates(config: TrainPipelineConfig) -> bool:
+    """Whether there will be validations."""
+    return bool(config.eval_freq and (config.data.val.datasets or config.data.val.fraction))
 
 
 def _given(config: Any) -> int:
@@ -49,6 +57,9 @@ def _unused(context: Context) -> Iterator[tuple[str, str]]:
         yield from ((key, "eval_freq is 0") for key in ("eval_size", "eval_thresholds") if key in changed)
         if data.val.datasets:
             yield "data.val.datasets", "eval_freq is 0"
+    elif not validates(config):
+        keys = ("eval_freq", "eval_size", "eval_thresholds")
+        yield from ((key, "data.val.fraction is 0: nothing is held out") for key in keys if key in changed)
     if len(data.train.datasets) == 1 and data.train.datasets[0].weight is not None:
         yield "data.train.datasets.0.weight", "there is one data set"
     for number, dataset in enumerate(data.val.datasets):
@@ -66,7 +77,8 @@ def _unused(context: Context) -> Iterator[tuple[str, str]]:
         yield "data.train.prefetch_factor", "data.train.num_workers is 0"
     if config.parallel == "fsdp" and context.gpus[0] == 1:
         yield "parallel: fsdp", "there is one GPU"
-    if config.precision == "bfloat16_stochastic" and config.save_dtype == "bfloat16":
+    # An average is float32 all the same, unless that says otherwise.
+    if config.precision == "bfloat16_stochastic" and config.save_dtype == "bfloat16" and config.ema_decay is None:
         yield "save_dtype", "precision: bfloat16_stochastic saves bfloat16"
 
 
