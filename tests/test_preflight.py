@@ -40,6 +40,8 @@ THEMES = [
     "memory", "disk", "update", "save and load", "loader", "time",
 ]  # fmt: skip
 
+EVAL_KEYS = ("eval_freq", "eval_size")  # that tiny.yaml sets
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Workplace:
@@ -83,6 +85,44 @@ def test_what_is_measured_and_computed(server: ForkServer, place: Workplace) -> 
     loader = checked.row("loader")["details"]
     assert loader["needed_per_gpu"] == pytest.approx(4 / update["seconds"])  # two micro-batches of two samples
     assert loader["workers_to_ask_for"] == math.ceil(1.2 * loader["needed_per_gpu"] / loader["per_worker"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--ema_decay", "0.9", "--save_dtype", "bfloat16"],
+        ["--ema_decay", "0.9", "--precision", "bfloat16_stochastic"],
+        ["--optimizer", "adamw8bit", "--freeze_vlm", "true"],
+    ],
+    ids=lambda changes: "+".join(changes[1::2]),
+)
+def test_the_bytes_of_a_checkpoint(server: ForkServer, place: Workplace, changes: list[str]) -> None:
+    wide = ["--model_cfg.paligemma_variant.width", "128", "--model_cfg.paligemma_variant.mlp_dim", "512"]
+    checked = check(server, place, "bytes", *wide, *changes)
+    disk, saved = checked.row("disk")["details"], checked.row("save and load")
+    assert disk["weights_bytes"] + disk["training_bytes"] == pytest.approx(saved["details"]["bytes"], rel=0.04)
+    assert saved["result"] == "pass" and checked.rows("config: keys", "pass")  # each of them has an effect
+
+
+def test_no_more_checkpoints_are_kept_than_are_made(server: ForkServer, place: Workplace) -> None:
+    keep = ["--keep_checkpoints", "1000", "--save_model_freq", "8"]  # of 20 updates
+    disk = check(server, place, "keep", *keep).row("disk")
+    details = disk["details"]
+    assert details["needed_bytes"] == 3 * (details["weights_bytes"] + details["training_bytes"])
+    assert "the 3 that the run makes are" in disk["text"]
+
+
+def test_reading_between_the_updates_of_a_gpu_is_no_pass(server: ForkServer, place: Workplace) -> None:
+    row = check(server, place, "between", "--check_gpu", "h100", "--per_device_batch_size", "8").row("loader")
+    needed, each = row["details"]["needed_per_gpu"], row["details"]["per_worker"]
+    assert row["result"] == "warn" and "data.train.num_workers" in row["change"]
+    assert f"between the updates, {needed / (needed + each):.0%} of the time" in row["text"]
+
+
+def test_what_only_validation_reads_has_no_effect_without_it(server: ForkServer, place: Workplace) -> None:
+    checked = check(server, place, "unheld", "--data.val.fraction", "0")
+    texts = [row["text"] for row in checked.rows("config: keys", "warn")]
+    assert texts == [f"{key} has no effect, because data.val.fraction is 0: nothing is held out" for key in EVAL_KEYS]
 
 
 def test_the_sheet_shows_what_the_camera_sees(server: ForkServer, place: Workplace) -> None:

@@ -6,18 +6,23 @@ Run: uv run pytest tests/test_preflight_damage.py      (half a minute)
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checking import check, contents
+from checking import check, contents, rewrite
 from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
+
+from agent.preflight.report import Row, failed, table
 
 ROOT = "--data.train.datasets.0.root"
 
@@ -171,3 +176,69 @@ def test_a_folder_that_a_run_holds_is_named(server: ForkServer, place: Workplace
     finally:
         run.kill_all()
     assert check(server, place, "live", "--n_updates", "100000", "--eval_freq", "0").rows("run folder", "pass")
+
+
+# ---- weights
+
+
+def altered(trained: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of the run's weights, of which some are other ones."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(trained / "checkpoints" / "last" / "pretrained_model", folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_not_finite_are_met_by_the_update(
+    server: ForkServer, place: Workplace, trained: Path, tmp_path: Path
+) -> None:
+    weights = altered(trained, tmp_path / "nan", lambda t: t["model.action_out_proj.weight"].fill_(math.nan))
+    checked = check(server, place, "nan", "--load_from_checkpoint", str(weights))
+    row = checked.row("update")
+    assert row["result"] == "fail" and "is not finite" in row["text"] and "--debug true" in row["change"]
+    assert "Traceback" not in checked.output
+
+
+def test_weights_that_cannot_be_taken_come_with_what_to_change(
+    server: ForkServer, place: Workplace, trained: Path, tmp_path: Path
+) -> None:
+    weights = altered(trained, tmp_path / "cut", dict.clear)
+    (weights / "model.safetensors").write_bytes(b"no header")
+    row = check(server, place, "cut", "--load_from_checkpoint", str(weights)).row("weights")
+    assert row["result"] == "fail" and "it is truncated or damaged" in row["text"]
+    assert row["change"] == "copy or download it again, or write another load_from_checkpoint"
+
+
+def test_a_constant_dimension_shows_beside_statistics_that_were_given(
+    server: ForkServer, place: Workplace, trained: Path, tmp_path: Path
+) -> None:
+    root = shutil.copytree(place.folder / "data", tmp_path / "data")
+    rewrite(root, lambda columns: columns["observation.state"].__setitem__((slice(None), 2), 0.25))
+    weights = str(trained / "checkpoints" / "last" / "pretrained_model")
+    given = ["--load_from_checkpoint", weights, "--data.statistics", "checkpoint"]
+    (row,) = check(server, place, "constant", ROOT, str(root), *given).rows("statistics", "warn")
+    assert row["text"] == "state: dimension 2 hardly varies"
+
+
+def test_the_table_keeps_the_columns_of_a_table() -> None:
+    coverage = "weights from here:\n  module" + " " * 90 + "expected       loaded\n  vision" + " " * 90 + "3"
+    lines = table([Row("weights", "pass", coverage), Row("a name", "warn", "words " * 40, "more " * 40)]).splitlines()
+    assert [line[15:] for line in lines[:3]] == coverage.splitlines()
+    assert max(map(len, lines[3:])) <= 120
+
+
+@pytest.mark.parametrize(
+    "message, text, change",
+    [
+        ("7 is not a multiple of 3; write 6 or 9", "7 is not a multiple of 3", "write 6 or 9"),
+        ("it ends at 2.5 s. Copy it again.", "it ends at 2.5 s", "Copy it again."),
+        ("there are no names: write them as names", "there are no names", "write them as names"),
+        ("x.safetensors is damaged", "x.safetensors is damaged", "copy it again"),
+    ],
+)
+def test_a_message_is_parted_into_what_is_wrong_and_what_to_write(message: str, text: str, change: str) -> None:
+    row = failed("name", message, "copy it again")
+    assert (row.result, row.text, row.change) == ("fail", text, change)

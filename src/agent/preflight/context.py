@@ -46,6 +46,8 @@ class Context:
     started: float = field(default_factory=time.time)
     rehearsal: Rehearsal | None = None
     """Set by the check that makes an update."""
+    waiting: float = 0.0
+    """Part of the time that training would wait for data read as fast as here; set by the check of the loader."""
 
     @property
     def model(self) -> Any:

@@ -13,6 +13,7 @@ from agent.preflight.report import Row
 _SECONDS = 10.0
 _WARM_S = 15.0  # for workers to start, at most
 _SPARE = 1.2  # workers that are asked for beyond what is needed
+_BETWEEN = 0.05  # of the time may be reading that no worker does meanwhile
 
 
 def check(context: Context) -> list[Row]:
@@ -40,18 +41,25 @@ def _verdict(context: Context, text: str, details: dict, needed: float, each: fl
     known = context.job.cores if context.job is not None else None
     cores = known or _cores()
     room = max(cores // gpus - 1, 1)  # one core for the training process itself
-    supply = each * max(min(own, cores // gpus), 1)
-    if supply >= needed:
-        return Row("loader", "pass", f"{text}; {own} workers for each suffice", details=details)
+    if own:
+        wait, allowed = max(1 - each * max(min(own, cores // gpus), 1) / needed, 0.0), 0.0
+    else:  # between the updates, not beside them; on a CPU a worker would take the time from them all the same
+        wait, allowed = needed / (needed + each), _BETWEEN if context.kinds[0] else 0.5
+        text += f"; without workers it reads between the updates, {wait:.0%} of the time"
+    context.waiting = wait
+    if wait <= allowed:
+        enough = f"; {own} workers for each suffice" if own else ""
+        return Row("loader", "pass", text + enough, details=details)
+    if own:
+        text += f"; it would wait {wait:.0%} of the time"
     if ask <= room:
-        change = f"write data.train.num_workers: {ask}"
-        return Row("loader", "warn", f"{text}; {own} workers for each are too few", change, details)
+        return Row("loader", "warn", text, f"write data.train.num_workers: {ask}", details)
     place = "the job" if known else "this machine"
     change = (
         f"{ask} workers for each would do, {gpus * (ask + 1)} cores in all, and {place} has {cores}; ask for them "
         "(--cpus-per-task) with as many data.train.num_workers, or make a frame store: `uv run python -m agent.data.prepare …`"
     )
-    return Row("loader", "warn", f"{text}; it would wait {1 - supply / needed:.0%} of the time", change, details)
+    return Row("loader", "warn", text, change, details)
 
 
 def _measure(context: Context, workers: int) -> tuple[float, int, float]:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from agent.data.normalization import compute_statistics
 from agent.preflight.cameras import names_of
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 
 if TYPE_CHECKING:
+    from agent.data.normalization import Normalizer
     from agent.data.robot import Robot
     from agent.data.source import Source
 
@@ -23,17 +25,18 @@ _MOST_FRAMES = 500_000  # of a data set, evenly spaced
 
 def check(context: Context) -> list[Row]:
     """State and action of every training data set, normalised as training does."""
-    reader = context.data.reader
+    reader, given = context.data.reader, context.config.data.statistics == "checkpoint"
     rows = []
     for source, robot in zip(reader.sources, reader.robots, strict=True):
-        for what, key, values in _normalised(source, robot):
+        for what, key, normalizer, raw in _recorded(source, robot):
             name = f"statistics: {source.config.repo_id}"
-            names = names_of(source.metadata, key)
-            clamped = robot.state_statistics.clamped if what == "state" else robot.action_statistics.clamped
+            names, values = names_of(source.metadata, key), normalizer.normalize(raw)
             far = np.abs(values) > FAR
             share = far.mean(axis=0)
             details = {"beyond_5": dict(zip(names, share.round(6).tolist(), strict=True)), "key": key}
-            found = [*_constant(what, key, names, clamped), *_outliers(what, key, names, values, share, source)]
+            advice = _advice(what, key, normalizer.mode, given)
+            found = [*_constant(what, key, names, normalizer, raw if given else None)]
+            found += [(text, advice) for text in _outliers(what, names, values, share, source)]
             rows += [Row(name, "warn", text, change, details) for text, change in found]
             if not found:
                 most = int(share.argmax())
@@ -44,39 +47,51 @@ def check(context: Context) -> list[Row]:
     return rows
 
 
-def _normalised(source: Source, robot: Robot) -> Iterator[tuple[str, str, np.ndarray]]:
-    """``state`` or ``action``, its key, and (frames, dims) as the model sees them."""
+def _recorded(source: Source, robot: Robot) -> Iterator[tuple[str, str, Normalizer, np.ndarray]]:
+    """``state`` or ``action``, its key, how it is normalised, and what is, (frames, dims)."""
     states, actions = (source.columns(key).astype(np.float32) for key in (source.config.state, source.config.action))
     every = -(-len(states) // _MOST_FRAMES)
     states, actions = states[::every], actions[::every]
-    yield "state", source.config.state, robot.state.normalize(states)
+    yield "state", source.config.state, robot.state, states
     if robot.relative is not None:
         offset = np.where(robot.relative, states[:, : actions.shape[1]], np.float32(0.0))
         actions = actions - offset  # the first step of a chunk
-    yield "action", source.config.action, robot.action.normalize(actions)
+    yield "action", source.config.action, robot.action, actions
 
 
-def _constant(what: str, key: str, names: list[str], clamped: tuple[int, ...]) -> Iterator[tuple[str, str]]:
-    if clamped:
-        text = f"{what}: {', '.join(names[dim] for dim in clamped)} hardly varies; its statistics are clamped"
+def _constant(
+    what: str, key: str, names: list[str], normalizer: Normalizer, raw: np.ndarray | None
+) -> Iterator[tuple[str, str]]:
+    """``raw`` where the statistics were given, and tell nothing of these data."""
+    hardly = normalizer.statistics.clamped if raw is None else compute_statistics(raw).clamped
+    if hardly:
+        clamped = "; its statistics are clamped" if raw is None else ""
+        text = f"{what}: {', '.join(names[dim] for dim in hardly)} hardly varies{clamped}"
         change = (
             f"is {key} recorded rightly? A gripper that never moves, or a joint that was not connected, teaches nothing"
         )
         yield text, change
 
 
-def _outliers(
-    what: str, key: str, names: list[str], values: np.ndarray, share: np.ndarray, source: Source
-) -> Iterator[tuple[str, str]]:
+def _advice(what: str, key: str, mode: str, given: bool) -> str:
+    """What to do about values far out."""
+    if given:
+        return "are these statistics of this robot, in its units? Else write data.statistics: dataset"
+    if mode.startswith("QUANTILE"):
+        return f"look at that episode; a few values far out of a long-tailed {key} are what {mode} leaves"
+    kind = "STATE" if what == "state" else "ACTION"
+    return (
+        f"look at that episode; or write normalization_mapping.{kind}: QUANTILES in model_cfg, for a long-tailed {key}"
+    )
+
+
+def _outliers(what: str, names: list[str], values: np.ndarray, share: np.ndarray, source: Source) -> Iterator[str]:
     furthest = np.abs(values).max(axis=0)
     for dim in np.flatnonzero((share > _OFTEN) | (furthest > _VERY_FAR)).tolist():
         column = np.abs(values[:, dim])
         every = -(-len(source) // len(values))
         episode, frame = source.frame(int(column.argmax()) * every)
-        text = (
+        yield (
             f"{what}: {share[dim]:.2%} of {names[dim]} is beyond ±5 after normalisation; the furthest is "
             f"{column.max():.1f}, at episode {episode}, frame {frame}"
         )
-        kind = "STATE" if what == "state" else "ACTION"
-        change = f"look at that episode; or write normalization_mapping.{kind}: QUANTILES in model_cfg, for a long-tailed {key}"
-        yield text, change

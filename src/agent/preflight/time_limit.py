@@ -11,6 +11,7 @@ from agent.preflight.schedule import plan
 from agent.preflight.slurm import SCRIPTS
 from agent.preflight.start import own_step
 
+_SEEN = 0.05  # of the time spent waiting is worth a word
 _START_S = 180.0  # from a job's start to its first update: imports, data sets, weights. An allowance.
 
 
@@ -25,6 +26,8 @@ def check(context: Context) -> list[Row]:
     where, micro_batch_s = max(known, key=lambda pace: pace[1])  # the slowest that it may get
     seconds = left * numbers.accumulation_steps * micro_batch_s
     text = f"{left} updates of {span(numbers.accumulation_steps * micro_batch_s)} are {span(seconds)} ({where})"
+    if context.waiting > _SEEN:
+        text += f", {span(seconds / (1 - context.waiting))} with data as slow as here"
     details = {"updates": left, "seconds": seconds}
     job = context.job
     if job is None or job.limit_s is None:
