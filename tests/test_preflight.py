@@ -32,7 +32,7 @@ from agent.models.pi0.memory import Training, predict
 from agent.preflight import memory, rehearsal
 from agent.preflight.context import Context
 from agent.preflight.gpus import GPUS, recognised
-from agent.preflight.slurm import find_job, seconds_of
+from agent.preflight.slurm import Job, find_job, seconds_of
 
 THEMES = [
     "config: keys", "config: values", "environment", "HF_HUB_OFFLINE", "run folder", "wandb", "data: ", "map: ",
@@ -397,8 +397,55 @@ def test_a_job_is_read_from_its_script(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
+    "lines, found",
+    [
+        ("--gres=gpu", (1, [], None)),
+        ("--gres=gpu:a100", (1, ["a100"], None)),
+        ("--gres=gres/gpu:a100:4(S:0-1)", (4, ["a100"], None)),
+        ("--gpus-per-task=1 --ntasks=4 -c 8", (4, [], 32)),
+        ("--gres=gpu:h100:2 --cpus-per-gpu=12", (2, ["h100"], 24)),
+        ("--gres=tmp:200", (None, [], None)),
+    ],
+)
+def test_forms_of_what_is_asked_for(tmp_path: Path, lines: str, found: tuple) -> None:
+    job = written_job(tmp_path, f"#SBATCH {lines}\n")
+    assert (job.gpus, job.gpu_words, job.cores) == found
+
+
+def test_sbatch_reads_no_further_than_the_first_command(tmp_path: Path) -> None:
+    job = written_job(
+        tmp_path, "#!/bin/bash\n\n#SBATCH --time=60\ncd somewhere\n#SBATCH --requeue\n#SBATCH --signal=USR1\n"
+    )
+    assert (job.limit_s, job.requeue, job.warning_s) == (3600, False, 0)
+    job = written_job(tmp_path, "#SBATCH --requeue --signal=B:USR1\n")
+    assert job.requeue and job.warning_s == 60  # SLURM's own
+    assert not written_job(tmp_path, "#SBATCH --requeue\n#SBATCH --no-requeue\n").requeue
+
+
+def test_a_line_of_a_script_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"mine\.sh: the line `#SBATCH --comment=don't` cannot be read"):
+        written_job(tmp_path, "#SBATCH --comment=don't\n")
+
+
+def written_job(folder: Path, script: str) -> Job:
+    (folder / "slurms" / "train_scripts").mkdir(parents=True, exist_ok=True)
+    (folder / "slurms" / "train_scripts" / "mine.sh").write_text(script)
+    job = find_job("mine", [folder], 0.0)
+    assert job is not None
+    return job
+
+
+@pytest.mark.parametrize(
     "limit, seconds",
-    [("90", 5400), ("5:30", 330), ("44:00:00", 158400), ("2-3", 183600), ("1-0:30", 88200), ("UNLIMITED", None)],
+    [
+        ("0", None),
+        ("90", 5400),
+        ("5:30", 330),
+        ("44:00:00", 158400),
+        ("2-3", 183600),
+        ("1-0:30", 88200),
+        ("UNLIMITED", None),
+    ],
 )
 def test_slurm_times(limit: str, seconds: float | None) -> None:
     assert seconds_of(limit) == seconds
@@ -414,11 +461,20 @@ def test_slurm_times(limit: str, seconds: float | None) -> None:
         ("a100", ["a100-40g", "a100-80g"]),
         ("NVIDIA GeForce RTX 4090", ["4090"]),
         ("NVIDIA H200", ["h200"]),
+        ("NVIDIA GH200 480GB", []),
+        ("a100_80gb", ["a100-80g"]),
+        ("A100-SXM-80GB", ["a100-80g"]),
+        ("nvidia_h100_80gb_hbm3_1g.10gb", ["h100 1g.10gb"]),
         ("Tesla K80", []),
     ],
 )
 def test_gpus_are_recognised(text: str, names: list[str]) -> None:
     assert [gpu.name for gpu in recognised(text)] == names
+
+
+def test_a_slice_of_a_gpu_has_its_share() -> None:
+    (part,) = recognised("a100_3g.20gb")
+    assert 17 < part.memory / 2**30 < 19.5 and part.bfloat16 == pytest.approx(312e12 * 3 / 7)
 
 
 def test_a_gpu_that_is_not_known_is_refused(place: Workplace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -27,8 +28,8 @@ def _gpu(name: str, gib: float, bfloat16: float, float32: float, *marks: str) ->
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        _gpu("a100-40g", 39.4, 312, 19.5, "a100-40", "a100-sxm4-40", "a100-pcie-40"),
-        _gpu("a100-80g", 79.1, 312, 19.5, "a100-80", "a100-sxm4-80", "a100 80"),
+        _gpu("a100-40g", 39.4, 312, 19.5, "a100"),
+        _gpu("a100-80g", 79.1, 312, 19.5, "a100"),
         _gpu("h100", 79.1, 989, 67),
         _gpu("h200", 139.7, 989, 67),
         _gpu("b200", 178.0, 2250, 80),
@@ -51,10 +52,24 @@ def check_name(name: str) -> None:
         raise ValueError(f"check_gpu: '{name}' is not known; write one of {', '.join(GPUS)}")
 
 
+_SLICE = re.compile(r"([1-7])g\.(\d+)gb")
+_SLICES = 7  # into which NVIDIA divides the arithmetic of a GPU
+_OF_ITS_NAME = 0.9  # GiB of a slice by the number in its name, at least: 9.5 of 1g.10gb, 16 of 1g.18gb
+
+
 def recognised(text: str) -> list[Gpu]:
-    """The GPUs that a device's name or a cluster's word may mean; several where it leaves the memory open."""
+    """The GPUs that a device's name or a cluster's word may mean; several where it leaves the memory open.
+
+    A slice of one, such as ``a100_3g.20gb``, has its share of memory and arithmetic.
+    """
     text = text.lower()
+    if "gh200" in text:  # sold with the memory of an H100 or of an H200
+        return []
+    part, text = _SLICE.search(text), _SLICE.sub("", text)
     found = [gpu for gpu in GPUS.values() if any(mark in text for mark in gpu.marks)]
-    if not found and "a100" in text:
-        return [GPUS["a100-40g"], GPUS["a100-80g"]]
-    return found
+    found = [gpu for gpu in found if gpu.name.partition("-")[2] in text] or found
+    if part is None or not found:
+        return found
+    gpu, share, gib = found[0], int(part[1]) / _SLICES, _OF_ITS_NAME * int(part[2])
+    name, arithmetic = f"{gpu.name} {part[0]}", (share * gpu.bfloat16, share * gpu.float32)
+    return [Gpu(name, int(gib * (1 << 30)), *arithmetic, gpu.marks)]

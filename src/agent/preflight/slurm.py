@@ -58,36 +58,51 @@ def find_job(name: str, folders: list[Path], now: float) -> Job | None:
 
 
 def _of_script(path: Path) -> Job:
-    options = _options(path.read_text(encoding="utf-8"))
+    options = _options(path)
     job = Job(str(SCRIPTS / path.name), requeue="requeue" in options)
     if (limit := options.get("time")) is not None:
         job.limit_s = seconds_of(limit)
-    if signal := re.search(r"@(\d+)", options.get("signal", "")):
-        job.warning_s = float(signal[1])
-    for key in ("gres", "gpus-per-node", "gpus"):
+    if signal := options.get("signal"):
+        _, _, ahead = signal.partition("@")
+        job.warning_s = float(ahead) if ahead.isdigit() else _WARNING_S
+    tasks = int(options.get("ntasks-per-node", options.get("ntasks", "1")))
+    for key in ("gres", "gpus-per-node", "gpus", "gpus-per-task"):
         for resource in options.get(key, "").split(","):  # gres can be a list, of a disk beside the GPUs for instance
-            match = re.fullmatch(r"(gpu:)?(?:([a-zA-Z][\w.-]*):)?(\d+)", resource.strip())
-            if match and (match[1] or key != "gres"):
-                job.gpus = int(match[3])
-                job.gpu_words += [match[2]] if match[2] else []
+            match = _GPUS.fullmatch(resource.strip())
+            if match and (match["gres"] if key == "gres" else match["count"]):
+                job.gpus = int(match["count"] or 1) * (tasks if key == "gpus-per-task" else 1)
+                job.gpu_words += [match["kind"]] if match["kind"] else []
     job.gpu_words += [word for word in re.split(r"[|&,\[\]()]", options.get("constraint", "")) if word]
-    tasks = int(options.get("ntasks-per-node", "1"))
-    if options.get("cpus-per-task", "").isdigit():
-        job.cores = tasks * int(options["cpus-per-task"])
+    for key, each in (("cpus-per-task", tasks), ("cpus-per-gpu", job.gpus or 0)):
+        if options.get(key, "").isdigit() and each:
+            job.cores = each * int(options[key])
     return job
 
 
-_SHORT = {"t": "time", "C": "constraint", "c": "cpus-per-task", "G": "gpus"}
+_WARNING_S = 60.0  # SLURM's own, where --signal names no time
+_GPUS = re.compile(
+    r"(?P<gres>(gres[:/])?gpu(?![a-z])[:/]?)?((?P<kind>[a-zA-Z][\w.-]*):?)?(?P<count>\d+)?(\(S:[^)]*\))?"
+)
+_SHORT = {"t": "time", "C": "constraint", "c": "cpus-per-task", "G": "gpus", "n": "ntasks"}
 
 
-def _options(text: str) -> dict[str, str]:
-    """The ``#SBATCH`` lines of a script: long name → value."""
+def _options(path: Path) -> dict[str, str]:
+    """The ``#SBATCH`` lines of a script: long name → value. Like sbatch it looks no further than the first command."""
     options: dict[str, str] = {}
-    for line in re.findall(r"^#SBATCH\s+(.*)$", text, flags=re.MULTILINE):
-        words = shlex.split(line, comments=True)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.strip() and not line.startswith("#"):
+            break
+        if not re.match(r"#SBATCH\s", line):
+            continue
+        try:
+            words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+        except ValueError as error:
+            raise ValueError(f"{path}: the line `{line}` cannot be read ({error}); close its quotation") from error
         for place, word in enumerate(words):
             following = words[place + 1] if place + 1 < len(words) else ""
-            if word.startswith("--"):
+            if word == "--no-requeue":
+                options.pop("requeue", None)
+            elif word.startswith("--"):
                 key, given, value = word[2:].partition("=")
                 options[key] = value if given else "" if following.startswith("-") else following
             elif re.fullmatch(r"-[A-Za-z].*", word) and word[1] in _SHORT:
@@ -96,13 +111,15 @@ def _options(text: str) -> dict[str, str]:
 
 
 def seconds_of(limit: str) -> float | None:
-    """SLURM's time: ``minutes``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``; None for no limit or no time."""
+    """SLURM's time: ``minutes``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``; None for no limit, as 0 has it."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if match is None:
         return None
     days, first, second, third = (float(part or 0) for part in match.groups())
     if match[1] is not None:
-        return days * 86400 + first * 3600 + second * 60 + third
-    if match[4] is not None:
-        return first * 3600 + second * 60 + third
-    return first * 60 + second
+        total = days * 86400 + first * 3600 + second * 60 + third
+    elif match[4] is not None:
+        total = first * 3600 + second * 60 + third
+    else:
+        total = first * 60 + second
+    return total or None
