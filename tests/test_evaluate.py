@@ -6,14 +6,17 @@ Run: pytest tests/test_evaluate.py   (a second)
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
 from agent.evaluate import DatasetNames, evaluate
+from agent.validation_picture import draw
 from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
 
 T, A, OWN = 3, 4, 2  # steps, padded and own action dimensions
@@ -362,3 +365,34 @@ def test_a_rewind_removes_the_records_of_later_updates(tmp_path):
         "step_00000000.json",
         "step_00000010.json",
     ]
+
+
+# ── the picture ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pictured(path: Path, dims: int, *, ema: bool = True) -> Image.Image:
+    """A picture in which the average hides what the weights predict, but for the legend."""
+    times = np.linspace(0, 6, 50)[:, None]
+    recorded = np.sin(times + np.arange(dims))
+    chunk = {"dataset": "lab/arm", "episode": 3, "frame": 7, "valid": [True] * 50, "recorded": recorded.tolist()}
+    chunks = [chunk | {"predicted": (recorded + 0.2).tolist()}] * 8
+    names = [f"joint {place}" for place in range(dims)]
+    draw(
+        path,
+        {"step": 5, "names": names, "action_l1": 0.2, "chunks": chunks, "ema": {"chunks": chunks} if ema else None},
+    )
+    return Image.open(path).convert("RGB")
+
+
+def test_the_curves_of_a_picture_have_the_colours_of_the_legend(tmp_path: Path) -> None:
+    picture = pictured(tmp_path / "chunks.png", dims=14)
+    recorded, predicted, average = (picture.getpixel((x, 40)) for x in (18, 124, 240))
+    for found, wanted in ((recorded, (90, 94, 102)), (predicted, (208, 76, 24)), (average, (24, 98, 190))):
+        assert isinstance(found, tuple) and max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 45, found
+
+
+def test_a_picture_shows_both_arms_and_says_when_there_is_more(tmp_path: Path) -> None:
+    few, many = (pictured(tmp_path / f"{dims}.png", dims, ema=False) for dims in (14, 40))
+    assert few.size == (150 + 14 * 200, 74 + 8 * 120) and many.size == (150 + 16 * 200, few.height)
+    end = [picture.crop((340, 0, 900, 30)).getextrema() for picture in (few, many)]  # of the heading
+    assert end[0][0][0] > 250 and end[1][0][0] < 128

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-_ROWS, _COLUMNS = 6, 12  # more would not be legible
+_ROWS, _COLUMNS = 8, 16  # more would not be legible
 _WIDTH, _HEIGHT = 190, 110  # of a panel
 _LEFT, _TOP, _GAP = 150, 74, 10
 _SCALE = 2  # drawn larger and reduced, which smooths the lines
@@ -51,13 +51,17 @@ def draw(path: Path, record: Mapping[str, Any]) -> None:
                 curves.append((_column(average["predicted"], column, chunk["valid"]), _AVERAGE))
             _panel(canvas, (_LEFT + column * (_WIDTH + _GAP), top), curves)
     temporary = path.with_name(f".{path.name}.tmp")
-    image.resize(size, Image.Resampling.LANCZOS).quantize(64).save(temporary, format="PNG")
+    # The default method merges a thin line's colour with another one's.
+    small = image.resize(size, Image.Resampling.LANCZOS).quantize(64, method=Image.Quantize.FASTOCTREE)
+    small.save(temporary, format="PNG")
     os.replace(temporary, path)
 
 
 def _heading(canvas: ImageDraw, record: Mapping[str, Any], columns: int) -> None:
     error = record["action_l1"]
     title = f"update {record['step']}: mean error of an action {'not finite' if error is None else f'{error:.4g}'}"
+    if columns < len(record["names"]):
+        title += f"; the first {columns} of {len(record['names'])} dimensions"
     _text(canvas, (8, 6), title, 17, _INK)
     left = 8
     legend = [("recorded", _RECORDED), ("predicted", _PREDICTED)]
