@@ -203,7 +203,7 @@ def test_the_start_is_the_baseline_of_every_validation(place: Workplace, server:
     assert start["baselines"]["start"] is None and start["ema"] is None and start["samples"] == 6
     for step in (4, 16):
         baseline = records[step]["baselines"]["start"]
-        assert baseline == {key: start[key] for key in ("action_l1", "per_dimension_l1", "per_step_l1")}
+        assert baseline == {key: start[key] for key in ("action_l1", "per_dimension_l1", "per_step_l1", "acc")}
     assert all(
         line["val/baseline_start_l1"] == start["action_l1"]
         for line in place.metrics(through)

@@ -144,6 +144,9 @@ def test_errors_accuracies_and_baselines_by_hand():
     assert metrics["val/baseline_last_l1"] == (11 + 5) / values
     assert metrics["val/acc_0.5"] == (3 + 2) / values  # a distance equal to the threshold is within it
     assert metrics["val/acc_2"] == (5 + 4) / values
+    found = evaluation(FakePolicy(), [item([FIRST, PADDED])])
+    assert found.last.acc == {"0.5": (1 + 2) / values, "2": (5 + 3) / values}
+    assert found.mean.acc == {"0.5": (2 + 1) / values, "2": (5 + 3) / values}
 
 
 def test_errors_by_dimension_and_by_step_by_hand():
@@ -273,12 +276,24 @@ def test_robots_with_other_dimensions_are_counted_by_their_own():
     assert found.names == ["action 0", "action 1"]  # theirs differ
     assert found.errors.per_dimension_l1 == [2 * (0.25 + 1 + 2) / 6, (0.5 + 0 + 4) / 3]
     assert found.errors.action_l1 == (7.75 + 3.25) / (6 + 3)
-    assert found.acc == {"1": (4 + 2) / 9}
+    assert found.errors.acc == {"1": (4 + 2) / 9}
     assert [(one.name, one.names, one.errors.per_dimension_l1) for one in found.datasets] == [
         ("lab/arm", ["lift", "turn"], [3.25 / 3, 1.5]),
         ("lab/slide", ["along"], [3.25 / 3]),
     ]
     assert [(chunk.dataset, len(chunk.recorded[0])) for chunk in found.chunks] == [("lab/arm", 2), ("lab/slide", 1)]
+    # Each beside its own baselines, and in a record also beside its own start and average.
+    slide = found.datasets[1]
+    assert slide.errors.acc == {"1": 2 / 3}
+    assert slide.baselines["mean"].per_dimension_l1 == [(1 + 2 + 0) / 3] and slide.baselines["mean"].acc == {"1": 2 / 3}
+    assert slide.baselines["last"].per_step_l1 == [1.0, 0.0, 2.0] and slide.baselines["last"].action_l1 == 1.0
+    start = document(0, found, None, None)
+    assert [one["baselines"]["start"] for one in start["datasets"]] == [None, None]
+    block = document(5, found, found, start)["datasets"][1]
+    assert block["ema"] == block["baselines"]["start"] == {
+        "action_l1": 3.25 / 3, "per_dimension_l1": [3.25 / 3], "per_step_l1": [0.25, 1.0, 2.0], "acc": {"1": 2 / 3},
+    }  # fmt: skip
+    assert block["baselines"]["last"]["action_l1"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -313,10 +328,12 @@ def test_the_record_of_a_validation(tmp_path):
         "action_l1": raw.errors.action_l1,
         "per_dimension_l1": raw.errors.per_dimension_l1,
         "per_step_l1": raw.errors.per_step_l1,
+        "acc": raw.errors.acc,
     }
+    assert found["baselines"]["last"]["acc"] == raw.last.acc
     assert found["baselines"]["mean"]["per_step_l1"] == raw.mean.per_step_l1
     assert found["baselines"]["last"]["action_l1"] == raw.last.action_l1
-    assert found["ema"]["action_l1"] == ema.errors.action_l1 and found["ema"]["acc"] == ema.acc
+    assert found["ema"]["action_l1"] == ema.errors.action_l1 and found["ema"]["acc"] == ema.errors.acc
     first, padded = found["chunks"]
     assert first == {
         "dataset": "lab/arm",

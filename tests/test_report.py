@@ -213,6 +213,7 @@ def test_the_page_holds_every_section_and_its_numbers(one: Page) -> None:
     assert one.row("val/ema_action_l1, last") == ["0.05"]
     assert one.row("throughput, median, samples/s") == ["64"] and one.row("waiting for data, mean") == ["2.0 %"]
     assert one.row("dx") == ["0.1", "0.1", "0.09", "0.3", "0.35"]  # policy, averaged, last, mean, start
+    assert one.row("0.1") == ["90.0 %", "90.0 %", "91.0 %", "70.0 %", "65.0 %"]
     assert "demo/metaworld, episode 7, frame 11" in one.text("chunks")
     assert '"n_updates": 40' in one.text("config")
 
@@ -242,7 +243,8 @@ def test_padded_steps_are_not_drawn(one: Page) -> None:
     small = [svg for svg in one.charts() if svg.get("viewBox") == "0 0 190 106"]
     assert len(small) == 2 * 3  # chunks × dimensions
     lengths = [len((path.get("d") or "").split("L")) for svg in small for path in svg.iter("path") if path.get("class")]
-    assert lengths == [8, 8] * 3 + [7, 7] * 3
+    assert lengths == [8, 8, 8] * 3 + [7, 7, 7] * 3  # recorded, predicted, averaged
+    assert "predicted with the averaged weights" in one.text("chunks")
 
 
 def test_restarts_and_their_cost(tmp_path: Path) -> None:
@@ -326,6 +328,7 @@ def test_a_run_without_validation_or_status_says_so(tmp_path: Path) -> None:
          "differ in their lengths"),
         ({"baselines": {"last": {}}}, "it has no 'per_dimension_l1'"),
         ({"format": 2}, "its format is 2, this version reads 1"),
+        ({"action_l1": 10**400}, "too large to convert"),
     ],
 )  # fmt: skip
 def test_a_damaged_evaluation_is_named(tmp_path: Path, change: str | dict, problem: str) -> None:
@@ -468,6 +471,41 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     assert [path.get("class") for path in small.iter("path")] == ["line recorded", "line c0", "line c1"]
     heads = next(row for row in page.rows if row and row[0] == "dimension")
     assert heads[1:4] == ["slow", "fast", "fast, averaged weights"]
+
+
+def test_a_baseline_is_as_long_as_the_longest_run(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{n}", RunFolderSpec(name=f"run {n}", updates=n)) for n in (40, 80)]
+    assert report(*runs, "--out", tmp_path / "both.html") == 0
+    page = Page(tmp_path / "both.html")
+    chart = next(svg for svg in page.charts() if (svg.get("aria-label") or "").startswith("Action error."))
+    ends = {path.get("class"): float(path.get("d", "").split("L")[-1].split()[0]) for path in chart.iter("path")}
+    assert ends["line base-mean dashed"] == ends["line base-last dotted"] == ends["line c1"] > ends["line c0"]
+
+
+def test_each_data_set_stands_beside_its_own_baselines(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", RunFolderSpec(ema=True))
+    path = run / "validation" / "step_00000040.json"
+    content = json.loads(path.read_text())
+
+    def block(name: str, names: list[str], error: float, **more: object) -> dict:
+        return {"name": name, "names": names, "action_l1": error, "per_dimension_l1": [error] * len(names),
+                "per_step_l1": [error], **more}  # fmt: skip
+
+    baselines = {"last": block("", ["lift"], 3.0), "mean": block("", ["lift"], 4.0), "start": None}
+    own = block("lab/arm", ["lift"], 2.0, baselines=baselines, ema=block("", ["lift"], 1.0))
+    content |= {"datasets": [own, block("lab/hand", ["x", "y"], 7.0)], "chunks": [], "ema": None}
+    path.write_text(json.dumps(content))  # the second as an older version wrote it
+    assert report(run) == 0
+    rows = Page(run / "report.html").rows
+    place = next(place for place, row in enumerate(rows) if row and row[0] == "data set")
+    assert rows[place : place + 6] == [
+        ["data set", "dimension", "policy", "averaged weights", "last action repeated", "mean training action"],
+        ["lab/arm", "lift", "2", "1", "3", "4"],
+        ["lab/arm", "all", "2", "1", "3", "4"],
+        ["lab/hand", "x", "7", "–", "–", "–"],
+        ["lab/hand", "y", "7", "–", "–", "–"],
+        ["lab/hand", "all", "7", "–", "–", "–"],
+    ]
 
 
 def test_errors_are_held_against_the_mean_action_of_the_same_run(tmp_path: Path) -> None:

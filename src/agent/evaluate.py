@@ -42,8 +42,8 @@ class _Row:
     """(3, a) float64, error sums of policy, last action and mean action."""
     by_step: np.ndarray
     """(3, T) float64, the same."""
-    within: list[int]
-    """Numbers within each threshold."""
+    within: np.ndarray
+    """(3, thresholds) numbers within each threshold, the same."""
     shown: tuple[list[list[float]], list[list[float]]] | None
     """Recorded and predicted (T, a), of the few that are kept whole."""
 
@@ -127,7 +127,7 @@ def _rows(
                 steps=steps,
                 by_dimension=errors.sum(axis=1),
                 by_step=errors.sum(axis=2),
-                within=[int((errors[0][steps] <= threshold).sum()) for threshold in thresholds],
+                within=np.array([[(e[steps] <= threshold).sum() for threshold in thresholds] for e in errors]),
                 shown=(item.actions[place, :, dims].tolist(), predicted[place, :, dims].tolist())
                 if index in shown
                 else None,
@@ -137,9 +137,7 @@ def _rows(
 
 
 def _summary(rows: list[_Row], datasets: Sequence[DatasetNames], thresholds: list[float]) -> Evaluation:
-    policy, last, mean = (_errors(rows, which) for which in range(3))
-    numbers = sum(int(row.steps.sum()) * row.by_dimension.shape[1] for row in rows)
-    within = np.array([row.within for row in rows]).reshape(len(rows), -1).sum(axis=0)
+    policy, last, mean = (_errors(rows, which, thresholds) for which in range(3))
     there = sorted({row.provenance[0] for row in rows})
     names = [datasets[number].dimensions for number in there]
     chunks = [
@@ -154,24 +152,27 @@ def _summary(rows: list[_Row], datasets: Sequence[DatasetNames], thresholds: lis
     return Evaluation(
         loss=float(np.array([row.loss for row in rows], dtype=np.float64).sum() / len(rows)),
         errors=policy,
-        acc={f"{t:g}": float(count / numbers) for t, count in zip(thresholds, within, strict=True)},
         last=last,
         mean=mean,
         names=names[0]
         if all(some == names[0] for some in names)
         else [f"action {number}" for number in range(len(policy.per_dimension_l1))],
-        datasets=[_of_dataset(rows, number, datasets[number]) for number in there] if len(there) > 1 else [],
+        datasets=[_of_dataset(rows, number, datasets[number], thresholds) for number in there]
+        if len(there) > 1
+        else [],
         chunks=chunks,
         samples=len(rows),
         validation_set=identity.hexdigest(),
     )
 
 
-def _of_dataset(rows: list[_Row], number: int, names: DatasetNames) -> DatasetErrors:
-    return DatasetErrors(names.name, names.dimensions, _errors([r for r in rows if r.provenance[0] == number], 0))
+def _of_dataset(rows: list[_Row], number: int, names: DatasetNames, thresholds: list[float]) -> DatasetErrors:
+    own = [row for row in rows if row.provenance[0] == number]
+    policy, last, mean = (_errors(own, which, thresholds) for which in range(3))
+    return DatasetErrors(names.name, names.dimensions, policy, {"last": last, "mean": mean})
 
 
-def _errors(rows: list[_Row], which: int) -> Errors:
+def _errors(rows: list[_Row], which: int, thresholds: list[float]) -> Errors:
     """Means over the rows: of all numbers, by dimension, by step. Robots may differ in their dimensions."""
     widest = max(row.by_dimension.shape[1] for row in rows)
     by_dimension, of_dimension = np.zeros(widest), np.zeros(widest)
@@ -182,7 +183,9 @@ def _errors(rows: list[_Row], which: int) -> Errors:
         of_dimension[:dims] += row.steps.sum()
         by_step += row.by_step[which]
         of_step += row.steps * dims
-    total = float(by_dimension.sum() / of_dimension.sum())
+    numbers = of_dimension.sum()
+    within = sum(row.within[which] for row in rows)
+    acc = {f"{t:g}": float(count / numbers) for t, count in zip(thresholds, within, strict=True)}
     # A step that is padded in every sample has no error.
     per_step = np.divide(by_step, of_step, out=np.full(len(of_step), np.nan), where=of_step > 0)
-    return Errors(total, (by_dimension / of_dimension).tolist(), per_step.tolist())
+    return Errors(float(by_dimension.sum() / numbers), (by_dimension / of_dimension).tolist(), per_step.tolist(), acc)

@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 _DIGITS = 7  # of a float32
+_ERRORS = ("action_l1", "per_dimension_l1", "per_step_l1", "acc")
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Errors:
     """(a,)"""
     per_step_l1: list[float]
     """(T,); NaN for a step that is padded in every sample."""
+    acc: dict[str, float] = field(default_factory=dict)
+    """Threshold → fraction of action values within it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class DatasetErrors:
     names: list[str]
     """(a,) of its own action dimensions."""
     errors: Errors
+    baselines: dict[str, Errors] = field(default_factory=dict)
+    """``last`` and ``mean``; read back from a file, also ``start``."""
+    ema: Errors | None = None
+    """Of the averaged weights; only where it is read back from a file."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,6 @@ class Evaluation:
 
     loss: float
     errors: Errors
-    acc: dict[str, float]
-    """Threshold → fraction of action values within it."""
     last: Errors
     """Of the last recorded action, repeated."""
     mean: Errors
@@ -75,7 +80,7 @@ class Evaluation:
     names: list[str]
     """(a,) names of the action dimensions."""
     datasets: list[DatasetErrors]
-    """The policy's errors on each data set; empty when there is one."""
+    """The errors on each data set; empty when there is one."""
     chunks: list[Chunk]
     samples: int
     validation_set: str
@@ -83,7 +88,7 @@ class Evaluation:
 
     def metrics(self, prefix: str = "val/") -> dict[str, float]:
         """The totals under the names of ``metrics.jsonl``, without the baselines, which are no policy's."""
-        acc = {f"{prefix}acc_{threshold}": value for threshold, value in self.acc.items()}
+        acc = {f"{prefix}acc_{threshold}": value for threshold, value in self.errors.acc.items()}
         return {f"{prefix}loss": self.loss, f"{prefix}action_l1": self.errors.action_l1, **acc}
 
     def baselines(self) -> dict[str, float]:
@@ -102,7 +107,6 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
     """
     if start is not None and start["validation_set"] != raw.validation_set:
         start = None
-    keys = ("action_l1", "per_dimension_l1", "per_step_l1")
     return {
         "format": FORMAT,
         "step": step,
@@ -114,9 +118,13 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
         "baselines": {
             "last": _errors(raw.last),
             "mean": _errors(raw.mean),
-            "start": {key: start[key] for key in keys} if start is not None else None,
+            "start": _of_start(start),
         },
-        "datasets": [{"name": one.name, "names": one.names, **_errors(one.errors)} for one in raw.datasets],
+        # The samples are the same, and so are the data sets in their order.
+        "datasets": [
+            _dataset(one, ema.datasets[place].errors if ema else None, start["datasets"][place] if start else None)
+            for place, one in enumerate(raw.datasets)
+        ],
         "ema": _policy(ema) if ema is not None else None,
     }
 
@@ -125,7 +133,6 @@ def _policy(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "loss": _number(evaluation.loss),
         **_errors(evaluation.errors),
-        "acc": evaluation.acc,
         "chunks": [
             {
                 "dataset": chunk.dataset,
@@ -140,12 +147,29 @@ def _policy(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+def _dataset(one: DatasetErrors, ema: Errors | None, start: Mapping[str, Any] | None) -> dict[str, Any]:
+    baselines = {key: _errors(errors) for key, errors in one.baselines.items()}
+    return {
+        "name": one.name,
+        "names": one.names,
+        **_errors(one.errors),
+        "baselines": {**baselines, "start": _of_start(start)},
+        "ema": _errors(ema) if ema is not None else None,
+    }
+
+
 def _errors(errors: Errors) -> dict[str, Any]:
     return {
         "action_l1": _number(errors.action_l1),
         "per_dimension_l1": list(map(_number, errors.per_dimension_l1)),
         "per_step_l1": list(map(_number, errors.per_step_l1)),
+        "acc": errors.acc,
     }
+
+
+def _of_start(block: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What a block of update 0 is as a baseline."""
+    return {key: block[key] for key in _ERRORS if key in block} if block is not None else None
 
 
 def _number(value: float) -> float | None:

@@ -37,6 +37,8 @@ BASELINES = {
     "mean": ("mean training action", "base-mean dashed"),
     "start": ("starting checkpoint", "base-start dashed"),
 }
+AVERAGED = "c2"
+"""Style of the averaged weights where there is one run."""
 
 
 def style_of(place: int) -> str:
@@ -70,7 +72,9 @@ def validation_charts(runs: Sequence[RunRecord]) -> str:
             "No validation was logged: eval_freq is 0, nothing was held out (data.val), or no evaluation came yet."
         )
     charts = [_validation_loss(runs), _action_error(runs)]
-    keys = sorted({key for run in runs for key in run.series if key.startswith("val/acc_")}, key=_threshold)
+    keys = sorted(
+        {key for run in runs for key in run.series if key.startswith("val/acc_")}, key=lambda key: as_number(key[8:])
+    )
     if len(runs) == 1:
         lines = [
             Line(f"within {key[8:]}", _times(runs[0].series[key], 100), style_of(place))
@@ -82,9 +86,10 @@ def validation_charts(runs: Sequence[RunRecord]) -> str:
     return _grid([chart for chart in charts if chart])
 
 
-def _threshold(key: str) -> float:
+def as_number(threshold: str) -> float:
+    """What thresholds are sorted by."""
     try:
-        return float(key[8:])
+        return float(threshold)
     except ValueError:
         return math.inf
 
@@ -160,7 +165,7 @@ def _validation_loss(runs: Sequence[RunRecord]) -> str:
         lines.append(Line(run.label if len(runs) > 1 else "validation", series.points, style_of(place)))
         if (averaged := run.series.get("val/ema_loss")) is not None:
             label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else "c1"))
+            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
         if len(runs) == 1 and "loss" in run.series:
             label = "training, mean since the evaluation before"
             lines.append(Line(label, _means_between(run.series["loss"], series), "base-mean dashed"))
@@ -184,11 +189,12 @@ def _action_error(runs: Sequence[RunRecord]) -> str:
             lines.append(Line(run.label if len(runs) > 1 else "policy", series.points, style_of(place)))
         if (averaged := run.series.get("val/ema_action_l1")) is not None:
             label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else "c1"))
+            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
     for key, (label, style) in BASELINES.items():
         # Equal in runs on the same validation set; where they differ, the tables tell them apart.
         found = [run.series[f"val/baseline_{key}_l1"] for run in runs if f"val/baseline_{key}_l1" in run.series]
         finals = [series.numbers[-1] for series in found if series.numbers]
         if finals and len(found) == len(runs) and max(finals) - min(finals) <= 1e-6 * max(finals):
-            lines.append(Line(label, found[0].points, style))
+            longest = max(found, key=lambda series: series.steps[-1])
+            lines.append(Line(label, longest.points, style))
     return _figure("Action error", "mean |error|, data set's units", lines, runs, from_zero=True)

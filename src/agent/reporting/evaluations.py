@@ -27,6 +27,8 @@ class Chunk:
     """[T][a]."""
     predicted: list[list[float]]
     """[T][a]."""
+    averaged: list[list[float]] | None
+    """[T][a] predicted with the averaged weights, where there are any."""
     valid: list[bool]
     """[T]; False where the episode was over."""
 
@@ -45,7 +47,7 @@ class Evaluation:
     ema: Errors | None
     """Of the averaged weights."""
     datasets: list[DatasetErrors]
-    """Each data set's own; empty where there is one."""
+    """Each data set's own, beside its own baselines; empty where there is one."""
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -62,24 +64,26 @@ def read_evaluation(path: Path) -> Evaluation:
                 "trained the run"
             )
         names = _names(content)
-        baselines = content.get("baselines") or {}
         ema = content.get("ema")
+        chunks = content.get("chunks") or []
+        averaged = (ema or {}).get("chunks") or [None] * len(chunks)
         datasets = [_dataset(block) for block in content.get("datasets") or []]
         own_names = {one.name: one.names for one in datasets}
         return Evaluation(
             step=int(content["step"]),
             names=names,
             policy=_error(content, len(names)),
-            baselines={str(key): _error(block, len(names)) for key, block in baselines.items() if block is not None},
+            baselines=_baselines(content, len(names)),
             chunks=[
-                _chunk(block, own_names.get(str(block["dataset"]), names)) for block in content.get("chunks") or []
+                _chunk(block, mean, own_names.get(str(block["dataset"]), names))
+                for block, mean in zip(chunks, averaged, strict=True)
             ],
             ema=None if ema is None else _error(ema, len(names)),
             datasets=datasets,
         )
     except KeyError as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: it has no {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from None
 
 
@@ -87,25 +91,38 @@ def _error(block: dict[str, Any], width: int) -> Errors:
     per_dimension = _numbers(block["per_dimension_l1"])
     if len(per_dimension) != width:
         raise ValueError(f"per_dimension_l1 has {len(per_dimension)} numbers for {width} names")
-    return Errors(_number(block["action_l1"]), per_dimension, _numbers(block["per_step_l1"]))
+    acc = {str(key): _number(value) for key, value in (block.get("acc") or {}).items()}
+    return Errors(_number(block["action_l1"]), per_dimension, _numbers(block["per_step_l1"]), acc)
+
+
+def _baselines(block: dict[str, Any], width: int) -> dict[str, Errors]:
+    found = block.get("baselines") or {}
+    return {str(key): _error(errors, width) for key, errors in found.items() if errors is not None}
 
 
 def _dataset(block: dict[str, Any]) -> DatasetErrors:
-    names = _names(block)
-    return DatasetErrors(str(block["name"]), names, _error(block, len(names)))
+    names, ema = _names(block), block.get("ema")
+    own = None if ema is None else _error(ema, len(names))
+    return DatasetErrors(str(block["name"]), names, _error(block, len(names)), _baselines(block, len(names)), own)
 
 
 def _names(block: dict[str, Any]) -> list[str]:
     return [str(name) for name in block["names"]]
 
 
-def _chunk(block: dict[str, Any], names: list[str]) -> Chunk:
-    recorded, predicted = ([_numbers(row) for row in block[key]] for key in ("recorded", "predicted"))
+def _chunk(block: dict[str, Any], mean: dict[str, Any] | None, names: list[str]) -> Chunk:
+    recorded, predicted = (_matrix(block[key]) for key in ("recorded", "predicted"))
+    averaged = None if mean is None else _matrix(mean["predicted"])
     valid = [bool(flag) for flag in block["valid"]]
-    lengths = {len(row) for row in [*recorded, *predicted]}
-    if not len(recorded) == len(predicted) == len(valid) or lengths != {len(names)}:
+    drawn = [recorded, predicted, *([] if averaged is None else [averaged])]
+    if any(len(rows) != len(valid) or {len(row) for row in rows} != {len(names)} for rows in drawn):
         raise ValueError("recorded, predicted and valid of a chunk differ in their lengths, or from names")
-    return Chunk(str(block["dataset"]), int(block["episode"]), int(block["frame"]), names, recorded, predicted, valid)
+    where = str(block["dataset"]), int(block["episode"]), int(block["frame"])
+    return Chunk(*where, names, recorded, predicted, averaged, valid)
+
+
+def _matrix(rows: list[Any]) -> list[list[float]]:
+    return [_numbers(row) for row in rows]
 
 
 def _numbers(values: list[Any]) -> list[float]:
@@ -114,4 +131,4 @@ def _numbers(values: list[Any]) -> list[float]:
 
 def _number(value: Any) -> float:
     number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan
+    return number if abs(number) < 1e100 else math.nan

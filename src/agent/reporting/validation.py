@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
 from agent.reporting.collect import RunRecord
-from agent.reporting.curves import BASELINES, style_of, validation_charts
+from agent.reporting.curves import AVERAGED, BASELINES, as_number, style_of, validation_charts
 from agent.reporting.evaluations import Chunk, Evaluation
-from agent.reporting.markup import details, figure, missing, number, paragraph, section, table
+from agent.reporting.markup import NOTHING, details, figure, missing, number, paragraph, percent, section, table
 from agent.validation_record import Errors
 
 _MOST_SMALL_CHARTS = 1200  # times curves: beyond it the page would take megabytes
@@ -38,6 +39,7 @@ def _detail(runs: Sequence[RunRecord]) -> str:
     for alike in by_names.values():
         charts = [_dimension_chart(alike, len(runs)), _step_chart(alike, len(runs))]
         parts += [f'<div class="charts uneven">{"".join(charts)}</div>', _dimension_table(alike, len(runs))]
+        parts.append(_distance_table(alike, len(runs)))
     parts += [_by_dataset(one, len(runs)) for one in shown if one[1].datasets]
     return "".join(parts)
 
@@ -65,14 +67,16 @@ def _columns(shown: Sequence[Shown], total: int) -> list[_Column]:
         found.append(_Column(run.label if total > 1 else "policy", style, evaluation.policy, mean))
         if evaluation.ema is not None:
             label = f"{run.label}, averaged weights" if total > 1 else "averaged weights"
-            found.append(_Column(label, f"{style} hollow" if total > 1 else "c1", evaluation.ema, mean))
+            found.append(_Column(label, f"{style} hollow" if total > 1 else AVERAGED, evaluation.ema, mean))
         if total == 1 and len(run.evaluations) > 1:
             best = run.evaluations[0]
-            found.append(_Column(f"best, update {best.step:,}", "c2 hollow", best.policy, best.baselines.get("mean")))
+            found.append(_Column(f"best, update {best.step:,}", "c0 hollow", best.policy, best.baselines.get("mean")))
     for key, (label, style) in BASELINES.items():
         blocks = [evaluation.baselines.get(key) for _, evaluation, _ in shown]
-        if blocks[0] is not None and all(block == blocks[0] for block in blocks):
-            found.append(_Column(label, style, blocks[0], shown[0][1].baselines.get("mean")))
+        first = blocks[0]
+        # Thresholds may differ, and the errors be of the same samples.
+        if first is not None and all(block and replace(block, acc=first.acc) == first for block in blocks):
+            found.append(_Column(label, style, first, shown[0][1].baselines.get("mean")))
     return found
 
 
@@ -98,6 +102,16 @@ def _dimension_table(shown: Sequence[Shown], total: int) -> str:
     rows.append(["all", *(number(column.error.action_l1) for column in columns)])
     heads = ["dimension", *(column.label for column in columns)]
     return table(f"Action error by dimension {_where(shown)}", heads, rows) + paragraph(_UNITS, "note")
+
+
+def _distance_table(shown: Sequence[Shown], total: int) -> str:
+    columns = [column for column in _columns(shown, total) if column.error.acc]
+    thresholds = sorted({key for column in columns for key in column.error.acc}, key=as_number)
+    if not thresholds:
+        return ""
+    rows = [[key, *(percent(column.error.acc.get(key)) for column in columns)] for key in thresholds]
+    heads = ["distance", *(column.label for column in columns)]
+    return table(f"Action values within a distance of the recorded ones {_where(shown)}", heads, rows)
 
 
 def _ratio(column: _Column, place: int) -> float:
@@ -131,18 +145,29 @@ def _dashed(style: str) -> str:
 
 def _by_dataset(shown: Shown, total: int) -> str:
     run, evaluation, _ = shown
+    columns: dict[str, list[Errors | None]] = {"policy": [one.errors for one in evaluation.datasets]}
+    columns["averaged weights"] = [one.ema for one in evaluation.datasets]
+    for key, (label, _) in BASELINES.items():
+        columns[label] = [one.baselines.get(key) for one in evaluation.datasets]
+    columns = {label: errors for label, errors in columns.items() if any(errors)}
     rows = [
-        [one.name, name, number(error)]
-        for one in evaluation.datasets
-        for name, error in [*zip(one.names, one.errors.per_dimension_l1, strict=True), ("all", one.errors.action_l1)]
+        [one.name, name, *(_cell(errors[place], dimension) for errors in columns.values())]
+        for place, one in enumerate(evaluation.datasets)
+        for dimension, name in enumerate([*one.names, "all"])
     ]
     of = f" of {run.label}" if total > 1 else ""
     return table(
         f"Action error{of} by data set at update {evaluation.step:,}",
-        ["data set", "dimension", "policy"],
+        ["data set", "dimension", *columns],
         rows,
         text_columns=(1,),
     )
+
+
+def _cell(errors: Errors | None, dimension: int) -> str:
+    if errors is None:
+        return NOTHING
+    return number([*errors.per_dimension_l1, errors.action_l1][dimension])
 
 
 def chunks(runs: Sequence[RunRecord]) -> str:
@@ -167,6 +192,8 @@ def chunks(runs: Sequence[RunRecord]) -> str:
     said = f"Recorded actions, and what the policy predicted from the chunk's first frame: {steps}."
     entries = [("recorded", "recorded")]
     entries += [("predicted" if len(runs) == 1 else run.label, style) for run, _, style in shown]
+    if len(runs) == 1 and runs[0].evaluations[-1].chunks[0].averaged is not None:
+        entries.append(("predicted with the averaged weights", AVERAGED))
     return section("chunks", title, paragraph(said, "note"), legend(entries), *parts)
 
 
@@ -181,16 +208,22 @@ def _overlay(shown: Sequence[tuple[RunRecord, Chunk, str]], *, opened: bool, tot
         lines = [Line("recorded", _dimension(first.recorded, first.valid, dimension), "recorded")]
         said = []
         for run, chunk, style in shown:
-            points = _dimension(chunk.predicted, chunk.valid, dimension)
-            lines.append(Line("predicted" if total == 1 else run.label, points, style))
-            gaps = [abs(y - real) for (_, y), (_, real) in zip(points, lines[0].points, strict=True)]
-            numbers = [gap for gap in gaps if not math.isnan(gap)]
-            error = math.fsum(numbers) / len(numbers) if numbers else math.nan
-            said.append(f"mean |error|{'' if total == 1 else f' of {run.label}'} {number(error)}")
+            lines.append(Line(run.label, _dimension(chunk.predicted, chunk.valid, dimension), style))
+            said.append(f"mean |error|{'' if total == 1 else f' of {run.label}'} {number(_gap(lines[0], lines[-1]))}")
+        if total == 1 and first.averaged is not None:
+            lines.append(Line("averaged", _dimension(first.averaged, first.valid, dimension), AVERAGED))
+            said.append(f"with the averaged weights {number(_gap(lines[0], lines[-1]))}")
         if any(not math.isnan(y) for line in lines for _, y in line.points):
             figures.append(figure(name, line_chart(f"{name}: {', '.join(said)}", lines, frame=SMALL)))
     inside = f'<div class="small-charts">{"".join(figures)}</div>'
     return details(f"{first.dataset}, episode {first.episode}, frame {first.frame}", inside, opened=opened)
+
+
+def _gap(recorded: Line, predicted: Line) -> float:
+    """Mean distance of two curves where both have a number."""
+    gaps = [abs(y - real) for (_, real), (_, y) in zip(recorded.points, predicted.points, strict=True)]
+    numbers = [gap for gap in gaps if not math.isnan(gap)]
+    return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _dimension(rows: Sequence[Sequence[float]], valid: Sequence[bool], dimension: int) -> list[tuple[float, float]]:
