@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from agent.metrics import JsonLines, Metrics, WandbConfig
 
@@ -168,6 +169,26 @@ def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end):
     assert [entry["loss"] for entry in history] == [1 / step for step in range(1, 13)]
     steps = [(line["step"], line["attempt"]) for line in lines(tmp_path / "metrics.jsonl")]
     assert steps == [(entry["_step"], entry["attempt"]) for entry in history]
+
+
+def test_the_validation_of_the_starting_weights_is_there_after_every_start(tmp_path: Path) -> None:
+    folder = tmp_path / "validation"
+    folder.mkdir()
+    baselines = {"last": {"action_l1": 0.2}, "mean": {"action_l1": 0.3}, "start": None}
+    record = {"format": 1, "step": 0, "loss": None, "action_l1": 0.5, "acc": {"0.1": 0.25}, "baselines": baselines}
+    (folder / "step_00000000.json").write_text(json.dumps(record))
+    for step in (0, 2):
+        Image.new("RGB", (8, 4)).save(folder / f"step_{step:08d}.png")
+    for after, attempt in ((0, 1), (2, 2)):
+        start(tmp_path, after, range(after + 1, 4), attempt, end="closed")
+        (newest,) = (tmp_path / "wandb").glob("offline-run-*")
+        _, (first, *others) = offline_records(newest)
+        shown = {key: value for key, value in first.items() if key.startswith("val/") and "chunks" not in key}
+        assert shown == {
+            "val/action_l1": 0.5, "val/acc_0.1": 0.25, "val/baseline_last_l1": 0.2, "val/baseline_mean_l1": 0.3,
+        }  # fmt: skip
+        assert [entry["_step"] for entry in (first, *others)] == [0, 1, 2, 3]
+        assert [entry["_step"] for entry in (first, *others) if "val/chunks.path" in entry] == [0, 2]
 
 
 def test_restarts_within_a_second_set_every_folder_aside(tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.run_folder import write_atomically
-from agent.validation_record import ValidationRecords
+from agent.validation_record import ValidationRecords, totals
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Wandb:
         import wandb
 
         self.run_id = config.run_id or self._kept_id(run_dir)
-        self._pictures = ValidationRecords(run_dir)
+        self._validations = ValidationRecords(run_dir)
         entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
         mode: Any = os.environ.get("WANDB_MODE") or config.mode
         if mode == "offline":
@@ -192,6 +192,7 @@ class Wandb:
             "wandb: %s",
             self._run.url if mode == "online" else f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`",
         )
+        self._begun = self._run.starting_step > 0
         # An offline folder knows nothing of the one before it, and syncing it replaces what was synced under the
         # same id: each start therefore begins with every line so far, and the newest folder alone is complete.
         if mode == "offline":
@@ -218,16 +219,24 @@ class Wandb:
     def write(self, record: dict[str, Any]) -> None:
         """Logs one line at its own step, with the picture of a validation that was made at it.
 
-        wandb ignores a step it has already; a resume repeats them exactly.
+        Before the first line goes the validation of the starting weights, which has no line of its own. wandb ignores a
+        step it has already; a resume repeats them exactly.
         """
+        start = None if self._begun else self._validations.read(0)
+        self._begun = True
+        if start is not None:
+            self._log(0, totals(start))
+        self._log(record["step"], {key: value for key, value in record.items() if key != "step"})
+
+    def _log(self, step: int, numbers: dict[str, Any]) -> None:
         # null, for a skipped update, is no number to wandb
-        values = {k: v for k, v in record.items() if k != "step" and v is not None}
-        picture = self._pictures.path(record["step"], ".png")
+        values = {key: value for key, value in numbers.items() if value is not None}
+        picture = self._validations.path(step, ".png")
         try:
-            self._run.log(values | self._shown(picture), step=record["step"])
+            self._run.log(values | self._shown(picture), step=step)
         except OSError as error:  # damaged, or the disk has no room for wandb's copy: a picture is not worth the run
             log.warning("wandb does not show %s: %s", picture, error)
-            self._run.log(values, step=record["step"])
+            self._run.log(values, step=step)
 
     def _shown(self, picture: Path) -> dict[str, Any]:
         import wandb

@@ -129,6 +129,14 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
     }
 
 
+def totals(contents: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a file under the names of ``metrics.jsonl``; None for one that is not finite."""
+    found = {"val/loss": contents["loss"], "val/action_l1": contents["action_l1"]}
+    found |= {f"val/acc_{threshold}": value for threshold, value in contents["acc"].items()}
+    baselines = {key: block for key, block in contents["baselines"].items() if block is not None}
+    return found | {f"val/baseline_{key}_l1": block["action_l1"] for key, block in baselines.items()}
+
+
 def _policy(evaluation: Evaluation) -> dict[str, Any]:
     return {
         "loss": _number(evaluation.loss),
