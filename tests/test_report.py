@@ -341,8 +341,14 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, change: str | dict, probl
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"attempts": [3]}', '{"attempts": [{"host": "x"}]}', '{"restarts": 2}']
-)
+    "content",
+    [
+        "{", "[]", '{"attempts": [3]}', '{"attempts": [{"host": "x"}]}', '{"restarts": 2}', '{"attempts": 3}',
+        '{"attempts": [{"started": 1e30}]}', '{"attempts": [{"started": 1, "first_step": "a", "step": 2}]}',
+        '{"attempts": [{"started": 1, "environment": "x"}]}', '{"attempts": [{"started": 1, "state": null}]}',
+        '{"ettr": "high"}',
+    ],
+)  # fmt: skip
 def test_a_damaged_status_is_said(tmp_path: Path, content: str) -> None:
     run = write_run(tmp_path / "run", RunFolderSpec())
     (run / "status.json").write_text(content)

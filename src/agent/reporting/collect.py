@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,10 @@ from typing import Any
 import yaml
 
 from agent.reporting.evaluations import Evaluation, read_evaluation
+
+_OF_STATUS = ("step", "restarts", "updated", "updates_redone", "waited_s", "checkpoint_stall_s", "ettr")
+_OF_ATTEMPT = ("started", "updated", "first_step", "step", "busy_s", "first_update_s", "checkpoint_stall_s")
+_LARGEST = 1e11  # seconds of a date, and updates
 
 
 @dataclass
@@ -99,16 +103,34 @@ def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
     except ValueError as error:
         content = error
-    if isinstance(content, dict) and all(_is_attempt(one) for one in content.get("attempts") or []):
+    if isinstance(content, dict) and _is_status(content):
         return content
     problems.append(f"{path.name} is damaged ({content!s:.100}): nothing is known of the run's state and restarts")
     return {}
 
 
+def _is_status(content: dict[str, Any]) -> bool:
+    attempts = content.get("attempts") or []
+    return (
+        _has_numbers(content, _OF_STATUS) and isinstance(attempts, list) and all(_is_attempt(one) for one in attempts)
+    )
+
+
 def _is_attempt(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("started"), int | float):
-        return False
-    return isinstance(value.get("updated", 0), int | float) and ("first_step" not in value or "step" in value)
+    return (
+        isinstance(value, dict)
+        and "started" in value
+        and ("first_step" not in value or "step" in value)
+        and _has_numbers(value, _OF_ATTEMPT)
+        and isinstance(value.get("state", ""), str)
+        and isinstance(value.get("environment", {}), dict)
+    )
+
+
+def _has_numbers(content: dict[str, Any], keys: Sequence[str]) -> bool:
+    """Whether what there is of these keys can be reckoned with and shown as a date."""
+    values = [content[key] for key in keys if key in content]
+    return all(isinstance(value, int | float) and abs(value) < _LARGEST for value in values)
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
@@ -132,7 +154,7 @@ def _read_metrics(path: Path, status: dict[str, Any], problems: list[str]) -> tu
     lines, before, bad = 0, -1, []
     for number, record in _records(path, status):
         step = record.get("step") if isinstance(record, dict) else None
-        if type(step) is not int or step <= before:
+        if type(step) is not int or not before < step < _LARGEST:
             bad.append(number)
             continue
         lines, before = lines + 1, step
@@ -140,7 +162,8 @@ def _read_metrics(path: Path, status: dict[str, Any], problems: list[str]) -> tu
             if key != "step" and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
                 found = series.setdefault(key, Series())
                 found.steps.append(step)
-                found.values.append(value if value is not None and math.isfinite(value) else math.nan)
+                # No float32 is as large, and sums of such numbers would not be finite.
+                found.values.append(value if value is not None and abs(value) < 1e100 else math.nan)
     if not series:
         raise ValueError(f"{path}/metrics.jsonl holds no update yet{_state(status)}")
     if bad:
