@@ -20,8 +20,8 @@ from launching import Workplace
 from run_folders import RunFolderSpec, attempt, write_run
 
 from agent.report import main
-from agent.reporting.axes import linear_ticks, log_ticks, tick_text
-from agent.reporting.charts import Frame, Line, dot_chart, line_chart
+from agent.reporting.axes import linear_ticks, log_ticks, text_width, tick_text
+from agent.reporting.charts import SMALL, Frame, Line, dot_chart, line_chart
 from agent.reporting.markup import duration, number
 from agent.reporting.sampling import columns_of
 
@@ -182,6 +182,15 @@ def test_odd_curves_stay_inside(values: list[float]) -> None:
         assert all(place <= frame.height - frame.bottom for place in found[1::2])
 
 
+@pytest.mark.parametrize("values", [[0.012345, 0.01236], [-0.028, -0.022], [123_456.7, 123_499.0], [1.25e-6, 2.5e-6]])
+@pytest.mark.parametrize("frame", [Frame(), SMALL])
+def test_no_number_of_an_axis_is_cut(values: list[float], frame: Frame) -> None:
+    points = [(float(place), value) for place, value in enumerate(values)]
+    drawing = ElementTree.fromstring(line_chart("t", [Line("a", points, "c0")], frame=frame))
+    numbers = [one for one in drawing.iter("text") if one.get("text-anchor") == "end"]
+    assert numbers and all(float(one.get("x") or "") >= text_width(one.text or "") for one in numbers)
+
+
 def test_hover_titles_tell_every_curve() -> None:
     lines = [Line("a", [(1.0, 0.5), (2.0, 0.25)], "c0"), Line("b", [(2.0, 4.0)], "c1")]
     drawing = ElementTree.fromstring(line_chart("t", lines, x_label="update"))
@@ -197,6 +206,18 @@ def test_a_dot_chart_places_by_value() -> None:
     assert [title for title, _ in dots] == ["x, policy: 0.5", "y, policy: 2", "y, last: 1"]
     limit = next(float(one.get("x1") or "") for one in drawing.iter("line") if one.get("class") == "limit")
     assert dots[0][1] < limit == dots[2][1] < dots[1][1]
+
+
+def test_long_names_of_dimensions_stay_apart() -> None:
+    def shown(*names: str) -> list[str | None]:
+        rows = [(name, [1.0]) for name in names]
+        drawing = ElementTree.fromstring(dot_chart("t", rows, [("policy", "c0")], line_at=1.0))
+        return [one.text for one in drawing.iter("text") if one.get("text-anchor") != "middle"]
+
+    arms = "left_arm_gripper_opening.pos", "right_arm_gripper_opening.pos"
+    assert shown(*arms) == list(arms) and shown("dx", "gripper") == ["dx", "gripper"]
+    (short,) = shown("left_arm" + "_joint" * 20 + "_7")
+    assert short is not None and short.startswith("left_arm_") and "…" in short and short.endswith("_7")
 
 
 # ---------------------------------------------------------------- one run
@@ -486,6 +507,15 @@ def test_a_baseline_is_as_long_as_the_longest_run(tmp_path: Path) -> None:
     chart = next(svg for svg in page.charts() if (svg.get("aria-label") or "").startswith("Action error."))
     ends = {path.get("class"): float(path.get("d", "").split("L")[-1].split()[0]) for path in chart.iter("path")}
     assert ends["line base-mean dashed"] == ends["line base-last dotted"] == ends["line c1"] > ends["line c0"]
+
+
+def test_the_links_are_in_the_order_of_the_page(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, RunFolderSpec(name=name)) for name in "ab"]
+    for some in (runs[:1], runs):
+        assert report(*some, "--out", tmp_path / "out.html") == 0
+        tags = Page(tmp_path / "out.html").tags
+        sections = [attrs["id"] for tag, attrs in tags if tag == "section"]
+        assert [attrs["href"] for tag, attrs in tags if tag == "a"] == [f"#{name}" for name in sections]
 
 
 def test_each_data_set_stands_beside_its_own_baselines(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ Without Chromium it is skipped, unless REQUIRE_CHROMIUM is set.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,10 +88,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     small = write_run(folder / "small", RunFolderSpec(updates=2, log_every=1, evaluations=0, reason="word " * 60))
     for name in ("status.json", "config.yaml"):
         (small / name).unlink()
-    made = {run.name: run / "report.html" for run in (usual, large, small)}
+    arms = [
+        f"{arm}_arm_{joint}.pos" for arm in ("left", "right") for joint in ("shoulder_pan_joint", "gripper_opening")
+    ]
+    lines = {step: {"loss": 0.0123 + 1e-6 * step, "grad_norm": 123_456.0 + step} for step in range(2, 41, 2)}
+    odd = write_run(folder / "odd", RunFolderSpec(names=arms, name="a_long_name_" * 9, ema=True, changed_lines=lines))
+    path = odd / "validation" / "step_00000040.json"
+    content = json.loads(path.read_text())
+    for block in (content, content["ema"]):
+        for chunk, key in ((chunk, key) for chunk in block["chunks"] for key in ("recorded", "predicted")):
+            chunk[key] = [[value / 500 - 0.03 for value in row] for row in chunk[key]]
+    path.write_text(json.dumps(content))
+    made = {run.name: run / "report.html" for run in (usual, large, small, odd)}
     made["compared"] = folder / "compared.html"
-    assert [main([str(run)]) for run in (usual, large, small)] == [0, 0, 0]
-    assert main([*map(str, (usual, large)), "--out", str(made["compared"])]) == 0
+    assert [main([str(run)]) for run in (usual, large, small, odd)] == [0] * 4
+    assert main([*map(str, (usual, large, odd)), "--out", str(made["compared"])]) == 0
     return made
 
 
@@ -119,7 +131,7 @@ def test_the_curves_can_be_seen(browser: Browser, pages: dict[str, Path], kind: 
 
 
 @pytest.mark.parametrize("kind", ["390 dark", "1280 light"])
-@pytest.mark.parametrize("name", ["large", "small", "compared"])
+@pytest.mark.parametrize("name", ["large", "small", "odd", "compared"])
 def test_it_reads_well(browser: Browser, pages: dict[str, Path], name: str, kind: str, tmp_path: Path) -> None:
     open_page(browser, pages, name, kind, tmp_path)
     reads_well(browser, pages[name], kind)

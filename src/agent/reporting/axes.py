@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_WIDTHS = dict.fromkeys(".,ijl'|: ", 0.33) | dict.fromkeys("-_frt", 0.45) | dict.fromkeys("mwMW…", 1.0)
+"""Of a character, as part of the font's size."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -62,6 +65,11 @@ def tick_text(value: float) -> str:
     if size >= 1e6:
         return f"{value / 1e6:.6g}M"
     return f"{value / 1e3:.6g}k" if size >= 1e4 else f"{value:.5g}"
+
+
+def text_width(text: str, size: float = 12.0) -> float:
+    """Pixels that a text takes, in the widest of the fonts that a page may be shown in (DejaVu Sans)."""
+    return size * sum(_WIDTHS.get(character, 0.64) for character in text)
 
 
 def widened(low: float, high: float, part: float) -> tuple[float, float]:

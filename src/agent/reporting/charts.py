@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from itertools import pairwise
 
-from agent.reporting.axes import Axis, tick_text, value_range, widened
+from agent.reporting.axes import Axis, text_width, tick_text, value_range, widened
+from agent.reporting.markup import breakable
 from agent.reporting.sampling import Column, columns_of
 
 Points = Sequence[tuple[float, float]]
@@ -31,7 +32,8 @@ class Frame:
 
     width: int = 400
     height: int = 230
-    left: int = 50
+    left: float = 50
+    """At least; longer numbers get more."""
     right: int = 16
     top: int = 8
     bottom: int = 40
@@ -43,7 +45,7 @@ class Frame:
 
 _FEW_MARKS = 8
 
-SMALL = Frame(width=190, height=106, left=42, right=10, top=6, bottom=20, columns=120, strips=0)
+SMALL = Frame(width=190, height=106, left=42, right=10, top=8, bottom=20, columns=120, strips=0)
 
 
 def wants_log(lines: Sequence[Line]) -> bool:
@@ -77,10 +79,13 @@ def line_chart(
     drawn = [(line, columns_of(line.points, frame.columns)) for line in lines]
     pieces = [column for _, columns in drawn for column in columns if column is not None]
     assert pieces, f"nothing to draw in {title}"
-    x_axis = Axis(*widened(min(c.first for c in pieces), max(c.last for c in pieces), 0.0), *_across(frame))
     low, high = min(c.low for c in pieces), max(c.high for c in pieces)
     y_axis = Axis(*value_range(low, high, from_zero, log), *_up(frame), log=log)
-    parts = [f"<title>{escape(title)}</title>", _grid(x_axis, y_axis, frame, x_label)]
+    # A label takes some 24 pixels down with the space around it.
+    y_ticks = y_axis.ticks(max(2, int((frame.height - frame.bottom - frame.top) / 26)))
+    frame = replace(frame, left=max(frame.left, *(text_width(tick_text(tick)) + 8 for tick in y_ticks)))
+    x_axis = Axis(*widened(min(c.first for c in pieces), max(c.last for c in pieces), 0.0), *_across(frame))
+    parts = [f"<title>{escape(title)}</title>", _grid(x_axis, y_axis, y_ticks, frame, x_label)]
     parts += _marks(marks, x_axis, frame)
     parts += [_curve(line, columns, x_axis, y_axis) for line, columns in drawn]
     if frame.strips:
@@ -91,7 +96,7 @@ def line_chart(
 def dot_chart(
     title: str, rows: Sequence[tuple[str, Sequence[float]]], series: Sequence[tuple[str, str]], *, line_at: float
 ) -> str:
-    """A row of dots for each name, as an ``<svg>``.
+    """A row of dots for each name, as an ``<svg>``. Where a name is long, all stand above their rows.
 
     Args:
         title: what a screen reader says.
@@ -100,6 +105,9 @@ def dot_chart(
         line_at: where a vertical line stands.
     """
     width, left, right, row_height, top = 400, 118, 16, 20, 6
+    above = any(text_width(name) > left - 8 for name, _ in rows)
+    if above:
+        left, row_height = right, 34
     values = [value for _, row in rows for value in row if not math.isnan(value)]
     bottom = top + row_height * len(rows)
     axis = Axis(0.0, max([line_at, *values]) * 1.05, left, width - right)
@@ -111,9 +119,9 @@ def dot_chart(
     x = f"{axis.at(line_at):.1f}"
     parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
     for number, (name, row) in enumerate(rows):
-        y = top + row_height * (number + 0.5)
-        short = name if len(name) <= 17 else f"…{name[-16:]}"  # arms and joints are told apart at the end
-        parts.append(f'<text x="{left - 8}" y="{y + 4}" text-anchor="end">{escape(short)}</text>')
+        y = top + row_height * number + (24 if above else 10)
+        place = f'class="over" x="0" y="{y - 12}"' if above else f'x="{left - 8}" y="{y + 4}" text-anchor="end"'
+        parts.append(f"<text {place}>{escape(_fitted(name, width))}</text>")
         for (label, style), value in zip(series, row, strict=True):
             if not math.isnan(value):
                 said = escape(f"{name}, {label}: {value:.3g}")
@@ -122,15 +130,21 @@ def dot_chart(
     return _svg(width, bottom + 22, title, "".join(parts))
 
 
+def _fitted(name: str, width: float) -> str:
+    """The name, without its middle where it is too long: arms are told apart at the beginning, joints at the end."""
+    kept = len(name)
+    while kept and text_width(name[: kept - kept // 2] + "…" + name[len(name) - kept // 2 :]) > width:
+        kept -= 1
+    return name if text_width(name) <= width else f"{name[: kept - kept // 2]}…{name[len(name) - kept // 2 :]}"
+
+
 def legend(entries: Sequence[tuple[str, str]], kind: str = "line") -> str:
     """An HTML list of (label, CSS class), which wraps where the page is narrow."""
     shape = '<line class="{}" x1="1" x2="21" y1="5" y2="5"/>'
     if kind == "dot":
         shape = '<circle class="dot {}" cx="11" cy="5" r="4.5"/>'
-    items = (
-        f'<li><svg class="key" viewBox="0 0 22 10" aria-hidden="true">{shape.format(style)}</svg>{escape(label)}</li>'
-        for label, style in entries
-    )
+    key = '<svg class="key" viewBox="0 0 22 10" aria-hidden="true">{}</svg>'
+    items = (f"<li>{key.format(shape.format(style))}<span>{breakable(label)}</span></li>" for label, style in entries)
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -146,17 +160,16 @@ def _up(frame: Frame) -> tuple[float, float]:
     return frame.height - frame.bottom, frame.top
 
 
-def _grid(x_axis: Axis, y_axis: Axis, frame: Frame, x_label: str) -> str:
+def _grid(x_axis: Axis, y_axis: Axis, y_ticks: Sequence[float], frame: Frame, x_label: str) -> str:
     floor, wall = frame.height - frame.bottom, frame.width - frame.right
-    # A label takes some 34 pixels across and 24 down with the space around it.
+    # A label takes some 34 pixels across with the space around it.
     x_ticks = x_axis.ticks(max(2, int((wall - frame.left) / 50)))
-    y_ticks = y_axis.ticks(max(2, int((floor - frame.top) / 26)))
     parts = []
     for tick in y_ticks:
         y = y_axis.at(tick)
-        parts.append(f'<line class="grid" x1="{frame.left}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{frame.left - 6}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{frame.left}" x2="{wall}" y1="{floor}" y2="{floor}"/>')
+        parts.append(f'<line class="grid" x1="{frame.left:g}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{frame.left - 6:g}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{frame.left:g}" x2="{wall}" y1="{floor}" y2="{floor}"/>')
     for tick in x_ticks:
         if not tick.is_integer():  # there is no update 1.5
             continue
@@ -164,7 +177,7 @@ def _grid(x_axis: Axis, y_axis: Axis, frame: Frame, x_label: str) -> str:
         parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick_text(tick)}</text>')
     if x_label:
         middle = (frame.left + wall) / 2
-        parts.append(f'<text x="{middle}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(f'<text x="{middle:g}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
     return "".join(parts)
 
 

@@ -22,7 +22,9 @@ def hardware(runs: Sequence[RunRecord]) -> str:
             alike = next((places for other, places in groups if other == facts), None)
             groups.append((facts, [place])) if alike is None else alike.append(place)
         for facts, places in groups[-12:]:
-            heads.append(f"{run.label}{'' if len(groups) == 1 else f', attempts {_ranges(places)}'}")
+            name = [run.label] if len(runs) > 1 else []
+            which = [f"attempts {_ranges(places)}"] if len(groups) > 1 else []
+            heads.append(", ".join(name + which) or "value")
             columns.append(facts)
     if not columns:
         return section("hardware", "Hardware", missing("status.json tells of no attempts, and so of no machine."))

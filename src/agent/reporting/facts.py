@@ -28,13 +28,15 @@ _MOST_ATTEMPTS = 150
 def tiles(run: RunRecord) -> str:
     """The few numbers that one looks for first."""
     best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
-    ratio = f"{best[1] / mean[-1]:.2g} × the mean action's, update {best[0]:,}" if best and mean and mean[-1] else ""
+    lowest = f"the lowest, at update {best[0]:,}" if best else "no validation"
+    if best and mean and mean[-1]:
+        lowest += f"; {best[1] / mean[-1]:.2g} × the mean action's"
     of = f"of {run.planned:,}" if run.planned else ""
     memory = _series(run, "memory_gb").numbers
     shown = [
         ("Updates", number(run.last_step), of),
         ("Training loss", number(_last(run, "loss")), "at the last logged update"),
-        ("Lowest action error", number(best[1] if best else None), ratio or "no validation"),
+        ("Action error", number(best[1] if best else None), lowest),
         ("Throughput", number(_median(run, "samples_per_s")), "samples/s, median"),
         ("Waiting for data", percent(_mean(run, "data_wait")), "of the updates' time, mean"),
         ("Peak memory", number(max(memory) if memory else None, "GB"), "of a process"),
@@ -76,7 +78,7 @@ def numbers(runs: Sequence[RunRecord]) -> str:
         ("restarts", [number(run.status.get("restarts")) for run in runs]),
     ]
     caption = "Final numbers" if len(runs) == 1 else "Final numbers of the runs"
-    heads = ["", *(run.label for run in runs)]
+    heads = ["", *(run.label if len(runs) > 1 else "value" for run in runs)]
     return section("numbers", "Numbers", table(caption, heads, [[name, *cells] for name, cells in rows]))
 
 

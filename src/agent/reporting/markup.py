@@ -49,6 +49,11 @@ def moment(seconds: float | None) -> str:
     return NOTHING if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
 
 
+def breakable(text: str) -> str:
+    """Text whose long names may break after their parts, not within a word."""
+    return re.sub(r"([/._])", r"\1<wbr>", escape(text))
+
+
 def paragraph(text: str, style: str = "") -> str:
     """A paragraph of plain text."""
     return f'<p class="{style}">{escape(text)}</p>' if style else f"<p>{escape(text)}</p>"
@@ -69,12 +74,12 @@ def figure(caption: str, drawing: str, *, unit: str = "", note: str = "", below:
     """A chart with its heading above, its legend and a remark below."""
     of = f" <small>{escape(unit)}</small>" if unit else ""
     remark = paragraph(note, "note") if note else ""
-    return f"<figure><figcaption>{escape(caption)}{of}</figcaption>{drawing}{below}{remark}</figure>"
+    return f"<figure><figcaption>{breakable(caption)}{of}</figcaption>{drawing}{below}{remark}</figure>"
 
 
 def details(title: str, inside: str, *, opened: bool = False) -> str:
     """Something to fold out."""
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{inside}</details>"
+    return f"<details{' open' if opened else ''}><summary>{breakable(title)}</summary>{inside}</details>"
 
 
 def table(
@@ -95,8 +100,7 @@ def table(
         style = ' class="text"' if place in text_columns or place == 0 else ""
         scope = {"head": ' scope="col"', "row": ' scope="row"'}.get(kind, "")
         tag = "td" if kind == "cell" else "th"
-        # A long key may break after its parts, not within a word.
-        inside = re.sub(r"([/._])", r"\1<wbr>", escape(text)) if kind == "row" else _folded(text)
+        inside = _folded(text) if kind == "cell" else breakable(text)
         return f"<{tag}{scope}{style}>{inside}</{tag}>"
 
     head = "".join(cell(place, text, "head") for place, text in enumerate(heads))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.reporting import conditions, curves, facts, validation
 from agent.reporting.collect import RunRecord
-from agent.reporting.markup import missing, paragraph
+from agent.reporting.markup import breakable, missing, paragraph
 
 # Nothing may be loaded and no script may run, whatever a run's texts hold.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -45,7 +45,10 @@ def render(runs: Sequence[RunRecord]) -> str:
     ]
     if len(runs) > 1:  # what differs is what one looks for
         sections = [sections[3], sections[6], *sections[:3], *sections[4:6]]
-    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text in _NAVIGATION.items())
+    # In the order of the page.
+    whole = "".join(sections)
+    order = sorted(_NAVIGATION, key=lambda name: whole.index(f'<section id="{name}"'))
+    links = "".join(f'<li><a href="#{name}">{_NAVIGATION[name]}</a></li>' for name in order)
     made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
@@ -53,7 +56,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><title>{escape(title)} – report</title>'
-        f"<style>{style}</style></head><body><header><h1>{escape(title)}</h1>{head}"
+        f"<style>{style}</style></head><body><header><h1>{breakable(title)}</h1>{head}"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header><main>{"".join(sections)}</main>'
         f"<footer>{paragraph(f'Written {made} from {", ".join(str(run.path) for run in runs)}')}</footer></body></html>\n"
     )
@@ -71,7 +74,7 @@ def _about(run: RunRecord, label: str = "") -> str:
     known = state if state in ("running", "preempted", "finished", "failed") else "unknown"
     step = run.status.get("step", run.last_step)
     of = f" of {run.planned:,}" if run.planned else ""
-    name = f"<b>{escape(label)}</b> " if label else ""
+    name = f"<b>{breakable(label)}</b> " if label else ""
     parts = [f'<p class="state">{name}<span class="badge {known}">{escape(state)}</span> at update {step:,}{of}']
     if "updated" in run.status and isinstance(run.status["updated"], int | float):
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.status["updated"]))

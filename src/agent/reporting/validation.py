@@ -111,7 +111,7 @@ def _distance_table(shown: Sequence[Shown], total: int) -> str:
         return ""
     rows = [[key, *(percent(column.error.acc.get(key)) for column in columns)] for key in thresholds]
     heads = ["distance", *(column.label for column in columns)]
-    return table(f"Action values within a distance of the recorded ones {_where(shown)}", heads, rows)
+    return table(f"Action values within a distance {_where(shown)}", heads, rows)
 
 
 def _ratio(column: _Column, place: int) -> float:
