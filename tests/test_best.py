@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from forked import ForkServer
 from launching import Workplace
+from safetensors.torch import load_file, save_file
 from stores import save
 
 from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
@@ -216,3 +217,18 @@ def test_the_start_is_the_baseline_of_every_validation(place: Workplace, server:
     records_none = sorted(path.name for path in (folder.parent.parent / "none" / "validation").iterdir())
     assert records_none == ["step_00000001.json", "step_00000001.png"], output
     assert "val/baseline_start_l1" not in place.metrics("none")[-1]
+
+
+def test_a_start_whose_error_is_not_finite_stops_no_later_validation(
+    place: Workplace, server: ForkServer, through: str, tmp_path: Path
+) -> None:
+    weights = shutil.copytree(place.checkpoint(through) / PRETRAINED, tmp_path / "weights") / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.action_out_proj.bias"][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    options = ("--load_from_checkpoint", str(weights.parent), "--skip_nonfinite", "2", "--n_updates", "1")
+    output = server.start(place, "nan", *STEADY, *OFTEN, *options).wait()
+    assert place.status("nan")["state"] == "finished", output
+    (line,) = place.metrics("nan")
+    assert line["val/action_l1"] is line["val/baseline_start_l1"] is None and line["val/baseline_mean_l1"] > 0
+    assert not os.path.lexists(place.folder / "runs" / "nan" / "checkpoints" / "best")

@@ -107,4 +107,7 @@ def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, fl
     except OSError as error:
         log.error("the details of the validation at update %d could not be kept: %s", step, error)
     baseline = contents["baselines"]["start"]
-    return {"val/baseline_start_l1": baseline["action_l1"]} if baseline is not None else {}
+    if baseline is None:
+        return {}
+    l1 = baseline["action_l1"]
+    return {"val/baseline_start_l1": math.nan if l1 is None else l1}  # as of every other number here
