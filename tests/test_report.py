@@ -392,6 +392,15 @@ def test_torn_and_repeated_lines_are_left_out_and_said(tmp_path: Path) -> None:
     assert len([path for path in loss.iter("path") if path.get("class") == "line c0"]) == 2
 
 
+def test_a_curve_without_any_number_says_so(tmp_path: Path) -> None:
+    nothing = {"loss": None, "val/action_l1": None, "val/loss": None}
+    run = write_run(tmp_path / "run", RunFolderSpec(changed_lines={step: nothing for step in range(2, 41, 2)}))
+    assert report(run) == 0
+    page = Page(run / "report.html")
+    assert page.text("training").count("20 logged updates have no finite number.") == 1
+    assert "never finite" in page.text("") and "Not in metrics.jsonl" not in page.text()
+
+
 def test_arrays_of_updates_that_a_crash_undid_do_not_count(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", RunFolderSpec())
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -117,11 +117,11 @@ def _figure(
     title: str, unit: str, lines: list[Line], runs: Sequence[RunRecord], *, from_zero: bool = False, log: bool = False
 ) -> str:
     kept = [line for line in lines if any(not math.isnan(y) for _, y in line.points)]
-    gaps = sum(math.isnan(y) for line in lines for _, y in line.points)
+    gaps = len({x for line in lines for x, y in line.points if math.isnan(y)})
     note = "" if not gaps else f"{gaps} logged update{'s have' if gaps > 1 else ' has'} no finite number."
     unit = ", ".join(filter(None, [unit, "logarithmic" if log else ""]))
     if not kept:
-        return figure(title, missing("Not in metrics.jsonl."), unit=unit, note=note)
+        return figure(title, missing(note or "Not in metrics.jsonl."), unit=unit)
     drawing = line_chart(
         _in_words(title, kept),
         kept,

@@ -28,7 +28,8 @@ _MOST_ATTEMPTS = 150
 def tiles(run: RunRecord) -> str:
     """The few numbers that one looks for first."""
     best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
-    lowest = f"the lowest, at update {best[0]:,}" if best else "no validation"
+    lowest = "never finite" if "val/action_l1" in run.series else "no validation"
+    lowest = f"the lowest, at update {best[0]:,}" if best else lowest
     if best and mean and mean[-1]:
         lowest += f"; {best[1] / mean[-1]:.2g} × the mean action's"
     of = f"of {run.planned:,}" if run.planned else ""
