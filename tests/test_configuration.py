@@ -383,6 +383,7 @@ def test_wrong_type_or_choice(files: Files, key: str, value: str, complaint: str
         ("name", "", "name must be usable as a folder's name, got ''"),
         ("name", "..", "name must be usable as a folder's name, got '..'"),
         ("eval_size", "0", "eval_size must be at least 1; eval_freq: 0 turns validation off"),
+        ("eval_thresholds", "[0.1, -0.2]", "eval_thresholds are distances, each above 0; got [0.1, -0.2]"),
         ("model_cfg.chunk_size", "0", "model_cfg.chunk_size: 0 is not positive; write at least 1"),
         ("model_cfg.dtype", "float16", "model_cfg.dtype: unknown 'float16'; write float32 or bfloat16"),
     ],
