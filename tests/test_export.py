@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from test_pi0_adapter import reference
 
 from agent import export, weights
+from agent.inference import load_policy
 from agent.models.base import ModelConfig
 from agent.models.pi0 import adapter, exporting
 from agent.models.pi0.configuration import PI0Config
@@ -363,6 +364,16 @@ def test_the_card_speaks_of_the_exported_checkpoint_not_of_the_runs_end(runs, tm
     assert "123" not in text and f"{runs.metrics_of_last_validation('first')['val/loss']:.4g}" in text
     assert "| `val/acc_0.05` | not finite |" in text
     assert "trained from: random weights" in text and "base_model" not in text
+
+
+def test_averaged_weights_are_called_so(runs, tmp_path):
+    run = shutil.copytree(runs.run("first"), tmp_path / "first", symlinks=True)
+    last = (run / "checkpoints" / "last").resolve()
+    (last / "manifest.json").unlink()
+    averaged = (last / "pretrained_model").rename(last / "pretrained_model_ema")
+    text = (exported(averaged, tmp_path / "out", "lerobot") / "README.md").read_text()
+    assert "averaged weights in float32" in text and "which `val/ema_…` are of" in text
+    assert load_policy(str(averaged), device="cpu").name == "first, averaged weights"
 
 
 def test_weights_alone_have_a_card_too(runs, tmp_path):

@@ -203,6 +203,7 @@ def _write_card(
         model=source.written,
         dtype=str(dtype).removeprefix("torch."),
         step=source.step,
+        averaged=source.averaged,
         training=source.training,
         data=[trained_on(entry, source.training, contents.notes) for entry in datasets_of(source.training)],
         validation=model_card.last_validation(source.run / "metrics.jsonl", source.step) if source.run else {},

@@ -41,6 +41,11 @@ class Source:
     """The training config; empty if nobody kept it."""
 
     @property
+    def averaged(self) -> bool:
+        """Whether the weights are the moving average of those in training."""
+        return self.pretrained.name == FOLDERS[1]
+
+    @property
     def name(self) -> str:
         """The run's, else the folder's."""
         folder = self.pretrained.parent if self.pretrained.name in FOLDERS else self.pretrained

@@ -51,7 +51,8 @@ class LoadedPolicy:
         self.device = device
         self.pretrained = source.pretrained
         """The folder that it was loaded from."""
-        self.name = source.name if source.step is None else f"{source.name}, update {source.step}"
+        step = "" if source.step is None else f", update {source.step}"
+        self.name = f"{source.name}{step}{', averaged weights' if source.averaged else ''}"
         """For people."""
         self.robot = robot
         """Of a policy that was trained on several robots, each with statistics of its own: the one it acts on."""

@@ -43,6 +43,8 @@ class Facts:
     """Of the weights."""
     step: int | None = None
     """Updates of the checkpoint."""
+    averaged: bool = False
+    """Whether the weights are the moving average of those in training."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The training config, resolved; empty if nobody kept it."""
     data: list[Mapping[str, Any]] = field(default_factory=list)
@@ -112,7 +114,7 @@ def _summary(facts: Facts) -> str:
     action = [entry["shape"][0] for entry in outputs.values()]
     lines = [
         f"A π0 policy ([paper](https://arxiv.org/abs/2410.24164)) in the format of {_TITLES[facts.target]}, "
-        f"weights in {facts.dtype}{'' if facts.step is None else f', after {facts.step} updates of training'}.",
+        f"{'averaged ' if facts.averaged else ''}weights in {facts.dtype}{'' if facts.step is None else f', after {facts.step} updates of training'}.",
         "",
         f"* cameras: {', '.join(f'`{name}`' for name in cameras) or 'none'}",
         f"* state: {', '.join(f'{size} dimensions' for size in state) or 'none'}",
@@ -187,6 +189,8 @@ def _validation(facts: Facts) -> str:
             meaning = f"fraction of action values within {threshold} of the recorded ones"
         # A validation that was not finite is null in metrics.jsonl.
         rows.append(f"| `{key}` | {'not finite' if value is None else f'{value:.4g}'} | {meaning} |")
+    if facts.averaged:
+        rows += ["", "These weights are the averaged ones, which `val/ema_…` are of."]
     return "\n".join(rows)
 
 
