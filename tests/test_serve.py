@@ -34,6 +34,7 @@ from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+import agent.serving.server
 from agent.inference import LoadedPolicy, load_policy
 from agent.serving import wire
 from agent.serving.batching import Answer, Batcher
@@ -282,6 +283,7 @@ def array(**changes: Any) -> bytes:
         (PACKED + b"\0", "is no whole msgpack .ExtraData"),
         (b"\xc1" * 40, "the message of 40 bytes is no whole msgpack"),
         (b"\x91" * 5000, "is no whole msgpack .StackError"),
+        (b"\x81\xa1a" * 1010 + b"\x01", "refused: a/a/[a/]+: maps are nested more than 10 deep"),
         (msgpack.packb([1, 2]), "the message is a msgpack list, expected a map"),
         (msgpack.packb({b"a": 2}), "the message has a key b'a', expected texts"),
         (array(dtype="|O"), "an array of the message cannot be read: its type is object, expected numbers"),
@@ -312,6 +314,35 @@ def test_a_refusal_is_short_whatever_it_names(server):
     answer = connection.recv(timeout=30)
     assert answer.startswith("refused: the policy knows no 'kkk") and len(answer) < 2100
     assert max(map(len, server.said)) < 3000
+
+
+def test_actions_that_are_not_finite_are_the_failure_of_one(server, policy):
+    """Nobody else pays for them, and the log has them once."""
+    clients = [server.client() for _ in range(3)]
+    far_off = {**request(), "observation/state": np.full(7, 3e38)}
+
+    def ask(i: int) -> Any:
+        try:
+            return clients[i].infer(far_off if i == 0 else request(i))
+        except RuntimeError as error:
+            return str(error)
+
+    for k in range(2):
+        failed, *answers = together(3, ask)
+        assert "the server failed on this request: RuntimeError: the policy's actions are not finite" in failed
+        for i, answer in enumerate(answers, 1):
+            assert agree(answer["actions"], expected(policy, request(i), k))
+    server.wait_for("2 failed")
+    assert server.log().count("failed: RuntimeError: the policy's actions are not finite") == 1
+    assert "Traceback" not in server.log()
+
+
+def test_the_log_has_no_warnings_of_libraries(server):
+    channels_first = np.ascontiguousarray(request()["observation/images/front"].transpose(2, 0, 1))
+    server.client().infer({**request(), "observation/images/front": channels_first})
+    server.client().infer({**request(), "prompt": "open " * 300})
+    server.wait_for("is cut at")
+    assert "UserWarning" not in server.log() and max(map(len, server.said)) < 3000
 
 
 def test_an_oversize_message_ends_its_connection_alone(server, policy):
@@ -463,7 +494,7 @@ def test_a_line_of_latencies_between_a_batch_and_its_answers():
 
 
 def test_an_interrupt_ends_it_too():
-    policy: Any = SimpleNamespace(act=None, cameras={})
+    policy: Any = SimpleNamespace(act_each=None, cameras={})
     server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
@@ -480,11 +511,49 @@ def test_an_interrupt_ends_it_too():
     asyncio.run(connected_and_interrupted())
 
 
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+BAD_FRAMES = (b"\x82\xe4" + bytes(4) + b"\xc1" * 100) * 50  # each is answered with a text
+
+
+@pytest.mark.parametrize(("taking_s", "patience_s"), [(1.0, 60.0), (60.0, 1.0)])
+def test_who_reads_nothing_is_dropped_and_holds_up_no_end(monkeypatch, caplog, taking_s, patience_s):
+    monkeypatch.setattr(agent.serving.server, "_TAKING_S", taking_s)
+    monkeypatch.setattr(agent.serving.server, "_PATIENCE_S", patience_s)
+    policy: Any = SimpleNamespace(act_each=None, cameras={})
+    server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def flood_and_interrupt() -> None:
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(HANDSHAKE)
+            assert client.recv(12) == b"HTTP/1.1 101"
+            client.settimeout(1)
+            # The answers have filled all buffers and the server reads no more, or it has dropped the connection.
+            with pytest.raises((TimeoutError, ConnectionError)):
+                while True:
+                    client.sendall(BAD_FRAMES)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended.wait(60)
+
+    async def both() -> None:
+        flood = asyncio.create_task(asyncio.to_thread(flood_and_interrupt))
+        await server.serve(listener)
+        ended.set()
+        await flood
+
+    ended = threading.Event()
+    with caplog.at_level(logging.CRITICAL):
+        asyncio.run(asyncio.wait_for(both(), 40))
+
+
 def test_an_error_of_the_server_itself_ends_one_connection(caplog):
     def check(observation: Any) -> None:
         raise KeyError("a mistake in the server")
 
-    policy: Any = SimpleNamespace(act=None, cameras={}, check=check)
+    policy: Any = SimpleNamespace(act_each=None, cameras={}, check=check)
     server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"ws://127.0.0.1:{listener.getsockname()[1]}"

@@ -115,6 +115,16 @@ class LoadedPolicy:
             ValueError: if an observation does not fit, see :meth:`check`.
             RuntimeError: if the policy's actions are not finite.
         """
+        answers = self.act_each(observations, noise)
+        for answer in answers:
+            if isinstance(answer, RuntimeError):
+                raise answer
+        return [answer for answer in answers if isinstance(answer, np.ndarray)]
+
+    def act_each(
+        self, observations: Sequence[Mapping[str, Any]], noise: Sequence[np.ndarray]
+    ) -> list[np.ndarray | RuntimeError]:
+        """What :meth:`act` returns, or would raise, for each observation by itself."""
         import torch
 
         assert observations and len(observations) == len(noise), (len(observations), len(noise))
@@ -127,9 +137,8 @@ class LoadedPolicy:
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16) if bfloat16 else nullcontext():
             normalized = self._policy.sample_actions(batch, torch.from_numpy(np.stack(noise)).to(self.device))
         actions = self._processors.physical(normalized[..., : self.action_dim].float().cpu().numpy(), states)
-        if not np.isfinite(actions).all():
-            raise RuntimeError("the policy's actions are not finite: are its weights damaged, or the state far off?")
-        return list(actions)
+        failed = RuntimeError("the policy's actions are not finite: are its weights damaged, or the state far off?")
+        return [chunk if np.isfinite(chunk).all() else failed for chunk in actions]
 
     def _renamed(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         return {self._processors.renamed.get(key, key): value for key, value in observation.items()}

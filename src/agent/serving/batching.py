@@ -15,7 +15,7 @@ import numpy as np
 from agent.serving.latency import Latencies
 
 log = logging.getLogger(__name__)
-Act = Callable[[Sequence[dict[str, Any]], Sequence[np.ndarray]], list[np.ndarray]]
+Act = Callable[[Sequence[dict[str, Any]], Sequence[np.ndarray]], Sequence[np.ndarray | Exception]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Batcher:
     all once every client has a request in it, so that a single client never waits.
 
     Args:
-        act: the policy, see ``LoadedPolicy.act``.
+        act: the policy, see ``LoadedPolicy.act_each``.
         clients: how many clients there are now.
         latencies: counts batches.
         max_batch: most requests of a batch.
@@ -118,11 +118,11 @@ class Batcher:
             waiting.answer.set_result(None)
         return not waiting.answer.done()
 
-    def _one_by_one_if_need_be(self, batch: list[_Waiting]) -> list[np.ndarray | Exception]:
-        """In the thread: the actions for each; what fails together is tried alone, so that one cannot fail another."""
+    def _one_by_one_if_need_be(self, batch: list[_Waiting]) -> Sequence[np.ndarray | Exception]:
+        """In the thread: the actions for each; what raises together is tried alone, so that one cannot fail another."""
         try:
-            return list(self._act([w.observation for w in batch], [w.noise for w in batch]))
-        except Exception as error:  # the client gets it, and the log
+            return self._act([w.observation for w in batch], [w.noise for w in batch])
+        except Exception as error:  # the clients get it, and the log
             log.exception("the policy failed on a batch of %d", len(batch))
             if len(batch) == 1:
                 return [error]

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _STOPPING = 1001, "the server is stopping"
 _LONGEST = 2000  # characters of a refusal
 _PATIENCE_S = 60.0  # with the requests under way at the end
+_TAKING_S = 30.0  # a client may take for reading what it is sent
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,10 @@ class Server:
         self._latencies = Latencies()
         self._connections: set[websocket_server.ServerConnection] = set()
         self._at_work: set[websocket_server.ServerConnection] = set()
+        self._complained: set[tuple[websocket_server.ServerConnection, str]] = set()
         self._stopping = False
         self._batcher = Batcher(
-            policy.act, lambda: len(self._connections), self._latencies, limits.max_batch, limits.window_ms / 1000
+            policy.act_each, lambda: len(self._connections), self._latencies, limits.max_batch, limits.window_ms / 1000
         )
 
     async def serve(self, listener: socket.socket) -> None:
@@ -121,6 +123,8 @@ class Server:
             await asyncio.wait_for(server.wait_closed(), _PATIENCE_S)
         except TimeoutError:
             log.warning("gave up on %d requests after %.0f s", len(self._at_work), _PATIENCE_S)
+            for connection in self._connections:
+                connection.transport.abort()
         log.info("stopped")
 
     def _admit(self, connection: websocket_server.ServerConnection, request: Request) -> Response | None:
@@ -144,7 +148,7 @@ class Server:
         self._connections.add(connection)
         log.info("%s: connected, clients: %d", _name(connection), len(self._connections))
         try:
-            await connection.send(self._greeting)
+            await self._send(connection, self._greeting)
             await self._conversation(connection)
         except ConnectionClosed as closed:
             log.info("%s: gone, %s", _name(connection), closed)
@@ -154,10 +158,11 @@ class Server:
         finally:
             self._connections.discard(connection)
             self._at_work.discard(connection)
+            self._complained -= {(connection, "refused"), (connection, "failed")}
 
     async def _conversation(self, connection: websocket_server.ServerConnection) -> None:
         seed = self._seed if self._seed is not None else secrets.randbits(63)
-        number, before_ms, complained = 0, None, False
+        number, before_ms = 0, None
         while not self._stopping:
             frame = await connection.recv()
             self._at_work.add(connection)
@@ -168,9 +173,8 @@ class Server:
                 self._latencies.refused += 1
                 said = str(error)
                 said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]} …"  # a key can be as long as a message
-                log.log(logging.DEBUG if complained else logging.WARNING, "%s: refused: %s", _name(connection), said)
-                complained = True  # a client that repeats it at 30 Hz need not fill the log
-                await connection.send(f"refused: {said}")
+                self._complain(connection, "refused", said)
+                await self._send(connection, f"refused: {said}")
             else:
                 noise = self._policy.noise(seed, "serve", number)
                 number += 1
@@ -194,19 +198,42 @@ class Server:
         """Sends the actions; returns how long all of it took, in milliseconds."""
         try:
             answer = await self._batcher.infer(observation, noise, lambda: connection.state is not State.OPEN)
-        except Exception as error:  # the batcher has logged it; the server goes on
+        except Exception as error:  # the server goes on
             self._latencies.failed += 1
-            await connection.send(f"the server failed on this request: {type(error).__name__}: {error}")
+            said = f"{type(error).__name__}: {error}"
+            self._complain(connection, "failed", said)
+            await self._send(connection, f"the server failed on this request: {said}")
             return None
         if answer is None:
             return None  # the next look at the connection finds it closed
         timing = {"infer_ms": answer.infer_ms, "queue_ms": answer.queue_ms, "batch_size": answer.batch_size}
         if before_ms is not None:
             timing["prev_total_ms"] = before_ms
-        await connection.send(wire.pack({"actions": answer.actions, "server_timing": timing}))
+        await self._send(connection, wire.pack({"actions": answer.actions, "server_timing": timing}))
         total_ms = (time.monotonic() - start) * 1000
         self._latencies.answered(total_ms, answer.queue_ms)
         return total_ms
+
+    def _complain(self, connection: websocket_server.ServerConnection, outcome: str, why: str) -> None:
+        """Logs the first such request of a connection: a client that repeats it at 30 Hz need not fill the log."""
+        level = logging.DEBUG if (connection, outcome) in self._complained else logging.WARNING
+        self._complained.add((connection, outcome))
+        log.log(level, "%s: %s: %s", _name(connection), outcome, why)
+
+    async def _send(self, connection: websocket_server.ServerConnection, message: str | bytes) -> None:
+        """Sends; who takes nothing for long is dropped, for a ping or a close would wait behind what it does not read.
+
+        Raises:
+            ConnectionClosed: if the client has gone, or is dropped.
+        """
+        try:
+            async with asyncio.timeout(_TAKING_S):
+                await connection.send(message)
+        except TimeoutError:
+            log.warning("%s: dropped, it has read nothing for %.0f s", _name(connection), _TAKING_S)
+            connection.transport.abort()
+            await connection.wait_closed()
+            raise connection.protocol.close_exc from None
 
     async def _report(self) -> None:
         while True:
