@@ -39,7 +39,7 @@ class InstructionTokens:
         text = task if task.endswith("\n") or not self._processors.newline else task + "\n"
         ids, most = self._tokenizer(text)["input_ids"], self._processors.max_tokens
         if len(ids) > most:
-            log.warning("instruction %r has %d tokens and is cut at %d", task, len(ids), most)
+            log.warning("instruction %.200r has %d tokens and is cut at %d", task, len(ids), most)
             ids = self._tokenizer(text, max_length=most, truncation=True)["input_ids"]
         if ids and max(ids) >= self._vocabulary:  # on a GPU it would end the process
             raise ValueError(

@@ -89,4 +89,5 @@ def channels_first(image: np.ndarray) -> torch.Tensor:
     """(3, H, W) of a picture that has passed the check; one of both shapes at once is (H, W, 3)."""
     import torch
 
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1) if image.shape[2] == 3 else image))
+    # A copy in any case, because torch warns of memory that cannot be written to, such as a client's message.
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1) if image.shape[2] == 3 else image, order="C"))

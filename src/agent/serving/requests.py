@@ -12,6 +12,8 @@ from agent.saved_processors import STATE
 if TYPE_CHECKING:
     from agent.inference import LoadedPolicy
 
+_DEEPEST = 10
+
 
 class Translation:
     """Which key of a request is which of the policy's.
@@ -70,9 +72,11 @@ def _dotted(key: str) -> str:
     return key.replace("/", ".")
 
 
-def _flat(request: Mapping[Any, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(request: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> list[tuple[str, Any]]:
+    if depth > _DEEPEST:  # msgpack goes deeper than Python's stack
+        raise ValueError(f"{prefix:.60}: maps are nested more than {_DEEPEST} deep")
     pairs: list[tuple[str, Any]] = []
     for key, value in request.items():
         name = f"{prefix}{key}"
-        pairs += _flat(value, f"{name}/") if isinstance(value, dict) and value else [(name, value)]
+        pairs += _flat(value, f"{name}/", depth + 1) if isinstance(value, dict) and value else [(name, value)]
     return pairs
