@@ -5,6 +5,7 @@ Run: REQUIRE_SIM=1 uv run --extra sim pytest tests/test_evaluate_sim.py      (a 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from launching import MODEL, REPOSITORY, Workplace
 
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig
-from agent.simulation.evaluation import Request
+from agent.simulation.evaluation import Request, digest_of
 from agent.simulation.rendering import check_not_blank, choose_backend
 from agent.simulation.results import EpisodeResult, ResultsFolder, wilson
 
@@ -197,6 +198,15 @@ def test_evaluates_the_checkpoints_that_eval_cfg_names(run_folder: Path) -> None
     rows = [json.loads(line) for line in (run_folder / "simulation" / "success.jsonl").read_text().splitlines()]
     assert [(row["step"], row["task"], row["episodes"]) for row in rows if row["task"] == REACH][0] == (1, REACH, 1)
     assert {row["step"] for row in rows} == {1, 2}
+    config = run_folder / "config.yaml"
+    written = config.read_text()
+    config.write_text(written.replace("  seed: 1000\n", "  seed: 7\n"))
+    try:
+        process = evaluate("--run", str(run_folder), "--once")
+    finally:
+        config.write_text(written)
+    assert process.returncode == 1 and "step_00000001, step_00000002 could not be evaluated" in process.stderr
+    assert "step_00000001 holds results of another evaluation (seed: 1000 → 7)" in process.stderr
 
 
 def edited(run_folder: Path, tmp_path: Path, change: Any) -> Path:
@@ -466,6 +476,88 @@ def test_a_checkpoint_that_cannot_be_evaluated_is_told_in_the_exit_code(
     (checkpoint / "manifest.json").write_text("{}")
     with pytest.raises(RuntimeError, match="step_00000001 could not be evaluated"):
         watching.watch(tmp_path, [REACH], once=True)
+
+
+def played(out: Path, checkpoint: Path, episodes: int = 1, **settings: Any) -> None:
+    """The results of an evaluation."""
+    folder = ResultsFolder(out, {"checkpoint": digest_of(checkpoint / "pretrained_model"), **settings})
+    for episode in range(episodes):
+        folder.add(EpisodeResult(REACH, episode, 1000 + episode, True, 9, 1.0, 1.0))
+    folder.summarize([REACH], episodes)
+    folder.close()
+
+
+def saved(run: Path, step: int, contents: str = "{}") -> Path:
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    (checkpoint / "pretrained_model").mkdir(parents=True)
+    (checkpoint / "pretrained_model" / "config.json").write_text(contents)
+    (checkpoint / "manifest.json").write_text("{}")
+    return checkpoint
+
+
+def test_knows_what_is_evaluated_already(tmp_path: Path) -> None:
+    checkpoint, out = saved(tmp_path, 4), tmp_path / "simulation" / "step_00000004"
+    played(out, checkpoint, seed=1000, max_steps=STEPS)
+    request = Request((REACH,), episodes=1, max_steps=STEPS)
+    assert watching.is_complete(out, request, checkpoint)
+    for change in ({"seed": 7}, {"max_steps": 13}, {"episodes": 2}, {"tasks": (REACH, BUTTON)}, {"videos": 1}):
+        assert not watching.is_complete(out, replace(request, **change), checkpoint), change
+    (out / "videos").mkdir()
+    (out / "videos" / f"{REACH}_000.mp4").touch()
+    assert watching.is_complete(out, replace(request, videos=1), checkpoint)
+    (checkpoint / "pretrained_model" / "config.json").write_text("[]")  # the run went back and came here again
+    assert not watching.is_complete(out, request, checkpoint)
+
+
+def test_the_curve_is_of_what_eval_cfg_evaluates(tmp_path: Path) -> None:
+    for name, step, seed in (("step_00000004", 4, 1000), ("step_00000004_ema", 5, 1000), ("step_00000006", 6, 7)):
+        played(tmp_path / "simulation" / name, saved(tmp_path, step), seed=seed, max_steps=STEPS)
+    (tmp_path / "simulation" / "step_00000008").mkdir()  # not evaluated to the end
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval_cfg": EVAL_CFG}))
+    with pytest.raises(RuntimeError, match="step_00000005, step_00000006 could not be evaluated"):
+        watching.watch(tmp_path, [REACH], once=True)  # nothing is new
+    (line,) = (tmp_path / "simulation" / "success.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 4
+
+
+def test_a_run_that_trains_again_is_watched_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second attempt starts finds the first one's process at work, and leaves."""
+
+    def say(state: str) -> None:
+        (tmp_path / "status.json").write_text(json.dumps({"state": state, "updated": time.time()}))
+
+    def fake_evaluate(checkpoint: str, request: Request, out: Any, **_: Any) -> dict[str, Any]:
+        evaluated.append(Path(checkpoint).name)
+        if len(evaluated) == 1:  # during which the run is requeued and goes on
+            say("running")
+            saved(tmp_path, 8)
+        else:
+            say("finished")
+        played(out(Path(checkpoint)), Path(checkpoint), seed=1000, max_steps=STEPS)
+        return json.loads((out(Path(checkpoint)) / "results.json").read_text())
+
+    evaluated: list[str] = []
+    monkeypatch.setattr(watching, "evaluate", fake_evaluate)
+    monkeypatch.setattr(watching, "POLL_S", 0.0)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval_cfg": EVAL_CFG}))
+    say("preempted")
+    saved(tmp_path, 4)
+    watching.watch(tmp_path, [REACH], once=False)
+    assert evaluated == ["step_00000004", "step_00000008"]
+
+
+def test_where_files_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    ResultsFolder(tmp_path / "out", {"checkpoint": "a"}).close()
+    assert f"{tmp_path / 'out'} cannot be locked" in caplog.text
+    (tmp_path / ".lock").touch()
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "updated": time.time() - 7200}))
+    assert not watching.is_training(tmp_path)
 
 
 def test_chooses_checkpoints(tmp_path: Path) -> None:

@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name, if not the checkpoint's own")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it says what accelerators it lacks
     try:
         if bool(options.checkpoint) == bool(options.run):
             raise ValueError("name what to evaluate: --checkpoint DIR, or --run DIR")

@@ -53,6 +53,10 @@ class Request:
                 "demonstrations were recorded; write a lower one"
             )
 
+    def video(self, task: str, episode: int, out: Path) -> Path | None:
+        """The film of an episode in a folder of results; None if none is wanted."""
+        return out / "videos" / f"{task}_{episode:03d}.mp4" if episode < self.videos else None
+
 
 def digest_of(pretrained: Path) -> str:
     """A fingerprint of weights, config and processors of a ``pretrained_model``."""
@@ -114,10 +118,8 @@ def play_missing(request: Request, results: ResultsFolder, actor: Actor, height:
     from agent.simulation.environment import PlainMetaworldEnv
 
     def video_of(task: str, episode: int) -> Path | None:
-        if episode >= request.videos:
-            return None
-        path = results.path / "videos" / f"{task}_{episode:03d}.mp4"
-        return None if path.is_file() and (task, episode) in results.done else path
+        path = request.video(task, episode, results.path)
+        return None if path is None or (path.is_file() and (task, episode) in results.done) else path
 
     for task in request.tasks:
         plan = [(episode, video_of(task, episode)) for episode in range(request.episodes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from agent.run_folder import write_atomically
 
+log = logging.getLogger(__name__)
 EPISODES, SETTINGS, SUMMARY = "episodes.jsonl", "settings.json", "results.json"
 Z95 = 1.959963984540054
 """The 97.5% quantile of the normal distribution."""
@@ -43,6 +45,23 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def lock(path: Path, held: str) -> int:
+    """Locks a file until the handle that is returned is closed, or the process ends.
+
+    Raises:
+        ValueError: ``held``, if another process has locked it.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(held) from None
+    except OSError as error:  # Lustre without its flock option, for instance
+        log.warning("%s cannot be locked (%s): make sure that no second evaluation writes there", path.parent, error)
+    return handle
+
+
 class ResultsFolder:
     """The results of one checkpoint under one set of settings; an evaluation that was stopped continues from it.
 
@@ -57,12 +76,9 @@ class ResultsFolder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ValueError(f"--out: another evaluation is writing to {path}; wait for it or name another") from None
+        self._lock = lock(
+            path / ".lock", f"--out: another evaluation is writing to {path}; wait for it or name another"
+        )
         self.done: dict[tuple[str, int], EpisodeResult] = {}
         try:
             self._check_settings()
@@ -109,10 +125,9 @@ class ResultsFolder:
 
     def add(self, result: EpisodeResult) -> None:
         """Keeps a result, on the disk when this returns."""
-        known = self.done.get((result.task, result.episode))
-        self.done[result.task, result.episode] = result
-        if known is not None:  # done once more for its video
+        if (result.task, result.episode) in self.done:  # done once more for its video
             return
+        self.done[result.task, result.episode] = result
         with open(self.path / EPISODES, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(result)) + "\n")
             stream.flush()

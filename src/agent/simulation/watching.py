@@ -16,13 +16,14 @@ import yaml
 
 from agent.run_folder import write_atomically
 from agent.simulation.configuration import SimulationConfig
-from agent.simulation.evaluation import Request, evaluate
-from agent.simulation.results import SUMMARY, table
+from agent.simulation.evaluation import Request, digest_of, evaluate
+from agent.simulation.results import SUMMARY, lock, table
 
 log = logging.getLogger(__name__)
 POLL_S = 20.0
 SILENCE_S = 600.0
 CURVE = "success.jsonl"
+_STEP = re.compile(r"step_(\d+)")
 
 
 def watch(
@@ -45,12 +46,7 @@ def watch(
     request.check(known)
     folder = run_dir / "simulation"
     folder.mkdir(exist_ok=True)
-    lock = os.open(folder / ".watch.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"--run: another process evaluates {run_dir} already") from None
+    handle = lock(folder / ".watch.lock", f"--run: another process evaluates {run_dir} already")
     done: set[Path] = set()
     failed: set[Path] = set()
     try:
@@ -61,11 +57,13 @@ def watch(
                 if checkpoint not in done | failed:
                     fine = _evaluate(checkpoint, request, folder / checkpoint.name, device, tokenizer)
                     (done if fine else failed).add(checkpoint)
-            if not going_on:
+            # Asked again: a run that was preempted may train by now, and what it started has found this process at work.
+            if once or not (going_on or is_training(run_dir)):
                 break
             time.sleep(POLL_S)
     finally:
-        os.close(lock)
+        os.close(handle)
+    write_curve(folder, request)  # what was there already may not be in it
     log.info("%d checkpoints are evaluated: %s", len(done), folder / CURVE)
     if not done | failed:
         log.warning("%s has no complete checkpoint to evaluate", run_dir)
@@ -96,7 +94,7 @@ def chosen(run_dir: Path, every: int, last: bool) -> list[Path]:
     steps = {
         int(match[1]): path
         for path in (run_dir / "checkpoints").glob("step_*")
-        if (match := re.fullmatch(r"step_(\d+)", path.name)) and (path / "manifest.json").is_file()
+        if (match := _STEP.fullmatch(path.name)) and (path / "manifest.json").is_file()
     }
     wanted = {step for step in steps if step % every == 0} | ({max(steps)} if steps and last else set())
     return [steps[step] for step in sorted(wanted)]
@@ -117,44 +115,61 @@ def is_training(run_dir: Path) -> bool:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except FileNotFoundError:  # a copy of the folder
+    except OSError:  # a copy of the folder, which has none; or locks do not work there
         return False
     return False
 
 
 def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None, tokenizer: str | None) -> bool:
     """Whether it worked; one that does not is no reason to give up the others."""
-    if is_complete(out, request):
-        return True
-    log.info("evaluating %s", checkpoint)
     try:
+        if is_complete(out, request, checkpoint):
+            return True
+        log.info("evaluating %s", checkpoint)
         summary = evaluate(str(checkpoint), request, lambda _: out, device=device, tokenizer=tokenizer)
     except (ValueError, OSError, RuntimeError) as error:
         gone = " It was removed meanwhile: raise keep_checkpoints." if not checkpoint.exists() else ""
         log.error("%s could not be evaluated: %s%s", checkpoint, error, gone)
         return False
     print(f"{checkpoint}\n{table(summary)}", flush=True)
-    write_curve(out.parent)
+    write_curve(out.parent, request)
     return True
 
 
-def is_complete(out: Path, request: Request) -> bool:
-    """Whether ``results.json`` covers the request."""
+def is_complete(out: Path, request: Request, checkpoint: Path) -> bool:
+    """Whether the results cover the request, and are of this checkpoint: a run that went back has saved another one."""
     try:
-        rows = {row["task"]: row["episodes"] for row in _rows(out / SUMMARY)}
-    except (OSError, ValueError):
+        summary = _summary(out)
+    except (FileNotFoundError, ValueError):
         return False
-    return all(rows.get(task, 0) >= request.episodes for task in request.tasks)
+    done = {row["task"]: row["episodes"] for row in summary["tasks"]}
+    videos = [request.video(task, episode, out) for task in request.tasks for episode in range(request.episodes)]
+    return (
+        all(done.get(task, 0) >= request.episodes for task in request.tasks)
+        and all(path is None or path.is_file() for path in videos)
+        and _is_like(summary, request)
+        and summary["settings"]["checkpoint"] == digest_of(checkpoint / "pretrained_model")
+    )
 
 
-def write_curve(folder: Path) -> None:
-    """``success.jsonl``: a line per checkpoint and task, by update."""
+def write_curve(folder: Path, request: Request) -> None:
+    """``success.jsonl``: a line per checkpoint and task, by update, of what was played like this.
+
+    Averaged weights, ``step_…_ema``, are not in it.
+    """
     lines = []
-    for path in sorted(folder.glob(f"step_*/{SUMMARY}")):
-        step = int(path.parent.name.removeprefix("step_"))
-        lines += [json.dumps({"step": step, **row}) for row in _rows(path)]
+    for out in sorted(folder.glob("step_*")):
+        if (match := _STEP.fullmatch(out.name)) is None or not (out / SUMMARY).is_file():
+            continue
+        summary = _summary(out)
+        if _is_like(summary, request):
+            lines += [json.dumps({"step": int(match[1]), **row}) for row in summary["tasks"]]
     write_atomically(folder / CURVE, "".join(f"{line}\n" for line in lines))
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["tasks"]
+def _is_like(summary: dict[str, Any], request: Request) -> bool:
+    return all(summary["settings"][key] == getattr(request, key) for key in ("seed", "max_steps"))
+
+
+def _summary(out: Path) -> dict[str, Any]:
+    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
