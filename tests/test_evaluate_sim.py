@@ -26,7 +26,7 @@ import yaml
 from launching import MODEL, REPOSITORY, Workplace
 
 from agent.simulation import starting, watching
-from agent.simulation.configuration import SimulationConfig
+from agent.simulation.configuration import SimulationConfig, known_tasks
 from agent.simulation.evaluation import Request, digest_of
 from agent.simulation.rendering import check_not_blank, choose_backend
 from agent.simulation.results import EpisodeResult, ResultsFolder, wilson
@@ -295,6 +295,13 @@ def test_two_environments_at_once_show_what_each_shows_alone() -> None:
 
 
 @needs_sim
+def test_the_tasks_are_known_without_the_simulator() -> None:
+    from agent.simulation.environment import TASK_DESCRIPTIONS
+
+    assert known_tasks() == list(TASK_DESCRIPTIONS)
+
+
+@needs_sim
 def test_lerobot_knows_the_environment() -> None:
     from lerobot.envs.factory import make_env
 
@@ -393,6 +400,9 @@ def test_the_summary_keeps_what_was_done_before(tmp_path: Path) -> None:
         ({"tasks": []}, "eval_cfg.tasks is empty"),
         ({"episodes": 0}, "eval_cfg.episodes must be at least 1"),
         ({"max_steps": 501}, "eval_cfg.max_steps must be 1 to 500"),
+        ({"tasks": ["reech-v3"]}, "eval_cfg.tasks: Meta-World has no task 'reech-v3'; the nearest name is reach-v3"),
+        ({"tasks": [REACH, REACH]}, "eval_cfg.tasks names a task twice; raise eval_cfg.episodes instead"),
+        ({"seed": 99_990, "episodes": 11}, "eval_cfg.seed 99990 with 11 episodes reaches 100000"),
         (
             {"every": 7},
             "eval_cfg.every: 7 is not a multiple of save_model_freq (4), so that there is no checkpoint; write 4 or 8",

@@ -2,8 +2,50 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Literal
+
+MOST_STEPS = 500  # Meta-World ends an episode there
+DEMONSTRATION_SEEDS = 100_000
+"""Environment seeds from here on are those of the demonstrations: evaluation stays below."""
+
+
+def known_tasks() -> list[str]:
+    """Meta-World's tasks, from the list in LeRobot, whose module would import the simulator."""
+    lerobot = find_spec("lerobot")
+    assert lerobot is not None and lerobot.origin is not None
+    file = Path(lerobot.origin).parent / "envs" / "metaworld_config.json"
+    return list(json.loads(file.read_text(encoding="utf-8"))["TASK_DESCRIPTIONS"])
+
+
+def check_episodes(option: str, tasks: Sequence[str], episodes: int, seed: int, known: Sequence[str]) -> None:
+    """Whether these episodes can be played.
+
+    Args:
+        option: what comes before the name of a setting in a message.
+        tasks, episodes, seed: what is asked for.
+        known: Meta-World's tasks.
+
+    Raises:
+        ValueError: if not, with what to write instead.
+    """
+    for task in tasks:
+        if task not in known:
+            near = difflib.get_close_matches(task, known, n=1, cutoff=0.3)
+            hint = f"; the nearest name is {near[0]}" if near else ""
+            raise ValueError(f"{option}tasks: Meta-World has no task {task!r}{hint}")
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"{option}tasks names a task twice; raise {option}episodes instead")
+    if seed + episodes > DEMONSTRATION_SEEDS:
+        raise ValueError(
+            f"{option}seed {seed} with {episodes} episodes reaches {DEMONSTRATION_SEEDS}, from where on the "
+            "demonstrations were recorded; write a lower one"
+        )
 
 
 @dataclass
@@ -18,7 +60,7 @@ class SimulationConfig:
     """Updates between the checkpoints that are evaluated, a multiple of `save_model_freq`; the last one always is."""
     seed: int = 1000
     """Of the noise; episode e starts from seed + e."""
-    max_steps: int = 500
+    max_steps: int = MOST_STEPS
     """Steps of an episode that does not succeed."""
     videos: int = 0
     """Episodes per task that are filmed."""
@@ -34,8 +76,11 @@ class SimulationConfig:
         for key, least in (("episodes", 1), ("every", 1), ("seed", 0), ("videos", 0)):
             if getattr(self, key) < least:
                 raise ValueError(f"eval_cfg.{key} must be at least {least}, got {getattr(self, key)}")
-        if not 1 <= self.max_steps <= 500:
-            raise ValueError(f"eval_cfg.max_steps must be 1 to 500, where Meta-World ends, got {self.max_steps}")
+        if not 1 <= self.max_steps <= MOST_STEPS:
+            raise ValueError(
+                f"eval_cfg.max_steps must be 1 to {MOST_STEPS}, where Meta-World ends, got {self.max_steps}"
+            )
+        check_episodes("eval_cfg.", self.tasks, self.episodes, self.seed, known_tasks())
 
     def check(self, save_model_freq: int) -> None:
         """Raises ValueError if there will be no checkpoint to evaluate."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import logging
 from collections.abc import Callable, Sequence
@@ -10,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.simulation.configuration import MOST_STEPS, check_episodes
 from agent.simulation.results import ResultsFolder
-from agent.simulation.rollout import DEMONSTRATION_SEEDS, MOST_STEPS, Actor, PolicyActor, check_policy, play
+from agent.simulation.rollout import Actor, PolicyActor, check_policy, play
 from agent.simulation.video import write_video
 
 log = logging.getLogger(__name__)
@@ -33,13 +33,6 @@ class Request:
         """Raises ValueError for what cannot be played; ``known`` are Meta-World's tasks."""
         if not self.tasks:
             raise ValueError("--tasks names no task; write for example --tasks reach-v3,push-v3")
-        for task in self.tasks:
-            if task not in known:
-                near = difflib.get_close_matches(task, known, n=1, cutoff=0.3)
-                hint = f"; the nearest name is {near[0]}" if near else ""
-                raise ValueError(f"--tasks: Meta-World has no task {task!r}{hint}")
-        if len(set(self.tasks)) < len(self.tasks):
-            raise ValueError("--tasks names a task twice; raise --episodes instead")
         if self.episodes < 1 or self.videos < 0 or self.seed < 0:
             raise ValueError(
                 f"--episodes must be at least 1 (is {self.episodes}), --videos and --seed at least 0 (are {self.videos} "
@@ -47,11 +40,7 @@ class Request:
             )
         if not 1 <= self.max_steps <= MOST_STEPS:
             raise ValueError(f"--max_steps must be 1 to {MOST_STEPS}, where Meta-World ends, not {self.max_steps}")
-        if self.seed + self.episodes > DEMONSTRATION_SEEDS:
-            raise ValueError(
-                f"--seed {self.seed} with {self.episodes} episodes reaches {DEMONSTRATION_SEEDS}, from where on the "
-                "demonstrations were recorded; write a lower one"
-            )
+        check_episodes("--", self.tasks, self.episodes, self.seed, known)
 
     def video(self, task: str, episode: int, out: Path) -> Path | None:
         """The film of an episode in a folder of results; None if none is wanted."""

@@ -13,9 +13,6 @@ from agent.simulation.results import EpisodeResult
 
 CAMERA, STATE = "observation.image", "observation.state"
 STATE_DIM, ACTION_DIM = 4, 4
-MOST_STEPS = 500  # Meta-World ends an episode there
-DEMONSTRATION_SEEDS = 100_000
-"""Environment seeds from here on are those of the demonstrations: evaluation stays below."""
 
 
 class Actor(Protocol):
