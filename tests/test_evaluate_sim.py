@@ -452,19 +452,25 @@ def test_a_start_that_fails_does_not_stop_the_training(
 
 def test_the_script_evaluates_a_run(tmp_path: Path) -> None:
     uv = tmp_path / "uv"
-    uv.write_text('#!/bin/bash\necho "$UV_PROJECT_ENVIRONMENT|$MUJOCO_GL|$*"\n')
-    uv.chmod(0o755)
+    uv.write_text('#!/bin/bash\necho "$UV_PROJECT_ENVIRONMENT|$MUJOCO_GL|${CUDA_VISIBLE_DEVICES-unset}|$*"\n')
+    (tmp_path / "scontrol").write_text('#!/bin/bash\necho "JobId=4 TRES=cpu=2 $FAKE_TRES"\n')
+    for file in ("uv", "scontrol"):
+        (tmp_path / file).chmod(0o755)
     script = REPOSITORY / "slurms" / "eval_scripts" / "pi0_metaworld.sh"
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "VLA_LOG_DIR": "/logs"}
 
-    def said(*arguments: str) -> str:
+    def said(*arguments: str, **more: str) -> str:
         command = ["bash", str(script), *arguments]
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, env=environment | more, cwd=tmp_path, capture_output=True, text=True, check=True)
         return done.stdout.splitlines()[-1]
 
     module = "run --extra sim python -m agent.evaluate_sim --run"
-    assert said() == f"{REPOSITORY}/.venv-sim|egl|{module} /logs/pi0_metaworld"
-    assert said("/logs/mine", "--once") == f"{REPOSITORY}/.venv-sim|egl|{module} /logs/mine --once"
+    assert said() == f"{REPOSITORY}/.venv-sim|egl|unset|{module} /logs/pi0_metaworld"
+    assert said("/logs/mine", "--once") == f"{REPOSITORY}/.venv-sim|egl|unset|{module} /logs/mine --once"
+    assert "|egl|1|" in said(CUDA_VISIBLE_DEVICES="1")
+    job = {"SLURM_JOB_ID": "4", "CUDA_VISIBLE_DEVICES": "0,1"}  # as a training that submits it has them
+    assert "|egl||" in said(**job)
+    assert "|egl|0,1|" in said(**job, FAKE_TRES="TresPerNode=gres:gpu:1")
 
 
 def test_a_run_without_eval_cfg_is_refused(tmp_path: Path) -> None:

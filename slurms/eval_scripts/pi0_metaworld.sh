@@ -28,6 +28,9 @@ source "$root/slurms/common.sh" || {
 run_folder=${1:-$VLA_LOG_DIR/pi0_metaworld}
 shift $(($# > 0))
 choose_launcher
+# A job that asked for no GPU uses none: on a node that does not hide them they are others', and a job that a training
+# submits has even the variable of the training.
+[[ -z "${SLURM_JOB_ID:-}" ]] || asked_for_gpus || export CUDA_VISIBLE_DEVICES=""
 export MUJOCO_GL="${MUJOCO_GL:-egl}"
 export UV_PROJECT_ENVIRONMENT="${VLA_SIM_ENVIRONMENT:-$repository/.venv-sim}"
 say "job ${SLURM_JOB_ID:-none} on $HOSTNAME evaluates $run_folder"
