@@ -25,6 +25,7 @@ import pytest
 import yaml
 from launching import MODEL, REPOSITORY, Workplace
 
+from agent.export_source import statistics_of
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig, known_tasks
 from agent.simulation.evaluation import Request, digest_of
@@ -233,6 +234,23 @@ def test_refuses_a_policy_that_sees_something_else(run_folder: Path, tmp_path: P
 
 
 @needs_sim
+def test_a_policy_of_several_robots_acts_on_the_one_that_is_named(run_folder: Path, tmp_path: Path) -> None:
+    policy = edited(run_folder, tmp_path, lambda config: None)
+    own = {
+        feature: {name: values.tolist() for name, values in entry.items()}
+        for feature, entry in (statistics_of(policy) or {}).items()
+    }
+    robots = {name: {"statistics": own, "action_names": None} for name in ("lab/arm", "lab/sawyer")}
+    (policy / "robots.json").write_text(json.dumps({"processors_are_of": "lab/arm", "robots": robots}))
+    command = ["--checkpoint", str(policy), "--tasks", REACH, "--episodes", "1", "--max_steps", "2"]
+    process = evaluate(*command, "--out", str(tmp_path / "out"), "--statistics", "lab/sawyer")
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["statistics"] == "lab/sawyer"
+    process = evaluate(*command, "--out", str(tmp_path / "out"))
+    assert process.returncode == 2 and "(statistics: lab/sawyer → lab/arm)" in process.stderr
+
+
+@needs_sim
 @pytest.mark.parametrize(
     ("file", "said"),
     [("policy_preprocessor.json", "policy_preprocessor.json"), ("model.safetensors", "model.safetensors")],
@@ -337,6 +355,10 @@ def test_answers_at_once_what_it_is_to_do() -> None:
     [
         (["--run", "runs/x", "--episodes", "20"], "--episodes: with --run, runs/x/config.yaml says this in eval_cfg"),
         (["--run", "runs/x", "--tasks", REACH, "--out", "o"], "--tasks, --out: with --run, "),
+        (
+            ["--run", "runs/x", "--statistics", "arm"],
+            "--statistics: with --run, a policy acts on its run's data.train.deploy",
+        ),
         (["--checkpoint", "runs/x", "--tasks", REACH, "--once"], "--once has no effect with --checkpoint"),
     ],
 )

@@ -71,7 +71,8 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     def out(pretrained: Path) -> Path:
         return Path(options.out).expanduser() if options.out else default_out(pretrained)
 
-    summary = evaluate(options.checkpoint, request, out, device=options.device, tokenizer=options.tokenizer)
+    parts = {key: getattr(options, key) for key in ("device", "tokenizer", "statistics")}
+    summary = evaluate(options.checkpoint, request, out, **parts)
     print(table(summary))
 
 
@@ -79,6 +80,11 @@ def _check_company(options: argparse.Namespace) -> None:
     """Refuses options that would have no effect."""
     if options.checkpoint and options.once:
         raise ValueError("--once has no effect with --checkpoint; leave it out")
+    if options.run and options.statistics:
+        raise ValueError(
+            "--statistics: with --run, a policy acts on its run's data.train.deploy; leave it out, or evaluate single "
+            "checkpoints with --checkpoint"
+        )
     given = [f"--{key}" for key in _OF_EVAL_CFG if options.run and getattr(options, key) is not None]
     if given:
         raise ValueError(
@@ -103,6 +109,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--device", help="cpu or cuda; default: the GPU if there is one")
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub name, if not the checkpoint's own")
+    parser.add_argument("--statistics", metavar="NAME", help="of a policy of several robots: the one to act on")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("OpenGL").setLevel(logging.WARNING)  # it says what accelerators it lacks

@@ -64,6 +64,7 @@ def evaluate(
     *,
     device: str | None = None,
     tokenizer: str | None = None,
+    statistics: str | None = None,
 ) -> dict[str, Any]:
     """Plays what is missing and returns the summary, which ``results.json`` holds as well.
 
@@ -73,6 +74,7 @@ def evaluate(
         out: ``pretrained_model`` → folder of the results.
         device: ``cpu`` or ``cuda``; by default the GPU if there is one.
         tokenizer: another one than the checkpoint names.
+        statistics: of a policy of several robots, the one that Meta-World's is.
 
     Raises:
         ValueError: if the checkpoint does not fit, or the folder holds other results.
@@ -84,7 +86,7 @@ def evaluate(
 
     # The number of threads changes how sums are rounded, and a robot's path after some steps.
     torch.set_num_threads(1)
-    policy = load_policy(checkpoint, device=device, tokenizer=tokenizer)
+    policy = load_policy(checkpoint, device=device, tokenizer=tokenizer, statistics=statistics)
     height, width = check_policy(policy, policy.pretrained)
     settings = {
         "checkpoint": digest_of(policy.pretrained),
@@ -93,6 +95,7 @@ def evaluate(
         "action_steps": policy.action_steps,
         "resolution": [height, width],
         "device": policy.device.type,
+        **({} if policy.robot is None else {"statistics": policy.robot}),
     }
     results = ResultsFolder(out(policy.pretrained), settings)
     try:
