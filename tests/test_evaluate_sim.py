@@ -25,6 +25,7 @@ import pytest
 import yaml
 from launching import MODEL, REPOSITORY, Workplace
 
+from agent import evaluate_sim
 from agent.export_source import statistics_of
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig, known_tasks
@@ -365,6 +366,12 @@ def test_answers_at_once_what_it_is_to_do() -> None:
 def test_refuses_an_option_without_effect(arguments: list[str], said: str) -> None:
     process = evaluate(*arguments, timeout=60)
     assert process.returncode == 2 and said in process.stderr
+
+
+def test_an_interrupt_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(evaluate_sim, "evaluate_sim", lambda options: signal.raise_signal(signal.SIGINT))
+    assert evaluate_sim.main(["--checkpoint", "x", "--tasks", REACH]) == 130
+    assert capsys.readouterr().err == "stopped; the same command plays what is missing\n"
 
 
 def test_finds_blank_images() -> None:

@@ -94,7 +94,7 @@ def _check_company(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 2 for what the user has to put right, 1 if simulation itself failed."""
+    """Exit code 2 for what the user has to put right, 1 if simulation itself failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m agent.evaluate_sim", description=str(__doc__).split("\n")[0])
     parser.add_argument("--checkpoint", metavar="DIR", help="run folder, checkpoint or pretrained_model")
     parser.add_argument("--run", metavar="DIR", help="run folder: evaluate its checkpoints by the config's eval_cfg")
@@ -124,6 +124,9 @@ def main(arguments: list[str]) -> int:
     except (OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command plays what is missing", file=sys.stderr)
+        return 130
     return 0
 
 
