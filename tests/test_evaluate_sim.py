@@ -565,6 +565,15 @@ def test_the_curve_is_of_what_eval_cfg_evaluates(tmp_path: Path) -> None:
     assert json.loads(line)["step"] == 4
 
 
+def test_says_which_checkpoints_it_came_too_late_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"eval_cfg": EVAL_CFG | {"every": 2}}))
+    for step in (4, 9):
+        played(tmp_path / "simulation" / f"step_{step:08d}", saved(tmp_path, step), seed=1000, max_steps=STEPS)
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000004")  # after its evaluation
+    watching.watch(tmp_path, [REACH], once=True)
+    assert "the checkpoints of the updates 2, 6, 8 were removed before they could be evaluated" in caplog.text
+
+
 def test_a_run_that_trains_again_is_watched_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the second attempt starts finds the first one's process at work, and leaves."""
 

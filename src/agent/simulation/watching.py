@@ -65,6 +65,11 @@ def watch(
         os.close(handle)
     write_curve(folder, request)  # what was there already may not be in it
     log.info("%d checkpoints are evaluated: %s", len(done), folder / CURVE)
+    if gone := removed_before(run_dir, config.every):
+        log.warning(
+            "the checkpoints of the updates %s were removed before they could be evaluated: raise keep_checkpoints",
+            ", ".join(map(str, gone)),
+        )
     if not done | failed:
         log.warning("%s has no complete checkpoint to evaluate", run_dir)
     if there := sorted(checkpoint.name for checkpoint in failed if checkpoint.exists()):
@@ -98,6 +103,17 @@ def chosen(run_dir: Path, every: int, last: bool) -> list[Path]:
     }
     wanted = {step for step in steps if step % every == 0} | ({max(steps)} if steps and last else set())
     return [steps[step] for step in sorted(wanted)]
+
+
+def removed_before(run_dir: Path, every: int) -> list[int]:
+    """Updates whose checkpoints were to be evaluated, are not there any more and have left no results."""
+    newest = max((int(path.name.removeprefix("step_")) for path in chosen(run_dir, 1, last=True)), default=0)
+    names = {step: f"step_{step:08d}" for step in range(every, newest, every)}
+    return [
+        step
+        for step, name in names.items()
+        if not (run_dir / "checkpoints" / name).exists() and not (run_dir / "simulation" / name / SUMMARY).is_file()
+    ]
 
 
 def is_training(run_dir: Path) -> bool:
