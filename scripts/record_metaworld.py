@@ -33,7 +33,7 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.simulation.rendering import Camera, choose_backend, settle
+from agent.simulation.rendering import Camera, choose_backend, import_simulator, settle
 
 log = logging.getLogger("record_metaworld")
 
@@ -363,15 +363,14 @@ def main() -> int:
     choose_backend()
     arguments = parse_arguments()
     try:
-        import metaworld  # noqa: F401
-        import mujoco  # noqa: F401
+        import_simulator()
         from lerobot.envs.metaworld import TASK_DESCRIPTIONS
-    except ImportError as error:
+
+        check_arguments(arguments, TASK_DESCRIPTIONS)
+    except ModuleNotFoundError as error:
         print(f"{error}\nInstall the extra: uv run --extra sim python {sys.argv[0]} …", file=sys.stderr)
         print("and the Debian packages named at the top of this file.", file=sys.stderr)
         return 2
-    try:
-        check_arguments(arguments, TASK_DESCRIPTIONS)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

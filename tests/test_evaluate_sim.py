@@ -340,10 +340,25 @@ def test_lerobot_knows_the_environment() -> None:
 
 
 def test_says_how_to_install_the_simulator(tmp_path: Path) -> None:
-    (tmp_path / "metaworld.py").write_text("raise ImportError('no', name='metaworld')")
+    (tmp_path / "metaworld.py").write_text("raise ModuleNotFoundError('no', name='metaworld')")
     process = evaluate("--checkpoint", "x", "--tasks", REACH, PYTHONPATH=str(tmp_path))
     assert process.returncode == 2
     assert "metaworld is not installed" in process.stderr and "uv sync --extra sim" in process.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        "AttributeError(\"'NoneType' object has no attribute 'eglQueryString'\")",
+        "ImportError('Cannot initialize a EGL')",
+    ],
+)
+def test_says_what_a_machine_needs_that_cannot_render(tmp_path: Path, error: str) -> None:
+    """As PyOpenGL and MuJoCo put it, when the library or a device is not there."""
+    (tmp_path / "metaworld.py").write_text(f"raise {error}")
+    process = evaluate("--checkpoint", "x", "--tasks", REACH, PYTHONPATH=str(tmp_path))
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert re.search(r"error: MuJoCo cannot render here \(.*try the other of egl and osmesa.*libegl1", process.stderr)
 
 
 def test_answers_at_once_what_it_is_to_do() -> None:

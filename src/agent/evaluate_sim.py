@@ -41,13 +41,12 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     Raises:
         ValueError: for everything that the user has to put right.
     """
-    from agent.simulation.rendering import choose_backend
+    from agent.simulation.rendering import choose_backend, import_simulator
 
     choose_backend()
     try:
-        import metaworld  # noqa: F401
-        import mujoco  # noqa: F401
-    except ImportError as error:
+        import_simulator()
+    except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; {INSTALL}") from None
     from agent.simulation.environment import TASK_DESCRIPTIONS
     from agent.simulation.evaluation import Request, evaluate

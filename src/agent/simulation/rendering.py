@@ -20,6 +20,29 @@ def choose_backend() -> None:
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 
+def import_simulator() -> None:
+    """Imports Meta-World and MuJoCo, which looks for its renderer then.
+
+    Raises:
+        ModuleNotFoundError: if they are not installed.
+        ValueError: if the machine cannot render like this, with what to try.
+    """
+    try:
+        import metaworld  # noqa: F401
+        import mujoco  # noqa: F401
+    except ModuleNotFoundError:
+        raise
+    except (ImportError, AttributeError, RuntimeError) as error:  # PyOpenGL: 'NoneType' object has no attribute …
+        raise ValueError(f"MuJoCo cannot render here ({error}). {_what_to_try()}") from None
+
+
+def _what_to_try() -> str:
+    return (
+        f"MUJOCO_GL is {os.environ.get('MUJOCO_GL')!r}: try the other of egl and osmesa; on Debian they need the packages "
+        "libegl1 libgl1-mesa-dri libgles2 libosmesa6"
+    )
+
+
 def check_not_blank(image: np.ndarray) -> None:
     """Refuses a picture (H, W, 3) that shows nothing.
 
@@ -28,9 +51,7 @@ def check_not_blank(image: np.ndarray) -> None:
     """
     if image.std() < BLANK_STD:
         raise RuntimeError(
-            f"the renderer gave a blank image (standard deviation {image.std():.1f} grey levels). MUJOCO_GL is "
-            f"{os.environ.get('MUJOCO_GL')!r}: try the other of egl and osmesa; on Debian they need the packages "
-            "libegl1 libgl1-mesa-dri libgles2 libosmesa6"
+            f"the renderer gave a blank image (standard deviation {image.std():.1f} grey levels). {_what_to_try()}"
         )
 
 
