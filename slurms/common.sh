@@ -15,9 +15,23 @@ source ./set_path.sh || exit 2
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
-# What SLURM knows of this job, one KEY=VALUE a line; nothing without SLURM.
+# What SLURM knows of this job, one KEY=VALUE a line; nothing without SLURM. The number of an array's last task is the
+# whole array's too, so that SLURM tells of all of its tasks.
 job_record() {
-    [[ -n "${SLURM_JOB_ID:-}" ]] && scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | tr ' ' '\n'
+    [[ -n "${SLURM_JOB_ID:-}" ]] || return 1
+    scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID " | tr ' ' '\n'
+}
+
+# The name by which SLURM takes orders about this job and no other task of its array. Nothing where there is no going
+# back into a queue: without SLURM, and in an allocation in which somebody works (salloc, srun --pty bash).
+name_in_queue() {
+    local record array task
+    [[ -n "${SLURM_JOB_ID:-}" ]] || return 0
+    record=$(job_record)
+    ! grep -q '^BatchFlag=0$' <<<"$record" || return 0
+    array=$(sed -n 's/^ArrayJobId=//p' <<<"$record")
+    task=$(sed -n 's/^ArrayTaskId=//p' <<<"$record")
+    [[ -n "$array" && -n "$task" ]] && echo "${array}_$task" || echo "$SLURM_JOB_ID"
 }
 
 # Whether this SLURM job asked for GPUs.
@@ -198,10 +212,11 @@ run_training() {
 
 # Reads the outcome and leaves the script. torchrun's exit code is 1 for whatever went wrong, so it does not decide.
 conclude() {
-    local run_exit_code=$1 decision exit_code
+    local run_exit_code=$1 decision exit_code job
     trap '' USR1 TERM HUP INT # there is nothing left to stop
+    job=$(name_in_queue)
     decision=$("${launcher[@]}" uv run --no-sync python -m agent.requeue \
-        "$VLA_STATUS_FILE" "$VLA_ATTEMPT" "$run_exit_code" "${SLURM_JOB_ID:-}")
+        "$VLA_STATUS_FILE" "$VLA_ATTEMPT" "$run_exit_code" "${job:+$SLURM_JOB_ID}")
     exit_code=$?
     rm -f "$VLA_STATUS_FILE" "$VLA_STOP_FILE"
     say "torchrun left with exit code $run_exit_code; ${decision:-fail: the outcome could not be read}"
@@ -210,7 +225,7 @@ conclude() {
             exit "$exit_code"
             ;;
         requeue | hold)
-            put_back "${decision%%:*}"
+            put_back "${decision%%:*}" "$job"
             ;;
         *)
             say "not requeued" >&2
@@ -228,30 +243,30 @@ is_being_ended() {
         ! grep -qE '^(Reason=TimeLimit|PreemptTime=[0-9].*)$' <<<"$record"
 }
 
-# Puts the job back into the queue, where it starts again with the same arguments and continues its run, or stays
-# until somebody releases it. The last thing the script does, since SLURM ends the job as soon as it has accepted.
-# Leaves with 1 where there is no such queue.
+# put_back requeue|hold JOB: puts the job back into the queue, where it starts again with the same arguments and continues
+# its run, or stays until somebody releases it. The last thing the script does, since SLURM ends the job as soon as it
+# has accepted. Leaves with 1 where there is no such queue.
 put_back() {
-    local order=requeue tries
-    if [[ -z "${SLURM_JOB_ID:-}" ]]; then
+    local order=requeue job=$2 tries
+    if [[ -z "$job" ]]; then
         say "to continue, run the same command again: ${same_command}" >&2
         exit 1
     elif is_being_ended; then
-        say "job $SLURM_JOB_ID was cancelled or requeued from outside, and is left to SLURM;" \
+        say "job $job was cancelled or requeued from outside, and is left to SLURM;" \
             "to continue a cancelled one, submit the same command again" >&2
         exit 1
     elif [[ "$1" == hold ]]; then
         order=requeuehold
-        say "job $SLURM_JOB_ID goes on hold: correct the cause, then 'scontrol release $SLURM_JOB_ID' continues it;" \
-            "'scancel $SLURM_JOB_ID' gives it up" >&2
+        say "job $job goes on hold: correct the cause, then 'scontrol release $job' continues it;" \
+            "'scancel $job' gives it up" >&2
     else
-        say "job $SLURM_JOB_ID goes back into the queue"
+        say "job $job goes back into the queue"
     fi
     for ((tries = 0; tries < 3; tries++)); do
         ((tries == 0)) || sleep "${VLA_REQUEUE_PAUSE:-10}" # a controller that is just restarting
-        ! scontrol "$order" "$SLURM_JOB_ID" || exit 1
+        ! scontrol "$order" "$job" || exit 1
     done
-    say "SLURM did not take job $SLURM_JOB_ID back; to continue, submit the same command again" >&2
+    say "SLURM did not take job $job back; to continue, submit the same command again" >&2
     exit 1
 }
 

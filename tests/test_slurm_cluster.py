@@ -281,6 +281,25 @@ def test_config_error_ends_the_job_at_once(cluster: Cluster) -> None:
     assert "fail: the configuration has to be corrected first: because" in cluster.log("mistake")
 
 
+def test_each_task_of_an_array_is_requeued_by_itself(cluster: Cluster) -> None:
+    # One at a time, so that the last one, whose number is the array's, ends while the others wait to start again.
+    options = ("--job-name=array", "--array=1-3%1", "--output=log/slurm/train/%x_%a.out", "--error=/dev/null")
+    number = cluster.submit("pi0_demo", options=options, OUTCOMES="preempted finished crash")
+    for task in (1, 2, 3):
+        job = cluster.wait(f"{number}_{task}")
+        assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1")
+        assert f"job {number}_{task} goes back into the queue" in cluster.log(f"array_{task}")
+
+
+def test_an_allocation_is_left_as_it_is(cluster: Cluster) -> None:
+    script = "bash slurms/train_scripts/pi0_demo.sh"
+    command = ("salloc", "--quiet", "--ntasks=1", "bash", "-c", f"{script} || {script} || {script} || echo still here")
+    text = cluster.command(*command, OUTCOMES="preempted")
+    assert text.count("run the same command again") == 3
+    assert text.endswith("still here\n")
+    assert not [line for line in ("goes back", "goes on hold", "Only batch jobs") if line in text]
+
+
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "slurms" / "train_scripts").glob("*.sh")))
 def test_header_is_accepted_and_its_gpus_are_used(cluster: Cluster, script: str) -> None:
     number = cluster.submit(script, options=(f"--job-name=header_{script}",), OUTCOMES="finished")

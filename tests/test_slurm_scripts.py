@@ -60,7 +60,9 @@ exit "${FAKE_EXIT:-0}"
     + r"""
 case "$1 $2" in
     "show hostnames") printf 'node7\nnode8\n' ;;
-    "show job") echo "JobId=$4 JobName=gpu TRES=cpu=4 ${FAKE_TRES:-} ${FAKE_JOB:-JobState=RUNNING Reason=None}" ;;
+    "show job")
+        [[ -z "${FAKE_OTHER_TASK:-}" ]] || echo "$FAKE_OTHER_TASK"
+        echo "JobId=$4 JobName=gpu TRES=cpu=4 ${FAKE_TRES:-} ${FAKE_JOB:-JobState=RUNNING Reason=None}" ;;
     requeue*) exit "${FAKE_REQUEUE_EXIT:-0}" ;;
 esac
 """,
@@ -476,6 +478,29 @@ def test_a_cancelled_job_is_not_revived(shell: Shell, job: str, requeued: bool, 
     assert outcome.requeued == (["4711"] if requeued else [])
     assert ("submit the same command again" in outcome.text) is not requeued
     assert outcome.exit_code == 1
+
+
+def test_a_task_of_an_array_is_put_back_alone(shell: Shell) -> None:
+    # The number of an array's last task is the whole array's: SLURM shows all tasks for it, and would requeue them all.
+    others = "JobId=4712 ArrayJobId=4711 ArrayTaskId=1 JobState=PENDING Reason=BeginTime BatchFlag=1"
+    own = "ArrayJobId=4711 ArrayTaskId=3 JobState=RUNNING Reason=None BatchFlag=1"
+    variables = SLURM_JOB | {"FAKE_OTHER_TASK": others, "FAKE_JOB": own, "FAKE_EXIT": "1"}
+    for count in ("0", "1"):
+        outcome = shell.run(DEMO, SLURM_RESTART_COUNT=count, **variables)
+        assert (outcome.requeued, outcome.held) == (["4711_3"], [])
+    outcome = shell.run(DEMO, SLURM_RESTART_COUNT="2", **variables)
+    assert (outcome.requeued, outcome.held) == ([], ["4711_3"])
+    assert "'scontrol release 4711_3' continues it" in outcome.text
+
+
+def test_an_allocation_in_which_somebody_works_is_not_requeued(shell: Shell) -> None:
+    for _ in range(3):  # and none of the starts that he makes in it is counted
+        outcome = shell.run(DEMO, FAKE_EXIT="1", FAKE_JOB="JobState=RUNNING Reason=None BatchFlag=0", **SLURM_JOB)
+        assert outcome.exit_code == 1
+        assert outcome.requeued == outcome.held == []
+        assert "run the same command again: bash " in outcome.text
+        assert "queue" not in outcome.text.replace("requeue: the run crashed", "")
+        assert list((shell.folder / "runs" / ".attempts").iterdir()) == []
 
 
 def test_three_crashes_in_a_row_hold_the_job(shell: Shell) -> None:
