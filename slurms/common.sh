@@ -8,6 +8,7 @@
 
 set -u
 
+unset CDPATH # with it, cd may print where it went
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 cd "$repository" || exit 2
 # shellcheck source=../set_path.sh
@@ -43,7 +44,7 @@ asked_for_gpus() { job_record | grep -qE '^Tres[A-Za-z]+=.*gpu'; }
 count_gpus() {
     local devices device listed count=0
     if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
-        IFS=',' read -r -a devices <<<"$CUDA_VISIBLE_DEVICES"
+        IFS=',' read -r -a devices <<<"${CUDA_VISIBLE_DEVICES//[[:space:]]/}" # "0, 1" are two, for CUDA as well
         for device in ${devices[@]+"${devices[@]}"}; do
             [[ "$device" =~ ^([0-9]+|GPU-.+|MIG-.+)$ ]] || break
             count=$((count + 1))
@@ -93,7 +94,10 @@ with socket.socket() as probe:
 # start of one job. An attempt that SLURM killed with its script has left its files behind.
 name_attempt() {
     local job="${SLURM_JOB_ID:-$HOSTNAME-$$}" folder="$VLA_LOG_DIR/.attempts"
-    mkdir -p "$folder" || exit 2
+    mkdir -p "$folder" || {
+        say "VLA_LOG_DIR=$VLA_LOG_DIR, the place of the run folders, cannot be used: see set_path.sh" >&2
+        exit 2
+    }
     rm -f "$folder/$job"-*.json "$folder/$job"-*.stop
     ((${SLURM_RESTART_COUNT:-0})) || rm -f "$folder/$job.crashes" # of a job that had this number long ago
     VLA_ATTEMPT="$job-${SLURM_RESTART_COUNT:-0}-$(date +%s)"

@@ -20,7 +20,17 @@ from typing import Any
 import pytest
 
 from agent.distributed import StopRequest
-from agent.run_folder import RunFolder, report_attempt
+from agent.run_folder import RunFolder, report_attempt, write_atomically
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/status.json'"):
+        write_atomically(tmp_path / "status.json", "{}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_holder_of_the_lock_is_named_and_its_death_frees_it(tmp_path: Path) -> None:

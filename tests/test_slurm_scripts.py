@@ -715,6 +715,7 @@ def test_command_line(shell: Shell, script: Path) -> None:
         ({"FAKE_GPUS": "4", "CUDA_VISIBLE_DEVICES": ""}, 1, 16),
         ({"FAKE_GPUS": "4", "CUDA_VISIBLE_DEVICES": "-1"}, 1, 16),
         ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 4, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0, 1"}, 2, 8),
         ({"CUDA_VISIBLE_DEVICES": "0,1,-1,3"}, 2, 8),
         ({"CUDA_VISIBLE_DEVICES": "GPU-8f1c,MIG-77aa"}, 2, 8),
         ({"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(32)))}, 32, 1),
@@ -791,6 +792,22 @@ def test_plain_bash_from_anywhere(shell: Shell) -> None:
         outcome = shell.run_in(cwd, script, FAKE_STATUS=FINISHED)
         assert outcome.exit_code == 0, outcome.text
         assert outcome.environment["PWD"] == str(ROOT)
+
+
+def test_started_with_another_shell_or_through_cdpath(shell: Shell) -> None:
+    shutil.copy(shutil.which("dash") or "/bin/sh", shell.binaries / "bash-less")
+    launch = f'cd {ROOT}/slurms && exec bash-less train_scripts/pi0_demo.sh --name "a b"\n'
+    (shell.folder / "launch.sh").write_text(launch)
+    outcome = shell.run(shell.folder / "launch.sh", FAKE_STATUS=FINISHED, CDPATH=f".:{ROOT}")
+    assert outcome.exit_code == 0, outcome.text
+    assert outcome.environment["PWD"] == str(ROOT)
+    assert outcome.torchrun[-2:] == ["--name", "a b"]
+
+
+def test_a_log_folder_that_cannot_be_made_is_named(shell: Shell) -> None:
+    outcome = shell.run(DEMO, VLA_LOG_DIR="/proc/runs")
+    assert outcome.exit_code == 2
+    assert "VLA_LOG_DIR=/proc/runs" in outcome.text and "set_path.sh" in outcome.text
 
 
 def test_copy_in_the_spool_finds_the_repository(shell: Shell) -> None:

@@ -15,6 +15,8 @@
 # While the run trains it waits for more of them. Stopped, it continues when the same command is given again. It needs
 # no GPU. The simulator lives in an environment of its own, so that nothing changes under a training that runs.
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh` is another shell in places
+
 # Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.
 for root in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "$PWD"; do
     [[ ! -f "$root/set_path.sh" ]] || break

@@ -15,6 +15,8 @@
 #SBATCH --signal=B:USR1@300
 ##SBATCH --account=your_account
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # `sh` is another shell in places
+
 # Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.
 for root in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "$PWD"; do
     [[ ! -f "$root/set_path.sh" ]] || break

@@ -19,7 +19,11 @@ State = Literal["running", "preempted", "finished", "failed"]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old or the new contents, never a part."""
+    """Replaces a small file so that a reader sees the old or the new contents, never a part.
+
+    Raises:
+        OSError: naming the file, which an error of writing does not do by itself.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:
@@ -27,9 +31,9 @@ def write_atomically(path: Path, text: str) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def report_attempt(state: State, *, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
