@@ -211,7 +211,7 @@ BAD = {
     "{crop_ratio: [1.1, 0.9]}": "augmentation.crop_ratio must be two ratios",
     "{brightness: 1.5}": "augmentation.brightness must be 0 to 1, such as 0.1",
     "{brightness: [0.9, 1.1]}": "augmentation.brightness: expected a number",
-    "{contrast: 0.1}": r"augmentation.contrast: expected a list, got 0.1",
+    "{contrast: 0.1}": r"augmentation.contrast: expected a list of 2 values, got 0.1",
     "{contrast: [0.9]}": "augmentation.contrast: expected 2 values, got 1",
     "{saturation: [1.1, 0.9]}": "augmentation.saturation must be two factors 0 ≤ least ≤ largest ≤ 2",
     "{hue: 18}": "augmentation.hue must be 0 to 0.5, a share of the colour circle",

@@ -251,6 +251,23 @@ def test_variable_that_cannot_be_read(files: Files, text: str, monkeypatch: pyte
 # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def test_variable_without_braces(files: Files) -> None:
+    files.edit("/data/two", "$DATA_HOME/two", files.data)
+    where = files.line("$DATA_HOME/two", files.data)
+    wanted = (
+        f"{where}: data.train.datasets.1.root: '$DATA_HOME/two' has a variable without braces; write ${{DATA_HOME}}"
+    )
+    assert wanted in files.refused()
+    files.edit("$DATA_HOME/two", "/data/two$", files.data)
+    assert files.load().data.train.datasets[1].root == "/data/two$"
+
+
+def test_what_is_not_set_is_not_of_a_wrong_type_too(files: Files) -> None:
+    message = files.refused("--n_updates", "${UPDATES}")
+    assert "UPDATES, which is not set" in message and "whole number" not in message
+    assert "updatess: unknown key" in files.refused("--n_updatess", "${UPDATES}")
+
+
 def test_mistyped_key_in_the_yaml(files: Files) -> None:
     files.edit("global_batch_size", "global_batch_sise")
     message = files.refused()
@@ -307,6 +324,22 @@ def test_key_that_belongs_elsewhere(files: Files) -> None:
     assert "command line: --num_workers: unknown key; did you mean 'data.train.num_workers'?" in message
 
 
+@pytest.mark.parametrize(
+    ("argument", "instead"),
+    [
+        ("--policy.path=lerobot/pi0_base", "policy: a key of LeRobot's; write model_cfg: !include FILE"),
+        ("--dataset.repo_id=lab/one", "dataset: a key of LeRobot's; write data.train.datasets, a list with {repo_id"),
+        ("--batch_size=8", "batch_size: a key of LeRobot's; that of one GPU: write per_device_batch_size: 8"),
+        ("--steps=20000", "steps: a key of LeRobot's; write n_updates: 20000"),
+        ("--lr=1e-4", "lr: a key of LeRobot's; write model_cfg.optimizer_lr: 1e-4"),
+        ("--output_dir=out", "the run's folder is ${VLA_LOG_DIR}/<name>"),
+    ],
+)
+def test_key_of_lerobots_training_command(files: Files, argument: str, instead: str) -> None:
+    assert f"command line: --{argument[2:].partition('=')[0].partition('.')[0]}: " in files.refused(argument)
+    assert instead in files.refused(argument)
+
+
 def test_key_like_no_other_gets_the_list(files: Files) -> None:
     assert "--wandb.zzz: unknown key; valid keys: project, entity, mode, run_id" in files.refused("--wandb.zzz", "1")
 
@@ -341,6 +374,8 @@ def test_missing_keys(files: Files) -> None:
     [
         ("seed", "abc", "expected a whole number, got 'abc'"),
         ("seed", "1.5", "expected a whole number, got 1.5"),
+        ("n_updates", "1e5", "expected a whole number, got '1e5'; write 100000"),
+        ("n_updates", "300.0", "expected a whole number, got 300.0; write 300"),
         ("seed", "true", "expected a whole number, got true"),
         ("seed", "007", "expected a whole number, got '007'"),
         ("global_batch_size", "null", "expected a whole number, got nothing (null)"),
@@ -349,17 +384,31 @@ def test_missing_keys(files: Files) -> None:
         ("n_epochs", "nan", "expected a number, got 'nan'"),
         ("n_epochs", ".inf", "expected a number, got inf"),
         ("use_wandb", "3", "expected true or false, got 3"),
+        ("use_wandb", "0", "expected true or false, got 0; write false"),
+        ("use_wandb", "'True'", "expected true or false, got 'True'; write true"),
         ("use_bf16", "maybe", "expected true or false, got 'maybe'"),
         ("name", "1.10", "expected a text (in quotes), got 1.1"),
         ("name", "[a]", "expected a text, got ['a']"),
-        ("eval_thresholds", "0.1", "expected a list, got 0.1"),
+        ("eval_thresholds", "0.1", "expected a list, got 0.1; write [0.1]"),
+        ("eval_thresholds", "0.1,0.2", "expected a list, got '0.1,0.2'; write [0.1, 0.2]"),
+        ("data.train.datasets", "{repo_id: a}", "expected a list, got {'repo_id': 'a'}; begin each entry with `- `"),
+        ("data.train.datasets", "two.yaml", "expected a list, got 'two.yaml'; write !include two.yaml"),
+        ("model_cfg", "small.json", "magma, spatial-vla, octo), got 'small.json'; write !include small.json"),
+        ("model_cfg", "'!include a.json'", "got '!include a.json'; take the quotes away: !include a.json"),
+        ("data.train.video_backend", "decord", "'decord' is not one of torchcodec, pyav"),
+        (
+            "model_cfg.compile_mode",
+            "max_autotune",
+            "'max_autotune' is not one of default, reduce-overhead, max-autotune",
+        ),
         ("eval_thresholds.1", "x", "expected a number, got 'x'"),
         ("model_cfg.optimizer_betas", "[0.9]", "expected 2 values, got 1"),
         ("model_cfg.normalization_mapping", "[a]", "expected a mapping, got ['a']"),
         ("model_cfg.normalization_mapping.STATE", "[a]", "expected a text, got ['a']"),
         ("model_cfg.paligemma_variant", "[a]", "expected a mapping with the keys width, depth"),
         ("wandb", "online", "expected a mapping with the keys project, entity, mode, run_id; got 'online'"),
-        ("wandb.mode", "onlin", "'onlin' is not one of online, offline, disabled"),
+        ("wandb.mode", "onlin", "'onlin' is not one of online, offline, disabled; did you mean 'online'?"),
+        ("parallel", "null", "nothing (null) is not one of ddp, fsdp"),
         ("model_cfg", "null", "expected a mapping with a key 'type' (pi0, magma, spatial-vla, octo), got nothing"),
         ("model_cfg.type", "pi_0", "'pi_0' is not known; did you mean 'pi0'?"),
         ("model_cfg.type", "[1]", "[1] is not known; write one of pi0, magma, spatial-vla, octo"),
@@ -367,7 +416,8 @@ def test_missing_keys(files: Files) -> None:
 )
 def test_wrong_type_or_choice(files: Files, key: str, value: str, complaint: str) -> None:
     files.edit("wandb:", "eval_thresholds: [0.1, 0.2]\nwandb:")
-    assert f"command line: --{key}: {complaint}" in files.refused(f"--{key}={value}")
+    message = files.refused(f"--{key}={value}")
+    assert f"command line: --{key}: " in message and complaint in message
 
 
 @pytest.mark.parametrize(
@@ -382,14 +432,23 @@ def test_wrong_type_or_choice(files: Files, key: str, value: str, complaint: str
         ("name", "a/b", "name must be usable as a folder's name, got 'a/b'"),
         ("name", "", "name must be usable as a folder's name, got ''"),
         ("name", "..", "name must be usable as a folder's name, got '..'"),
+        ("eval_thresholds", "[0.1, -0.2]", "eval_thresholds must be distances above 0, each given once"),
+        ("eval_thresholds", "[0.1, 0.1]", "eval_thresholds must be distances above 0, each given once"),
+        ("data.val.fraction", "1.5", "data.val.fraction must be at least 0 and below 1, got 1.5"),
+        ("data.train.num_workers", "-1", "data.train.num_workers must be at least 0, got -1"),
+        (
+            "data.train.datasets.1.weight",
+            "0",
+            "data.train.datasets.1.weight of data set lab/two must be above 0, got 0.0",
+        ),
+        ("eval_cfg.tasks", "[reach-v4]", "eval_cfg.tasks: Meta-World has no task 'reach-v4'; did you mean reach-v3?"),
         ("eval_size", "0", "eval_size must be at least 1; eval_freq: 0 turns validation off"),
-        ("eval_thresholds", "[0.1, -0.2]", "eval_thresholds are distances, each above 0; got [0.1, -0.2]"),
         ("model_cfg.chunk_size", "0", "model_cfg.chunk_size: 0 is not positive; write at least 1"),
         ("model_cfg.dtype", "float16", "model_cfg.dtype: unknown 'float16'; write float32 or bfloat16"),
     ],
 )
 def test_value_out_of_range(files: Files, key: str, value: str, complaint: str) -> None:
-    assert files.refused(f"--{key}={value}") == f"{files.yaml} cannot be used: command line: --{complaint}"
+    assert files.refused(f"--{key}={value}").startswith(f"{files.yaml} cannot be used: command line: --{complaint}")
 
 
 def test_value_out_of_range_in_the_json(files: Files) -> None:
@@ -442,6 +501,22 @@ def test_unset_variable_in_an_include(files: Files) -> None:
     assert "uses the environment variable MODELS, which is not set" in files.refused()
 
 
+def test_files_as_windows_writes_them(files: Files) -> None:
+    for file in (files.yaml, files.json, files.data):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert files.load().model_cfg.chunk_size == 6
+    files.edit("chunk_size", "chunk_sise", files.json)
+    assert f"{files.line('chunk_sise', files.json)}: model_cfg.chunk_sise: unknown key" in files.refused()
+
+
+def test_a_long_value_is_not_shown_whole(files: Files) -> None:
+    files.edit("!include ../data/two.yaml", "!include ../model/small.json")
+    assert (
+        "expected a list, got a mapping with the keys type, chunk_size, dtype, optimizer_lr, …; begin"
+        in files.refused()
+    )
+
+
 def test_circular_include(files: Files) -> None:
     files.data.write_text("- !include ../data/../data/two.yaml\n")
     message = files.refused()
@@ -452,7 +527,9 @@ def test_circular_include(files: Files) -> None:
     ("text", "complaint"),
     [
         ("a: {b: 1\nc: 2", "is not valid YAML: while parsing a flow mapping"),
-        ("a: !python x", "is not valid YAML: could not determine a constructor for the tag '!python'"),
+        ("a: !python x", ":1: !python is not a tag that is known; the only one is !include"),
+        ("a: !inclde ../model/small.json", ":1: !inclde is not a tag that is known; did you mean !include?"),
+        ("a: !include ../model", "/config/model is a folder (includes are relative"),
         ("a: 1\n---\nb: 2", "is not valid YAML: expected a single document"),
         ("- a", "expected a mapping of keys to values at the top"),
         ("? [a, b]\n: 3", ":1: a list or mapping cannot be a key"),
@@ -486,6 +563,7 @@ def test_model_config_instead_of_a_training_config(files: Files) -> None:
         (["extra"], "cannot read the argument 'extra'; overrides look like --global_batch_size 64"),
         (["--"], "cannot read the argument '--'"),
         (["-seed", "3"], "cannot read the argument '-seed'"),
+        (["--seed", "=", "3"], "--seed: there are no spaces around '='; write --seed VALUE"),
         (["--seed", "{a"], "--seed: cannot read the value '{a'"),
         (["--data.train.datasets.2.root", "x"], "'2' must be a number below 2, the length of that list"),
         (["--data.train.datasets.first.root", "x"], "'first' must be a number below 2"),

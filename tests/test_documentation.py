@@ -54,6 +54,7 @@ def test_every_key_of_a_run_is_on_the_page() -> None:
     listed = set(re.findall(r"^\| `([\w.]+)` \|", page, flags=re.MULTILINE))
     assert {"data.train.datasets.N.root", "paligemma_variant.width", "wandb.mode"} <= used
     assert used - listed == set()
+    assert {"input_features.NAME.shape", "data.train.datasets.N.augmentation.cameras.NAME.hue"} <= listed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -42,14 +42,12 @@ def check_tree(value: Any, kind: Any, path: tuple[str, ...] = ()) -> list[Mistak
     if dataclasses.is_dataclass(kind):
         return _check_dataclass(value, kind, path)
     if origin is typing.Literal:
-        return (
-            [] if value in arguments else [Mistake(path, f"{value!r} is not one of {', '.join(map(str, arguments))}")]
-        )
+        return [] if value in arguments else [Mistake(path, _no_choice(value, arguments))]
     if origin is list or origin is tuple:
         return _check_sequence(value, origin, arguments, path)
     if origin is dict:
         if not isinstance(value, dict):
-            return [Mistake(path, f"expected a mapping, got {_show(value)}")]
+            return [_expected("a mapping", value, path)]
         return [mistake for k, v in value.items() for mistake in check_tree(v, arguments[1], (*path, str(k)))]
     return _check_scalar(value, kind, path)
 
@@ -71,12 +69,12 @@ def _check_union(value: Any, kinds: tuple, path: tuple[str, ...]) -> list[Mistak
 def _check_choice(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]:
     choices = kind.get_known_choices()
     if not isinstance(value, dict):
-        return [Mistake(path, f"expected a mapping with a key 'type' ({', '.join(choices)}), got {_show(value)}")]
+        return [_expected(f"a mapping with a key 'type' ({', '.join(choices)})", value, path)]
     name = value.get("type")
     if not isinstance(name, str) or name not in choices:
         near = difflib.get_close_matches(str(name), choices, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"write one of {', '.join(choices)}"
-        given = f"{name!r} is not known" if "type" in value else "missing"
+        given = f"{_show(name)} is not known" if "type" in value else "missing"
         return [Mistake((*path, "type"), f"{given}; {hint}")]
     return _check_dataclass({k: v for k, v in value.items() if k != "type"}, choices[name], path)
 
@@ -85,7 +83,7 @@ def _check_dataclass(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mista
     fields = [f for f in dataclasses.fields(kind) if f.init]
     names = [f.name for f in fields]
     if not isinstance(value, dict):
-        return [Mistake(path, f"expected a mapping with the keys {', '.join(names)}; got {_show(value)}")]
+        return [_expected(f"a mapping with the keys {', '.join(names)};", value, path)]
     hints = typing.get_type_hints(kind)
     mistakes = []
     for key, item in value.items():
@@ -101,13 +99,29 @@ def _check_dataclass(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mista
 
 
 def _check_sequence(value: Any, origin: Any, arguments: tuple, path: tuple[str, ...]) -> list[Mistake]:
+    of_any_length = origin is list or Ellipsis in arguments
     if not isinstance(value, (list, tuple)):
-        return [Mistake(path, f"expected a list, got {_show(value)}")]
-    if origin is tuple and Ellipsis not in arguments and len(value) != len(arguments):
+        instead, given = "", value.split(",") if isinstance(value, str) else [value]
+        if isinstance(value, dict):
+            instead = "begin each entry with `- `"
+        elif of_any_length and not _check_sequence([_number(item) for item in given], origin, arguments, path):
+            instead = f"write [{', '.join(str(item).strip() for item in given)}]"
+        return [_expected("a list" if of_any_length else f"a list of {len(arguments)} values", value, path, instead)]
+    if not of_any_length and len(value) != len(arguments):
         return [Mistake(path, f"expected {len(arguments)} values, got {len(value)}")]
-    kinds = arguments if origin is tuple and Ellipsis not in arguments else (arguments[0],) * len(value)
+    kinds = (arguments[0],) * len(value) if of_any_length else arguments
     pairs = enumerate(zip(value, kinds, strict=True))
     return [mistake for i, (v, k) in pairs for mistake in check_tree(v, k, (*path, str(i)))]
+
+
+def _number(text: Any) -> Any:
+    """What YAML would read, so far as it is a number; else the same."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            continue
+    return text.strip() if isinstance(text, str) else text
 
 
 def _check_scalar(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]:
@@ -119,9 +133,16 @@ def _check_scalar(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]
         float: not isinstance(value, bool) and _is_finite(value),
         str: isinstance(value, str) or is_whole,
     }.get(kind, True)
+    if fits:
+        return []
     in_quotes = " (in quotes)" if isinstance(value, (bool, float)) else ""
     names = {bool: "true or false", int: "a whole number", float: "a number", str: f"a text{in_quotes}"}
-    return [] if fits else [Mistake(path, f"expected {names[kind]}, got {_show(value)}")]
+    instead = ""
+    if kind is int and not isinstance(value, bool) and _is_finite(value) and float(value).is_integer():
+        instead = f"write {int(float(value))}"  # 1e5, 300.0, "300"
+    elif kind is bool and str(value).lower() in ("true", "false", "0", "1"):
+        instead = f"write {_show(str(value).lower() in ('true', '1'))}"
+    return [_expected(names[kind], value, path, instead)]
 
 
 def _is_finite(value: Any) -> bool:
@@ -132,8 +153,28 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
+def _expected(what: str, value: Any, path: tuple[str, ...], instead: str = "") -> Mistake:
+    separator = "" if what.endswith(";") else ","
+    if isinstance(value, str) and value.startswith("!include"):
+        instead = f"take the quotes away: {value}"
+    elif isinstance(value, str) and value.endswith((".yaml", ".yml", ".json")):
+        instead = f"write !include {value}"
+    return Mistake(path, f"expected {what}{separator} got {_show(value)}" + (f"; {instead}" if instead else ""))
+
+
+def _no_choice(value: Any, choices: tuple) -> str:
+    near = difflib.get_close_matches(str(value).lower(), map(str, choices), n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    return f"{_show(value)} is not one of {', '.join(map(str, choices))}{hint}"
+
+
 def _show(value: Any) -> str:
-    return {None: "nothing (null)", True: "true", False: "false"}[value] if _is_word(value) else repr(value)
+    if _is_word(value):
+        return {None: "nothing (null)", True: "true", False: "false"}[value]
+    text = repr(value)
+    if len(text) > 100 and isinstance(value, dict):  # an included file, for instance
+        return f"a mapping with the keys {', '.join(map(str, list(value)[:4]))}, …"
+    return text if len(text) <= 100 else f"{text[:80]}…"
 
 
 def _is_word(value: Any) -> bool:
@@ -144,7 +185,7 @@ def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
     """``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
     key, value = mistake.key, _value_at(tree, mistake.path)
     if mistake.text == UNKNOWN and (instead := older_keys.instead(key, value)) is not None:
-        return f"{key}: a key of older configs; {instead}"
+        return f"{key}: {instead}"
     if mistake.text != UNKNOWN:
         instead = older_keys.MISSING.get(key) if mistake.text == MISSING else older_keys.instead_of_value(key, value)
         return f"{key}: {mistake.text}" + (f"; {instead}" if instead else "")

@@ -168,8 +168,10 @@ class TrainPipelineConfig:
             check_name(self.check_gpu)
         if self.eval_freq and self.eval_size < 1:
             raise ValueError("eval_size must be at least 1; eval_freq: 0 turns validation off")
-        if any(threshold <= 0 for threshold in self.eval_thresholds):
-            raise ValueError(f"eval_thresholds are distances, each above 0; got {self.eval_thresholds}")
+        if min(self.eval_thresholds, default=1.0) <= 0 or len(set(self.eval_thresholds)) < len(self.eval_thresholds):
+            raise ValueError(
+                f"eval_thresholds must be distances above 0, each given once, such as [0.05, 0.1], got {self.eval_thresholds}"
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(
                 f"ema_decay must be between 0 and 1, like 0.999, or null for no average; got {self.ema_decay}"

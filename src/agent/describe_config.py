@@ -30,7 +30,11 @@ over the YAML, which wins over the defaults below.
 
 * `!include FILE` takes another YAML or JSON file, relative to the including one.
 * `{<<: !include ../model/X.json, chunk_size: 8}` includes a file and changes values of it.
+* Other paths (`root`, `tokenizer_path`, `load_from_checkpoint`, …) are relative to the folder in which the command is
+  started; the scripts in `slurms/` start it in the repository's root.
 * `${VAR}` in a text is taken from the environment and must be set; `${VAR:-default}` need not be.
+* `--KEY VALUE` and `--KEY=VALUE` are the same, a list is one value (`--eval_thresholds '[0.1, 0.2]'`), and an entry of a
+  list has its number (`--data.train.datasets.0.root PATH`).
 * An unknown key, a wrong type or a missing file is an error before anything is built.
 """
 
@@ -68,15 +72,23 @@ def entries(kind: Any, prefix: str = "") -> Iterator[Entry]:
         yield Entry(name, _kind(hint), _default(field), texts.get(field.name, ""))
         inner = _inner_dataclass(hint)
         if inner is not None and not issubclass(inner, ModelConfig):
-            marker = ".N." if typing.get_origin(hint) is list else "."
+            marker = {list: ".N.", dict: ".NAME."}.get(_container(hint), ".")
             yield from entries(inner, f"{name}{marker}")
 
 
 def _inner_dataclass(hint: Any) -> Any:
+    """The config class that a hint holds, at whatever depth; None if it holds none."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
-    inner = [arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)]
-    return inner[0] if inner and typing.get_origin(hint) is not dict else None
+    return next((inner for arg in typing.get_args(hint) if (inner := _inner_dataclass(arg)) is not None), None)
+
+
+def _container(hint: Any) -> Any:
+    """list, dict or None: what holds the config class in a hint, which may be optional."""
+    origin = typing.get_origin(hint)
+    if origin in (list, dict):
+        return origin
+    return next((_container(arg) for arg in typing.get_args(hint) if _inner_dataclass(arg) is not None), None)
 
 
 def _kind(hint: Any) -> str:

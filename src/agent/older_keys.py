@@ -129,6 +129,24 @@ INSTEAD: dict[str, str | Callable[[Any], str]] = {
     **dict.fromkeys(("defaults", "hydra", "_target_"), _HYDRA),
 }
 
+# Keys of LeRobot's training command and its train_config.json, as INSTEAD.
+LEROBOT: dict[str, str] = {
+    "policy": (
+        "write model_cfg: !include FILE, the policy's config.json, and load_from_checkpoint: FOLDER for its weights; "
+        "single values are model_cfg.chunk_size and so on"
+    ),
+    "dataset": "write data.train.datasets, a list with {{repo_id: …, root: …}} for each data set",
+    "rename_map": "write `cameras` in an entry of data.train.datasets",
+    "batch_size": "that of one GPU: write per_device_batch_size: {value}, and global_batch_size for all GPUs together",
+    "steps": "write n_updates: {value}",
+    "output_dir": "`export VLA_LOG_DIR=…` (set_path.sh); the run's folder is ${{VLA_LOG_DIR}}/<name>",
+    "job_name": "write name: {value}",
+    "save_freq": "write save_model_freq: {value}",
+    "scheduler": _SCHEDULE,
+    "peft": _LORA,
+    **dict.fromkeys(("lr", "learning_rate"), "write model_cfg.optimizer_lr: {value}"),
+}
+
 # Keys that still exist, with values that they no longer take: (key, value) → what to write.
 VALUES = {
     ("task_paraphrase", True): "write the path of a JSON of instruction → paraphrases",
@@ -141,11 +159,17 @@ MISSING = {"data": "write data: {train: {datasets: !include ../data/bridge.yaml}
 
 
 def instead(key: str, value: Any) -> str | None:
-    """What to write instead of an older key with this value; None for a key that no predecessor had."""
+    """Whose key this is, and what to write instead with this value; None for a key that no predecessor had."""
+    if key in LEROBOT:
+        return f"a key of LeRobot's; {LEROBOT[key].format(value=_spelled(value))}"
     found = next((INSTEAD[pattern] for pattern in INSTEAD if fnmatchcase(key, pattern)), None)
-    if found is None or callable(found):
-        return found and found(value)
-    return found.format(value=_spelled(value), part=key.split(".")[1] if "." in key else "")
+    if found is None:
+        return None
+    if not callable(found):
+        text = found.format(value=_spelled(value), part=key.split(".")[1] if "." in key else "")
+    else:
+        text = found(value)
+    return f"a key of older configs; {text}"
 
 
 def instead_of_value(key: str, value: Any) -> str | None:

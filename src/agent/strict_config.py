@@ -70,10 +70,8 @@ def _include(loader: _Loader, node: Any) -> Any:
         raise ConfigError(f"{where}: expected one file name")
     path = _included_path(Path(loader.name), node.value)
     if not path.is_file():
-        raise ConfigError(
-            f"{where} {node.value}: there is no file {path}{_similar_file(path)} "
-            "(includes are relative to the file that includes them)"
-        )
+        wrong = f"{path} is a folder" if path.is_dir() else f"there is no file {path}{_similar_file(path)}"
+        raise ConfigError(f"{where} {node.value}: {wrong} (includes are relative to the file that includes them)")
     if path in loader.including:
         raise ConfigError(f"{where} {node.value}: {path} includes itself")
     return read_file(path, loader.including)
@@ -87,14 +85,21 @@ def _included_path(including: Path, name: str) -> Path:
     return Path(os.path.normpath(including.parent / expanded))
 
 
+def _unknown_tag(loader: _Loader, node: Any) -> Any:
+    near = difflib.get_close_matches(node.tag, ["!include"])
+    hint = "did you mean !include?" if near else "the only one is !include; put a text that begins so in quotes"
+    raise ConfigError(f"{loader.name}:{node.start_mark.line + 1}: {node.tag} is not a tag that is known; {hint}")
+
+
 _Loader.add_constructor("!include", _include)
+_Loader.add_constructor(None, _unknown_tag)  # type: ignore[arg-type]  # PyYAML's way to say: any other
 _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def read_file(path: Path, including: tuple[Path, ...] = ()) -> Any:
     """The contents of a YAML or JSON file with its includes."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -131,12 +136,13 @@ def _similar_file(path: Path) -> str:
     if not folder.is_dir() and folder.parent.is_dir():  # `models` for `model`
         folders = [p.name for p in folder.parent.iterdir() if p.is_dir()]
         folder = folder.with_name((difflib.get_close_matches(folder.name, folders, n=1) or [folder.name])[0])
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {folder / near[0]}?" if near else ""
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(:-([^${}]*))?\}")
+_BARE_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] = ()) -> Any:
@@ -159,8 +165,11 @@ def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] =
             mistakes.append(Mistake(path, text))
         return found or ""
 
-    if "${" in _VARIABLE.sub("", tree):
+    rest = _VARIABLE.sub("", tree)
+    if "${" in rest:
         mistakes.append(Mistake(path, f"cannot read '{tree}'; write ${{VAR}} or ${{VAR:-default}}, one not in another"))
+    elif bare := _BARE_VARIABLE.search(rest):  # else a folder of this very name would be made, or looked for
+        mistakes.append(Mistake(path, f"'{tree}' has a variable without braces; write ${{{bare[1]}}}"))
     return _VARIABLE.sub(value, tree)
 
 
@@ -178,6 +187,8 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             has_value = position < len(arguments) and not arguments[position].startswith("--")
             text = arguments[position] if has_value else "true"
             position += has_value
+            if text.startswith("="):
+                raise ConfigError(f"--{key}: there are no spaces around '='; write --{key} VALUE")
         try:
             overrides[key] = _read_yaml(text, f"--{key}") if text != "" else ""
         except yaml.YAMLError as error:
@@ -246,7 +257,7 @@ def _file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...
                 walk(item, (*path, str(index)))
 
     try:
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except yaml.YAMLError:  # JSON that YAML cannot read, indented with tabs: then the including line has to do
         root = None
     if root is not None:
@@ -377,7 +388,9 @@ def _check(config_class: type, tree: dict[str, Any]) -> tuple[dict[str, Any], li
     mistakes = [Mistake((key, name), text) for key, reading in readings.items() for name, text in reading.mistakes]
     mistakes += check_tree(tree, config_class)
     unknown = {mistake.path for mistake in mistakes if mistake.text == UNKNOWN}
-    # What is wrong within a key that has to go anyway would only distract.
+    empty = {mistake.path for mistake in unset} - unknown
+    # What is wrong within a key that has to go anyway would only distract, and so would the type of what is not set.
+    mistakes = [mistake for mistake in mistakes if mistake.path not in empty]
     unset = [mistake for mistake in unset if not unknown & {mistake.path[:n] for n in range(len(mistake.path) + 1)}]
     return tree, unset + mistakes, readings
 

@@ -30,17 +30,17 @@ class CameraAugmentation:
     """What is different for one camera; what is not given is as for the others."""
 
     crop_scale: tuple[float, float] | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
     crop_ratio: tuple[float, float] | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
     brightness: float | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
     contrast: tuple[float, float] | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
     saturation: tuple[float, float] | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
     hue: float | None = None
-    """As below, of this camera alone."""
+    """For this camera alone."""
 
 
 @dataclass

@@ -100,8 +100,9 @@ def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
     if root is not None:
         folder = Path(root).expanduser()
         if not folder.is_dir():
+            here = "" if folder.is_absolute() else f" in {Path.cwd()}"
             raise ValueError(
-                f"data set {repo_id}: the folder {folder} does not exist. "
+                f"data set {repo_id}: the folder {folder} does not exist{here}. "
                 "Correct `root`, or leave `root` out to take the data set from the Hugging Face hub."
             )
         if not (folder / "meta" / "info.json").is_file():

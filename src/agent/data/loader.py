@@ -42,8 +42,8 @@ class TrainDataConfig:
     there, and the videos themselves when there is none; `none` for the videos."""
     frame_quality: int = 95
     """Quality of the JPEGs in a store, 1 to 100."""
-    video_backend: str | None = None
-    """``torchcodec`` or ``pyav``; when not given, torchcodec where it loads and otherwise pyav."""
+    video_backend: Literal["torchcodec", "pyav"] | None = None
+    """What decodes videos; when not given, torchcodec where it loads and otherwise pyav."""
     tolerance_s: float = 1e-4
     """How far a video frame's time stamp may be from the one asked for, in seconds."""
 
@@ -56,11 +56,11 @@ class TrainDataConfig:
             )
         if not 1 <= self.frame_quality <= 100:
             raise ValueError(f"data.train.frame_quality must be 1 to 100, got {self.frame_quality}")
-        if self.num_workers < 0 or self.prefetch_factor < 1 or self.tolerance_s <= 0:
-            raise ValueError(
-                f"data.train: num_workers must be at least 0 (is {self.num_workers}), prefetch_factor at least 1 "
-                f"(is {self.prefetch_factor}), tolerance_s above 0 (is {self.tolerance_s})"
-            )
+        for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"data.train.{key} must be at least {least}, got {getattr(self, key)}")
+        if self.tolerance_s <= 0:
+            raise ValueError(f"data.train.tolerance_s must be above 0, got {self.tolerance_s}")
 
     def weights(self) -> list[float | None] | None:
         """The share of each data set's samples, relative to the others; None for one pool of all frames.
@@ -93,6 +93,10 @@ class ValDataConfig:
     fraction: float = 0.05
     """Fraction of each training data set's episodes that is held out for validation, evenly spaced, at least one
     episode; 0 trains on everything. Ignored when `datasets` is given."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fraction < 1:
+            raise ValueError(f"data.val.fraction must be at least 0 and below 1, got {self.fraction}")
 
 
 @dataclass

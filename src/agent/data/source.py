@@ -59,6 +59,14 @@ class DatasetConfig:
     revision: str | None = None
     """Revision on the hub: a branch, tag or commit; LeRobot's v3.0 tag when not given."""
 
+    def __post_init__(self) -> None:
+        if self.weight is not None and self.weight <= 0:
+            raise ValueError(
+                f"weight of data set {self.repo_id} must be above 0, got {self.weight}; leave out a data set of weight 0"
+            )
+        if self.episodes is not None and self.split is not None:
+            raise ValueError(f"data set {self.repo_id}: give `episodes` or `split`, not both")
+
 
 @dataclass
 class RawSample:

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ DEMONSTRATION_SEEDS = 100_000
 """Environment seeds from here on are those of the demonstrations: evaluation stays below."""
 
 
+@cache
 def known_tasks() -> list[str]:
     """Meta-World's tasks, from the list in LeRobot, whose module would import the simulator."""
     lerobot = find_spec("lerobot")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from agent.models.base import ModelConfig, Reading
 from agent.models.pi0 import vintages
@@ -51,10 +51,12 @@ class VisionVariant:
 
 @dataclass
 class FeatureSpec:
-    """One input or output: ``type`` is VISUAL, STATE or ACTION; ``shape`` is [3, H, W] or [dimensions]."""
+    """One input or output."""
 
     type: str
+    """VISUAL, STATE or ACTION."""
     shape: list[int]
+    """[3, height, width] of a camera, else [dimensions]."""
 
 
 GEMMA = {
@@ -159,7 +161,9 @@ class PI0Config(ModelConfig):
     """Recompute each layer's activations in the backward pass: less memory, slower."""
     compile_model: bool = False
     """Compile the layers with torch.compile."""
-    compile_mode: str = "max-autotune"
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"] = (
+        "max-autotune"
+    )
     """Mode of torch.compile."""
     freeze_vision_encoder: bool = False
     """Do not train the vision tower (its projector still trains)."""
