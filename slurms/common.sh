@@ -79,8 +79,9 @@ choose_launcher() {
     launcher+=("$SINGULARITY_IMAGE" /bin/bash -c 'PATH="/ext3/uv:$PATH" exec "$@"' bash)
 }
 
-# The first use of uv, which sets the environment up where that has not been done. Where it fails no repetition
-# helps, so this comes before the run, whose failures are answered with a requeue.
+# The first use of uv, and the only one that brings the environment up to date: to look through its files takes seconds, on
+# a network's file system more. Where that fails no repetition helps, so it comes before the run, whose failures are
+# answered with a requeue.
 find_free_port() {
     "${launcher[@]}" uv run python -c '
 import socket
@@ -193,7 +194,7 @@ prepare() {
 run_training() {
     local exit_code=0 again
     [[ ! -e "$VLA_STOP_FILE" ]] || return 143
-    setsid --wait "${launcher[@]}" uv run torchrun \
+    setsid --wait "${launcher[@]}" uv run --no-sync torchrun \
         --standalone \
         --nnodes=1 \
         --nproc_per_node="$processes" \

@@ -107,7 +107,8 @@ class Outcome:
     @property
     def torchrun(self) -> list[str]:
         """The arguments after ``torchrun``, of the one time it was called."""
-        (found,) = [call[call.index("torchrun") + 1 :] for call in self.calls if call[:3] == ["uv", "run", "torchrun"]]
+        command = ["uv", "run", "--no-sync", "torchrun"]
+        (found,) = [call[4:] for call in self.calls if call[:4] == command]
         return found
 
     @property
