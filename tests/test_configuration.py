@@ -294,6 +294,15 @@ def test_mistyped_key_in_a_merged_include(files: Files) -> None:
     assert f"{files.line('chunk_sise')}: model_cfg.chunk_sise: unknown key" in files.refused()
 
 
+def test_a_mapping_that_replaces_a_merged_one_is_where_it_lacks_a_key(files: Files) -> None:
+    sizes = {"width": 64, "depth": 2, "mlp_dim": 128, "heads": 2, "kv_heads": 1, "head_dim": 32}
+    files.model(paligemma_variant=sizes)
+    files.edit("!include ../model/small.json", "\n  <<: !include ../model/small.json\n  paligemma_variant: {width: 32}")
+    message = files.refused()
+    assert f"{files.line('paligemma_variant')}: model_cfg.paligemma_variant.depth: missing" in message
+    assert str(files.json) not in message
+
+
 def test_mistyped_key_in_a_list(files: Files) -> None:
     files.edit("weight", "weigth", files.data)
     where = files.line("weigth", files.data)

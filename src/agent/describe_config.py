@@ -29,7 +29,8 @@ and the data sets. Every key can be overridden on the command line with its dott
 over the YAML, which wins over the defaults below.
 
 * `!include FILE` takes another YAML or JSON file, relative to the including one.
-* `{<<: !include ../model/X.json, chunk_size: 8}` includes a file and changes values of it.
+* `{<<: !include ../model/X.json, chunk_size: 8}` includes a file and changes values of it; one that is a
+  mapping itself is replaced whole. `--model_cfg.paligemma_variant.width 64` changes a single value at any depth.
 * Other paths (`root`, `tokenizer_path`, `load_from_checkpoint`, …) are relative to the folder in which the command is
   started; the scripts in `slurms/` start it in the repository's root.
 * `${VAR}` in a text is taken from the environment and must be set; `${VAR:-default}` need not be.

@@ -249,8 +249,11 @@ def _file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...
                     for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                         walk(merged, path)
                 else:
-                    sources[*path, key.value] = f"{file}:{key.start_mark.line + 1}: "
-                    walk(value, (*path, key.value))
+                    own = (*path, key.value)
+                    for known in [known for known in sources if known[: len(own)] == own]:
+                        del sources[known]  # what a merged file says below this key is replaced with it
+                    sources[own] = f"{file}:{key.start_mark.line + 1}: "
+                    walk(value, own)
         elif isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 sources[*path, str(index)] = f"{file}:{item.start_mark.line + 1}: "
