@@ -204,7 +204,7 @@ SHARDED = [
 def test_the_predicted_peak_of_a_share_is_within_a_tenth(
     monkeypatch: pytest.MonkeyPatch, four: None, training: Training
 ) -> None:
-    monkeypatch.setattr(modeling, "attend", fused_attention)
+    monkeypatch.setattr(layers, "attend", fused_attention)
     mesh = device_mesh.init_device_mesh("cpu", (4,))  # by itself it computes with ranks, which fake tensors cannot
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *_: mesh)
     processes: Any = SimpleNamespace(device=torch.device("cpu"), world_size=4)

@@ -450,7 +450,11 @@ def test_wrong_type_or_choice(files: Files, key: str, value: str, complaint: str
             "0",
             "data.train.datasets.1.weight of data set lab/two must be above 0, got 0.0",
         ),
-        ("eval_cfg.tasks", "[reach-v4]", "eval_cfg.tasks: Meta-World has no task 'reach-v4'; did you mean reach-v3?"),
+        (
+            "eval_cfg.tasks",
+            "[reach-v4]",
+            "eval_cfg.tasks: Meta-World has no task 'reach-v4'; the nearest name is reach-v3",
+        ),
         ("eval_size", "0", "eval_size must be at least 1; eval_freq: 0 turns validation off"),
         ("model_cfg.chunk_size", "0", "model_cfg.chunk_size: 0 is not positive; write at least 1"),
         ("model_cfg.dtype", "float16", "model_cfg.dtype: unknown 'float16'; write float32 or bfloat16"),

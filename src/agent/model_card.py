@@ -112,9 +112,11 @@ def _summary(facts: Facts) -> str:
     cameras = [key for key, entry in inputs.items() if entry["type"] == "VISUAL"]
     state = [entry["shape"][0] for entry in inputs.values() if entry["type"] == "STATE"]
     action = [entry["shape"][0] for entry in outputs.values()]
+    averaged = "averaged " if facts.averaged else ""
+    trained = "" if facts.step is None else f", after {facts.step} updates of training"
     lines = [
         f"A π0 policy ([paper](https://arxiv.org/abs/2410.24164)) in the format of {_TITLES[facts.target]}, "
-        f"{'averaged ' if facts.averaged else ''}weights in {facts.dtype}{'' if facts.step is None else f', after {facts.step} updates of training'}.",
+        f"{averaged}weights in {facts.dtype}{trained}.",
         "",
         f"* cameras: {', '.join(f'`{name}`' for name in cameras) or 'none'}",
         f"* state: {', '.join(f'{size} dimensions' for size in state) or 'none'}",
