@@ -101,17 +101,19 @@ def flip_a_bit() -> None:
 
 
 def slow_validation() -> None:
-    """Validation says when it begins and takes a while."""
-    from agent import trainer
+    """Validation says when it begins, and takes a second for each batch."""
+    from agent import validation
 
-    validate = trainer.validate
+    batches = validation.validation_batches
 
-    def slow(run: Any) -> Any:
+    def slow(*arguments: Any, **keywords: Any) -> Any:
         print("validation begins", flush=True)
-        time.sleep(1.0)
-        return validate(run)
+        for item in batches(*arguments, **keywords):
+            time.sleep(1.0)
+            yield item
+        print("validation ends", flush=True)
 
-    trainer.validate = slow
+    validation.validation_batches = slow
 
 
 def slow_save() -> None:

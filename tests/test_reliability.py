@@ -233,24 +233,90 @@ def test_g8_a_stop_request_ends_all_ranks_at_one_update(place: Workplace, server
     assert how != "environment" or status["reason"] == "the time limit is near"
 
 
-@pytest.mark.parametrize("when", ["validation", "save", "build"])
+@pytest.mark.parametrize("when", ["save", "build"])
 def test_g8_a_stop_request_at_an_awkward_moment(place: Workplace, server: ForkServer, when: str) -> None:
     name = f"g8-during-{when}"
-    hook = {"validation": "slow_validation", "save": "slow_save", "build": "slow_start"}[when]
+    hook = {"save": "slow_save", "build": "slow_start"}[when]
     run = server.start(place, name, "--n_updates", "500", ranks=2, hook=("hooks", hook))
     run.wait_for_output(f"{when} begins")
     run.kill(1, signal.SIGTERM)
     output = run.wait(timeout=60)
     status = place.status(name)
     assert status["state"] == "preempted", output
-    expected = {"validation": 10, "save": None, "build": 0}[when]
-    assert expected is None or status["step"] == expected
+    assert when == "save" or status["step"] == 0
     if status["step"]:
         assert place.checkpoint(name).name == f"step_{status['step']:08d}"
     # And it continues.
     run = server.start(place, name, "--n_updates", "500", ranks=2)
     run.wait_for_step(status["step"] + 2)
     run.kill_all()
+
+
+VALIDATING = ("--eval_size", "12", "--ema_decay", "0.9")  # six batches of two samples, on two ranks
+
+
+@pytest.fixture(scope="module")
+def validated(place: Workplace, server: ForkServer) -> str:
+    """20 updates on two ranks with three validations, which nothing interrupts."""
+    output = server.start(place, "validated", *VALIDATING, ranks=2).wait()
+    assert place.status("validated")["state"] == "finished", output
+    return "validated"
+
+
+def all_validations(place: Workplace, name: str) -> dict[str, bytes]:
+    """The records of every validation, and which checkpoint is the best."""
+    run = place.folder / "runs" / name
+    records = {path.name: path.read_bytes() for path in (run / "validation").glob("*.json")}
+    return records | {"best": (run / "checkpoints" / "best").readlink().name.encode()}
+
+
+@pytest.mark.parametrize(("begun", "step"), [(1, 0), (2, 10), (3, 10), (4, 20)])
+def test_g8_a_validation_is_cut_short_by_a_stop_and_made_by_the_next_start(
+    place: Workplace, server: ForkServer, validated: str, begun: int, step: int
+) -> None:
+    name = f"g8-validation-{begun}"  # the third is of the averaged weights
+    hook = ("hooks", "slow_validation")
+    run = server.start(place, name, *VALIDATING, ranks=2, hook=hook)
+    while run.output().count("validation begins") < 2 * begun - 1:
+        assert run.alive(), run.output()
+        time.sleep(0.02)
+    run.kill(1, signal.SIGTERM)
+    output = run.wait(timeout=60)
+    assert output.count("validation ends") == 2 * (begun - 1), output
+    status = place.status(name)
+    assert (status["state"], status["step"]) == ("preempted", step), output
+    assert [line["step"] for line in place.metrics(name)] == list(range(1, step))
+    assert not step or place.checkpoint(name).name == f"step_{step:08d}"
+    # Stopped once more in the same validation, and continued.
+    run = server.start(place, name, *VALIDATING, ranks=2, hook=hook)
+    run.wait_for_output("validation begins")
+    run.kill(0, signal.SIGTERM)
+    output = run.wait(timeout=60)
+    status = place.status(name)
+    assert (status["state"], status["step"]) == ("preempted", step) and "validation ends" not in output, output
+    output = server.start(place, name, *VALIDATING, ranks=2).wait()
+    assert place.status(name)["state"] == "finished", output
+    assert what_was_computed(place.metrics(name)) == what_was_computed(place.metrics(validated))
+    assert all_validations(place, name) == all_validations(place, validated)
+
+
+def test_g8_a_crash_after_a_validation_that_was_made_later_repeats_no_line(
+    place: Workplace, server: ForkServer, validated: str
+) -> None:
+    name = "g8-validation-crash"
+    run = server.start(place, name, *VALIDATING, ranks=2, hook=("hooks", "slow_validation"))
+    while run.output().count("validation begins") < 3:
+        assert run.alive(), run.output()
+        time.sleep(0.02)
+    run.kill(0, signal.SIGTERM)
+    run.wait(timeout=60)
+    late = ("--save_model_freq", "1000", "--resume_changes", "true")  # so that update 10 stays the last one saved
+    run = server.start(place, name, *VALIDATING, *late, ranks=2)
+    run.wait_for_step(12)
+    run.kill_all()
+    output = server.start(place, name, *VALIDATING, ranks=2).wait()
+    assert place.status(name)["state"] == "finished", output
+    assert what_was_computed(place.metrics(name)) == what_was_computed(place.metrics(validated))
 
 
 def test_g9_when_a_rank_dies_the_others_leave_without_saving(place: Workplace, server: ForkServer) -> None:

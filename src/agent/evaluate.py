@@ -59,12 +59,13 @@ def evaluate(
     datasets: Sequence[DatasetNames],
     thresholds: list[float],
     precision: Callable[[], AbstractContextManager],
-) -> Evaluation:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """One validation; the result is the same on every process and for any number of them.
 
     Args:
         policy: the policy, not wrapped by DDP.
-        batches: this process's share of the validation set.
+        batches: this process's share of the validation set, as many as every other process has.
         processes: the process group.
         size: samples of the whole set.
         unnormalize: normalised actions (B, T, A) of a batch → (B, T, a) in the units of each sample's data set.
@@ -72,8 +73,10 @@ def evaluate(
         datasets: by the number in a batch's ``provenance``.
         thresholds: distances for ``acc``.
         precision: makes the autocast context.
+        interrupted: asked after each batch, by all processes together, which get the same answer.
 
     Returns:
+        None if it was interrupted before the last batch. Otherwise:
         The loss (flow matching, fixed noise and times) is a mean over samples; the errors are means over every unpadded
         step and real dimension, in the data set's own units. On an episode's first frame nothing was recorded before;
         there the last-action baseline is the mean action.
@@ -85,7 +88,10 @@ def evaluate(
     shown = {number * size // CHUNKS for number in range(CHUNKS)}
     rows: list[_Row] = []
     with torch.no_grad():
-        for item in batches:
+        for number, item in enumerate(batches):
+            if number and interrupted():
+                policy.train(was_training)
+                return None
             batch = to_device(item.batch, processes.device)
             with precision():
                 losses = policy(batch)

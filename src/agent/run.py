@@ -95,7 +95,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return _fail(folder, launch, config, _describe(error), "runtime")
     exit_code = EXIT_FAILED
     try:
-        if run.state.step >= run.plan.n_updates:
+        if run.state.step >= run.plan.n_updates and run.state.unreported is None:
             log.info("this run is finished: %d of %d updates done; nothing to do", run.state.step, run.plan.n_updates)
             exit_code = _end(folder, "finished", run.state.step, "")
             return exit_code

@@ -34,6 +34,8 @@ class TrainState:
     """The wandb run, the same across restarts."""
     drawn: dict[str, int] = field(default_factory=dict)
     """Of several data sets, how many samples each gave."""
+    unreported: dict[str, float | None] | None = None
+    """What ``metrics.jsonl`` is to say of the last update, once the validation is made that a stop has cut short."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,9 +57,8 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             return stop.reasons(processes)
         watchdog.alive("the pass before the first update", patience=4)  # compiles the model, when that is asked for
         batches = _warmed_up(run, iter(loader))
-        if state.step == 0 and config.eval_freq and config.eval_start:
-            watchdog.alive("validation of the starting weights", patience=4)
-            validate_start(run)
+        if not _validated_before(run, stop, watchdog, clock, saver):
+            return stop.reasons(processes)
         while state.step < run.plan.n_updates:
             watchdog.alive(f"update {state.step + 1}")
             with clock.updating():
@@ -68,14 +67,19 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             if run.folder is not None and "first_update_s" not in run.folder.attempt:
                 run.folder.note(first_update_s=round(time.time() - run.folder.attempt["started"], 1))
             last = state.step == run.plan.n_updates
-            record: dict[str, float] = {}
-            if config.eval_freq and (state.step % config.eval_freq == 0 or last):
+            due = bool(config.eval_freq) and (state.step % config.eval_freq == 0 or last)
+            validation: dict[str, float] | None = {}
+            if due:
                 watchdog.alive(f"validation at update {state.step}", patience=4)
                 saver.settle()  # a skipped update does not wait for the copies that a save began
-                record |= validate(run)
-            if record or last or state.step % config.log_freq == 0:
-                _report(run, result, clock, saver, record)
-            if record and report is not None:
+                validation = validate(run, stop)
+            if due or last or state.step % config.log_freq == 0:
+                numbers = _numbers(run, result, clock)
+                if validation is None:  # cut short: the save below counts; the next start validates and reports
+                    state.unreported = numbers
+                else:
+                    _write(run, numbers | validation, clock, saver)
+            if validation and report is not None:
                 report.refresh()
             saver.prepare()
             saver.poll()
@@ -84,12 +88,33 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             if last or stopping or interval_over or state.step % config.save_model_freq == 0:
                 watchdog.alive(f"checkpoint at update {state.step}", patience=4)
                 saver.save()
-            if stopping and not last:
+            if stopping and (not last or state.unreported is not None):
                 saver.finish(must_succeed=True)
                 return stop.reasons(processes)
         watchdog.alive("the last checkpoint", patience=4)
         saver.finish(must_succeed=True)
     return ""
+
+
+def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: _Clock, saver: Saver) -> bool:
+    """The validation that is due before an update: of the starting weights, or the one that a stop has cut short.
+
+    Returns:
+        False if a stop has cut it short; there is nothing new to save then.
+    """
+    state = run.state
+    if state.unreported is not None:
+        watchdog.alive(f"validation at update {state.step}", patience=4)
+        validation = validate(run, stop)
+        if validation is None:
+            return False
+        _write(run, state.unreported | validation, clock, saver)
+        state.unreported = None
+        run.processes.on_main(run.checkpoints.link_best)
+    elif state.step == 0 and run.config.eval_freq and run.config.eval_start:
+        watchdog.alive("validation of the starting weights", patience=4)
+        return validate_start(run, stop)
+    return True
 
 
 def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -218,13 +243,13 @@ class _Clock:
         return step_s, fraction
 
 
-def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validation: dict[str, float]) -> None:
-    """One line of metrics, gathered from all processes once."""
+def _numbers(run: Run, result: StepResult, clock: _Clock) -> dict[str, float | None]:
+    """What ``metrics.jsonl`` says of an update, gathered from all processes once."""
     config, state, processes = run.config, run.state, run.processes
     step_s, waited = clock.read()
     of_this_process = [waited if rank == processes.rank else 0.0 for rank in range(processes.world_size)]
     loss, *waits = processes.sum([float(result.loss_sum), *of_this_process])
-    record = {
+    return {
         "step": state.step,
         "loss": _finite(loss / config.global_batch_size),
         "lr": result.lr,
@@ -239,17 +264,20 @@ def _report(run: Run, result: StepResult, clock: _Clock, saver: Saver, validatio
         **run.data.mix(state.drawn),
         "skipped_updates": state.skipped_updates,
         "eta_s": (run.plan.n_updates - state.step) * step_s,
-        **{name: _finite(value) for name, value in validation.items()},
     }
+
+
+def _write(run: Run, numbers: Mapping[str, float | None], clock: _Clock, saver: Saver) -> None:
+    """One line of metrics, from rank 0."""
     if run.metrics is not None and run.folder is not None:
-        run.metrics.write(record)
+        run.metrics.write({name: _finite(value) for name, value in numbers.items()})
         run.folder.note(busy_s=round(clock.total_s, 2), checkpoint_stall_s=round(saver.stall_s, 2))
-        run.folder.update("running", state.step)
+        run.folder.update("running", run.state.step)
 
 
-def _finite(value: float) -> float | None:
+def _finite(value: float | None) -> float | None:
     """JSON has no NaN: the numbers of a skipped update are null."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _peak_memory_gb(device: torch.device) -> float:
@@ -272,6 +300,7 @@ def start_reporting(run: Run) -> None:
         if wandb is not None and wandb.run_id is None:
             wandb = replace(wandb, run_id=run.state.wandb_run_id)
         assert run.config.name is not None
-        return run.metrics.open(run.state.step, wandb, run.config.run_dir, run.config.name, dump(run.config))
+        reported = run.state.step - (run.state.unreported is not None)
+        return run.metrics.open(reported, wandb, run.config.run_dir, run.config.name, dump(run.config))
 
     run.state.wandb_run_id = run.processes.main_decides(on_main) or run.state.wandb_run_id

@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from agent.data.loader import validation_batches
 from agent.evaluate import DatasetNames, evaluate
-from agent.parallelize import is_sharded_module
 from agent.validation_picture import draw
 from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.distributed import StopRequest
     from agent.train_state import Run
 
 log = logging.getLogger(__name__)
 
 
-def validate(run: Run) -> dict[str, float]:
+def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
     """Validates the weights of now, and their moving average if there is one, and keeps the details in the run folder.
 
     Training's random streams do not move, and its weights are afterwards what they were, bit for bit. No checkpoint may
@@ -27,26 +27,35 @@ def validate(run: Run) -> dict[str, float]:
 
     Returns:
         The numbers for ``metrics.jsonl``, empty if nothing is held out. On rank 0 the baseline of the starting weights
-        is among them.
+        is among them. None if a stop request has cut it short, on every process; nothing is kept of it then.
     """
     if run.data.validation is None:
         return {}
-    raw, average = _evaluate(run), None
+    raw, average = _evaluate(run, stop), None
+    if raw is None:
+        return None
     metrics = raw.metrics() | raw.baselines()
     if run.ema is not None and run.state.step:  # before the first update it is the weights themselves
         with run.ema.applied():
-            average = _evaluate(run)
+            average = _evaluate(run, stop)
+        if average is None:
+            return None
         metrics |= average.metrics("val/ema_")
     if run.processes.is_main:
         metrics |= _keep(run, raw, average)
     return metrics
 
 
-def validate_start(run: Run) -> None:
-    """Validates the weights that the run starts from, for the baseline of all later validations."""
-    metrics = validate(run)
+def validate_start(run: Run, stop: StopRequest) -> bool:
+    """Validates the weights that the run starts from, for the baseline of all later validations.
+
+    Returns:
+        False if a stop request has cut it short.
+    """
+    metrics = validate(run, stop)
     if metrics:
         log.info("the starting weights: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return metrics is not None
 
 
 def which_may_be_best(config: TrainPipelineConfig) -> str | None:
@@ -64,7 +73,7 @@ def which_may_be_best(config: TrainPipelineConfig) -> str | None:
     )
 
 
-def _evaluate(run: Run) -> Evaluation:
+def _evaluate(run: Run, stop: StopRequest) -> Evaluation | None:
     config, reader = run.config, run.data.validation
     assert reader is not None
     batches = validation_batches(
@@ -73,7 +82,6 @@ def _evaluate(run: Run) -> Evaluation:
         batch=config.per_device_batch_size,
         rank=run.processes.rank,
         world=run.processes.world_size,
-        in_step=is_sharded_module(run.policy),
     )
     return evaluate(
         run.policy,
@@ -85,6 +93,7 @@ def _evaluate(run: Run) -> Evaluation:
         datasets=[_names(source) for source in reader.sources],
         thresholds=config.eval_thresholds,
         precision=run.precision,
+        interrupted=lambda: run.processes.any(stop.pending()),
     )
 
 

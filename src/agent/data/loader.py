@@ -241,27 +241,26 @@ class TrainLoader(Iterator[Batch]):
 
 
 def validation_batches(
-    reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1, in_step: bool = False
+    reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[ValidationBatch]:
     """One rank's part of a fixed set of validation samples: every ``world``-th batch, so that all together are the set.
 
     The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
-    from 0, and with it the draws. Ranks may get different numbers of batches, or none. Which samples share a batch does
-    not depend on the ranks: its size and padding show in the last digits of what is computed.
+    from 0, and with it the draws. Which samples share a batch does not depend on the ranks: its size and padding show in
+    the last digits of what is computed. All ranks get the same number of batches, because their passes can be collectives.
+    One that is left with nothing gets the first sample, with the index -1: it does not count.
 
     Args:
         reader: of sources opened with the previous action.
         size: samples of the set over all ranks; all frames when there are fewer, or when 0.
         batch: samples per batch; the last may be smaller.
-        in_step: give all ranks the same number of batches, because their passes are collectives. One that is left
-            with nothing gets the first sample, with the index -1: it does not count.
     """
     lengths = [len(source) for source in reader.sources]
     frames, starts = sum(lengths), np.cumsum([0, *lengths])
     size = min(size, frames) if size > 0 else frames
     begins = range(0, size, batch)
     mine = begins[rank::world]
-    for turn in range(-(-len(begins) // world) if in_step else len(mine)):
+    for turn in range(-(-len(begins) // world)):
         counts, samples = turn < len(mine), []
         for index in range(mine[turn], min(mine[turn] + batch, size)) if counts else [0]:
             pooled = (2 * index + 1) * frames // (2 * size)
