@@ -298,6 +298,7 @@ def test_an_allocation_is_left_as_it_is(cluster: Cluster) -> None:
     assert text.count("run the same command again") == 3
     assert text.endswith("still here\n")
     assert not [line for line in ("goes back", "goes on hold", "Only batch jobs") if line in text]
+    wait_for("the end of its steps", lambda: cluster.command("squeue", "--noheader") == "", 30)
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "slurms" / "train_scripts").glob("*.sh")))
