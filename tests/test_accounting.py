@@ -193,6 +193,17 @@ def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, t
     assert mine == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.parametrize("batch, cameras", [(256, 3), (32, 1)])
+def test_the_predicted_peak_beside_what_is_frozen(monkeypatch: pytest.MonkeyPatch, batch: int, cameras: int) -> None:
+    """No gradient needs what a frozen layer computes, but the pass through it has it in hand."""
+    monkeypatch.setattr(modeling, "attend", fused_attention)
+    config = PI0Config(**features(224), train_expert_only=True)
+    training = Training(batch, cameras, activation_checkpointing="full")
+    _, peak = passes(config, training)
+    memory = predict(config, training)
+    assert memory.peak - memory.parameters - memory.optimizer == pytest.approx(peak, rel=0.1)
+
+
 SHARDED = [
     Training(batch=32, cameras=1, activation_checkpointing="none", shards=4),
     Training(batch=4, cameras=2, activation_checkpointing="blocks", accumulates=True, shards=4),

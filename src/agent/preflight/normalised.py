@@ -41,7 +41,9 @@ def check(context: Context) -> list[Row]:
             if not found:
                 most = int(share.argmax())
                 beyond = (
-                    f"{share[most]:.2%} of {names[most]} and less of the others is" if share[most] else "no value is"
+                    f"{100 * share[most]:.2g}% of {names[most]} and less of the others is"
+                    if share[most]
+                    else "no value is"
                 )
                 rows.append(Row(name, "pass", f"{what}: every dimension varies; {beyond} beyond ±5", details=details))
     return rows

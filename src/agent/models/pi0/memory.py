@@ -80,6 +80,8 @@ class _Unit:
     """Bytes of activations that the backward pass computes again."""
     hand: int = 0
     """Bytes that its backward pass has in hand at once, besides."""
+    passing: int = 0
+    """Bytes that its forward pass has in hand at once and nobody keeps, of a unit that is not trained."""
     layer: bool = False
     """Whether it is gathered in the type of its products where the model is sharded."""
 
@@ -127,12 +129,21 @@ def _peak_of_passes(units: list[_Unit], training: Training, number: int) -> int:
     activations = sum(unit.kept for unit in units)
     before = number * sum(unit.trained for unit in units) if training.accumulates else 0
     most = before + activations + copied * sum(unit.products for unit in units)
+    most = max(most, before + _most_passing(units))
     held, done = activations + stay * sum(unit.products for unit in units), 0
     for unit in reversed(units):
         own = (copied - stay) * unit.products + unit.again + unit.hand
         most = max(most, held + max(before, done) + own, held + max(before, done + number * unit.trained) + unit.hand)
         held -= unit.kept + stay * unit.products
         done += number * unit.trained
+    return most
+
+
+def _most_passing(units: list[_Unit]) -> int:
+    most = held = 0
+    for unit in units:
+        most = max(most, held + unit.passing)
+        held += unit.kept
     return most
 
 
@@ -147,7 +158,8 @@ def _peak_of_shards(units: list[_Unit], training: Training, number: int) -> int:
     before = number * sum(unit.trained for unit in units) // training.shards if training.accumulates else 0
     most = held = done = 0
     for unit, weights in zip(units, gathered, strict=True):
-        most = max(most, before + held + 2 * weights)  # as it came from the processes, and in its own order
+        # as it came from the processes, and in its own order
+        most = max(most, before + held + weights + max(weights, unit.passing))
         held += unit.kept
     for place, unit in reversed(list(enumerate(units))):
         weights = gathered[place] + (gathered[place - 1] if place else 0)
@@ -230,7 +242,8 @@ def _vision(config: PI0Config, tokens: int, product: int, mode: str, trained: bo
             hand = tokens * (4 * w + 2 * product * m) + product * w * m
             yield _Unit(shapes, 0, matrices, kept, 0 if mode == "none" else all_kept - inputs, hand, layer=True)
         else:
-            yield _Unit(shapes, frozen=sum(map(_product, shapes)), layer=True)
+            passing = tokens * (8 * w + product * (w + 2 * m))
+            yield _Unit(shapes, frozen=sum(map(_product, shapes)), passing=passing, layer=True)
 
 
 def _joint(config: PI0Config, patch_tokens: int, product: int, trained: bool) -> _Unit:
@@ -264,8 +277,9 @@ def _gemma(
     norm, inputs = tokens * (4 * w + 4 + product * w), tokens * 4 * w
     own_pair = 2 * product * pair * tokens
     if not trained:
-        # No gradient: keys and values alone remain, for the expert.
-        return _Unit(shapes, frozen=sum(map(_product, shapes)), kept=own_pair, layer=True)
+        # No gradient: keys and values alone remain, for the expert; in hand are two residuals, a norm, the MLP's three.
+        passing = 0 if keys_values_only else tokens * (8 * w + product * (w + 3 * m))
+        return _Unit(shapes, frozen=sum(map(_product, shapes)), kept=own_pair, passing=passing, layer=True)
     if keys_values_only:
         all_kept = norm + own_pair
         kept = {
