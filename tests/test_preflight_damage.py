@@ -212,6 +212,18 @@ def test_weights_that_cannot_be_taken_come_with_what_to_change(
     assert row["change"] == "copy or download it again, or write another load_from_checkpoint"
 
 
+def test_without_tokenizer_and_paraphrases_all_else_is_checked(
+    server: ForkServer, place: Workplace, tmp_path: Path
+) -> None:
+    absent = ["--model_cfg.tokenizer_path", str(tmp_path / "words"), "--task_paraphrase", str(tmp_path / "said.json")]
+    checked = check(server, place, "absent", *absent)
+    failed = {row["name"]: row for row in checked.rows("", "fail")}
+    assert set(failed) == {"tokenizer", "data: together"} and "said.json" in failed["data: together"]["text"]
+    assert "not checked, because the tokenizer is not here" in checked.row("instructions")["text"]
+    for name in ("statistics", "epochs", "learning rate", "update", "loader", "time"):
+        assert checked.rows(name, "pass"), checked.output
+
+
 def test_a_constant_dimension_shows_beside_statistics_that_were_given(
     server: ForkServer, place: Workplace, trained: Path, tmp_path: Path
 ) -> None:

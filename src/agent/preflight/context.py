@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from agent.distributed import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+STAND_IN = (
+    REPOSITORY / "demo" / "tokenizer"
+)  # for one that is not here, so that what needs no words is checked all the same
 
 
 @dataclass
@@ -145,8 +148,17 @@ class Context:
         return [survey(key, dataset, self.config) for key, dataset in needs.data_sets(self.config)]
 
     @cached_property
+    def tokenizer_problem(self) -> ValueError | None:
+        """Why the tokenizer cannot be had."""
+        try:
+            needs.tokenizer(self.config).look()
+        except ValueError as error:
+            return error
+        return None
+
+    @cached_property
     def usable(self) -> TrainPipelineConfig:
-        """The config without the episodes that cannot be read, so that the rest can be checked.
+        """The config without the episodes that cannot be read, and with a tokenizer, so that the rest can be checked.
 
         Raises:
             NotChecked: if a data set cannot be used at all.
@@ -157,30 +169,44 @@ class Context:
                 raise NotChecked(f"{key} cannot be used")
             if found.bad:
                 dataset.episodes, dataset.split = found.good.tolist(), None
+        if self.tokenizer_problem is not None:
+            config.model_cfg.tokenizer_path = str(STAND_IN)  # type: ignore[attr-defined]
         return config
 
     @cached_property
-    def _data(self) -> Data | Exception:
+    def _built(self) -> tuple[Data | None, Exception | None]:
+        """The data, and why training would refuse them; both where it is only for the paraphrases."""
+        try:
+            return self._build(), None
+        except Exception as error:  # `data_problem` gives it back, once
+            problem = error
+        if self.config.task_paraphrase is None or not isinstance(problem, ValueError):
+            return None, problem
+        try:
+            self.usable.task_paraphrase = None
+            return self._build(), problem
+        except ValueError:
+            return None, problem
+
+    def _build(self) -> Data:
+        import torch
+
         from agent.building import build_run_data
         from agent.distributed import Launch, Processes
 
-        try:
-            import torch
-
-            return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
-        except Exception as error:  # `data_problem` gives it back, once
-            return error
+        return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
 
     @property
     def data(self) -> Data:
-        """The data of the run, as training builds it, without the episodes that cannot be read.
+        """The data of the run, as training builds it, without what cannot be read.
 
         Raises:
             NotChecked: if it cannot be built; ``data_problem`` says why.
         """
-        if isinstance(self._data, Exception):
-            raise NotChecked("the data cannot be read") from self._data
-        return self._data
+        data, problem = self._built
+        if data is None:
+            raise NotChecked("the data cannot be read") from problem
+        return data
 
     def require_data(self) -> None:
         """Raises NotChecked if the data cannot be read."""
@@ -192,10 +218,11 @@ class Context:
         Raises:
             Exception: what was raised, if it is no answer to the user.
         """
-        if isinstance(self._data, ValueError):
-            return self._data
-        if isinstance(self._data, Exception) and not isinstance(self._data, NotChecked):
-            raise self._data
+        _, problem = self._built
+        if isinstance(problem, ValueError):
+            return problem
+        if problem is not None and not isinstance(problem, NotChecked):
+            raise problem
         return None
 
     @property
@@ -207,7 +234,7 @@ class Context:
     @property
     def language_tokens(self) -> int:
         """Tokens of the longest instruction as a batch has them; the model's most if the data cannot be read."""
-        if isinstance(self._data, Exception):
+        if self._built[0] is None or self.tokenizer_problem is not None:
             return self.model.tokenizer_max_length
         longest = max(len(self.data.reader.tokens(text)) for text in self.texts)
         return min(-(-longest // 8) * 8, self.model.tokenizer_max_length)

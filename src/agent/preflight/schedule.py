@@ -82,6 +82,8 @@ def _course(context: Context) -> list[Row]:
 
 def _tokens(context: Context) -> list[Row]:
     try:
+        if context.tokenizer_problem is not None:
+            raise NotChecked("the tokenizer is not here")
         tokens, texts = context.data.reader.tokens, context.texts
     except NotChecked as error:
         return [Row("instructions", "warn", f"not checked, because {error}", "put right what fails, and check again")]

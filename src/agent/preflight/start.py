@@ -64,7 +64,9 @@ def _resume(context: Context, checkpoint: Path) -> Row:
     # The model's features, where the config leaves them open, are completed from the data.
     changes = changes_since(saved, dump(replace(config, model_cfg=context.usable.model_cfg)))
     fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
-    if fingerprint != context.data.fingerprint and not any(survey.bad for survey in context.surveys):
+    same_words = context.tokenizer_problem is None and context.usable.task_paraphrase == config.task_paraphrase
+    whole = same_words and not any(survey.bad for survey in context.surveys)
+    if whole and fingerprint != context.data.fingerprint:
         changes.append("the training data: states, actions, episodes or instructions")
     text = f"continues from {checkpoint}"
     if changes and not config.resume_changes:
