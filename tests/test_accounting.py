@@ -196,7 +196,7 @@ def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("batch, cameras", [(256, 3), (32, 1)])
 def test_the_predicted_peak_beside_what_is_frozen(monkeypatch: pytest.MonkeyPatch, batch: int, cameras: int) -> None:
     """No gradient needs what a frozen layer computes, but the pass through it has it in hand."""
-    monkeypatch.setattr(modeling, "attend", fused_attention)
+    monkeypatch.setattr(layers, "attend", fused_attention)
     config = PI0Config(**features(224), train_expert_only=True)
     training = Training(batch, cameras, activation_checkpointing="full")
     _, peak = passes(config, training)

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     },
     "replicas": ["distributed", "optim"],
     "configuration_pipeline": [
+        "config_files",
         "strict_config",
         "data.*",
         "metrics",
@@ -65,8 +66,10 @@ MAY_IMPORT = {
         "preflight.gpus",
         "simulation.configuration",
     ],
-    "strict_config": ["config_check", "models.base"],  # the first two were one file
+    "strict_config": ["config_check", "config_files", "models.base"],
+    "config_files": ["config_check"],
     "config_check": ["older_keys"],
+    "config_changes": [],
     "parallelize": ["distributed"],
     "sharding": ["distributed"],
     **{

@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import yaml
 
+from agent.config_changes import changes_since
+from agent.config_files import ConfigError
 from agent.configuration_pipeline import (
     TrainPipelineConfig,
-    changes_since,
     dump,
     dump_yaml,
     load_config,
@@ -29,7 +30,6 @@ from agent.configuration_pipeline import (
     reconcile,
 )
 from agent.distributed import Launch, choose_device, read_launch
-from agent.strict_config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

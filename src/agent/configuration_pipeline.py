@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,13 +13,14 @@ from typing import Any, Literal
 import draccus
 import yaml
 
+from agent.config_files import ConfigError
 from agent.data.loader import DataConfig
 from agent.metrics import WandbConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
 from agent.preflight.gpus import check_name
 from agent.simulation.configuration import SimulationConfig
-from agent.strict_config import ConfigError, cannot_use, load
+from agent.strict_config import cannot_use, load
 
 
 @dataclass
@@ -354,70 +354,3 @@ def dump(config: TrainPipelineConfig) -> dict[str, Any]:
 def dump_yaml(config: TrainPipelineConfig) -> str:
     """The resolved config as YAML; ``--config_path`` takes it back."""
     return yaml.safe_dump(dump(config), sort_keys=False, allow_unicode=True)
-
-
-# Keys that may differ between a checkpoint and the run that continues it: they change neither mathematics nor data.
-# Where data, tokenizer and paraphrases lie is free too, because what they contain is compared by its fingerprint.
-_FREE_ON_RESUME = (
-    "name",
-    "debug",
-    "check",
-    "check_gpu",
-    "resume_run",
-    "resume_changes",
-    "load_from_checkpoint",
-    "per_device_batch_size",
-    "use_torch_compile",
-    "activation_checkpointing",
-    "parallel",
-    "deterministic",
-    "save_model_freq",
-    "checkpoint_interval_minutes",
-    "keep_checkpoints",
-    "keep_training_states",
-    "save_dtype",
-    "check_replicas_every",
-    "hang_timeout_minutes",
-    "log_freq",
-    "eval_cfg",
-    "eval_freq",
-    "eval_size",
-    "eval_start",
-    "eval_thresholds",
-    "use_wandb",
-    "wandb",
-    "data.train.num_workers",
-    "data.train.prefetch_factor",
-    "data.train.video_backend",
-    "data.train.frame_store",
-    "data.train.frame_quality",
-    "data.train.datasets.N.frames",
-    "task_paraphrase",
-    "data.train.tolerance_s",
-    "data.train.datasets.N.root",
-    "data.val.datasets",
-    *(
-        f"model_cfg.{key}"
-        for key in (
-            "device compile_model compile_mode gradient_checkpointing pretrained_path pretrained_revision push_to_hub "
-            "repo_id private tags license n_action_steps num_inference_steps paligemma_pretrained_path tokenizer_path"
-        ).split()
-    ),
-)
-
-
-def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines ``key: old → new`` of all keys that a resume must not change silently."""
-    lines = []
-    for key in [*saved, *(k for k in current if k not in saved)]:
-        name = f"{prefix}{key}"
-        old, new = saved.get(key), current.get(key)
-        if old == new or re.sub(r"\.\d+\.", ".N.", name) in _FREE_ON_RESUME:
-            continue
-        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-            old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += changes_since(old, new, f"{name}.")
-        else:
-            lines.append(f"{name}: {old} → {new}")
-    return lines

@@ -14,7 +14,8 @@ import yaml
 
 from agent import weights
 from agent.checkpoint import PRETRAINED_EMA, TRAINING, CheckpointStore
-from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
+from agent.config_changes import changes_since
+from agent.configuration_pipeline import TrainPipelineConfig, dump
 from agent.data.build import Data
 from agent.distributed import Processes
 from agent.ema import Ema

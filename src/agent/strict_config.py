@@ -1,5 +1,5 @@
-"""Reading a config strictly: YAML with ``!include``, ``${VARIABLES}``, command-line overrides, and a check of every
-key and type before draccus builds the dataclasses.
+"""Reading a config strictly: files, command-line overrides, older vintages of model configs, and a check of every key
+and type before draccus builds the dataclasses.
 
 draccus alone stops at the first mistake and names neither the file nor the nearest valid key; here all mistakes go
 into one message, each with the line that made it.
@@ -7,9 +7,6 @@ into one message, each with the line that made it.
 
 from __future__ import annotations
 
-import difflib
-import json
-import os
 import re
 import typing
 from copy import copy
@@ -18,159 +15,13 @@ from typing import Any, TypeVar
 
 import draccus
 import yaml
-from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 from draccus.utils import DecodingError, ParsingError
 
 from agent.config_check import UNKNOWN, Mistake, check_tree, explain
+from agent.config_files import ConfigError, expand_variables, file_sources, read_file, read_yaml
 from agent.models.base import ModelConfig, Reading
 
 ConfigClass = TypeVar("ConfigClass")
-
-
-class ConfigError(ValueError):
-    """A mistake of the user's in a config: what is wrong, where, and what to write instead."""
-
-
-_INT, _TIMESTAMP = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
-
-
-class _Loader(SafeLoaderWithInclusion):
-    """draccus's loader, which notes what it included, reads JSON as JSON and refuses a key given twice.
-
-    YAML 1.1 would read `007` as 7, `12:30` as 750 and `2026-01-31` as a date, which changes a name; here they are texts.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _TIMESTAMP)]
-        for first, resolvers in SafeLoaderWithInclusion.yaml_implicit_resolvers.items()
-    }
-
-    def __init__(self, stream: Any, name: str, including: tuple[Path, ...] = ()) -> None:
-        super().__init__(stream)
-        self.name = name
-        self.including = including
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here and not in construct_mapping: a merge (<<) writes the merged keys into the node.
-        node = super().compose_mapping_node(anchor)
-        seen: dict[str, int] = {}
-        for key_node, _ in node.value:
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{self.name}:{line}: a list or mapping cannot be a key")
-            if key in seen and key_node.tag != "tag:yaml.org,2002:merge":
-                raise ConfigError(f"{self.name}:{line}: the key '{key}' was already given in line {seen[key]}")
-            seen[key] = line
-        return node
-
-
-def _include(loader: _Loader, node: Any) -> Any:
-    where = f"{loader.name}:{node.start_mark.line + 1}: !include"
-    if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{where}: expected one file name")
-    path = _included_path(Path(loader.name), node.value)
-    if not path.is_file():
-        wrong = f"{path} is a folder" if path.is_dir() else f"there is no file {path}{_similar_file(path)}"
-        raise ConfigError(f"{where} {node.value}: {wrong} (includes are relative to the file that includes them)")
-    if path in loader.including:
-        raise ConfigError(f"{where} {node.value}: {path} includes itself")
-    return read_file(path, loader.including)
-
-
-def _included_path(including: Path, name: str) -> Path:
-    mistakes: list[Mistake] = []
-    expanded = expand_variables(name, mistakes)
-    if mistakes:
-        raise ConfigError(f"{including}: !include {mistakes[0].text}")
-    return Path(os.path.normpath(including.parent / expanded))
-
-
-def _unknown_tag(loader: _Loader, node: Any) -> Any:
-    near = difflib.get_close_matches(node.tag, ["!include"])
-    hint = "did you mean !include?" if near else "the only one is !include; put a text that begins so in quotes"
-    raise ConfigError(f"{loader.name}:{node.start_mark.line + 1}: {node.tag} is not a tag that is known; {hint}")
-
-
-_Loader.add_constructor("!include", _include)
-_Loader.add_constructor(None, _unknown_tag)  # type: ignore[arg-type]  # PyYAML's way to say: any other
-_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
-
-
-def read_file(path: Path, including: tuple[Path, ...] = ()) -> Any:
-    """The contents of a YAML or JSON file with its includes."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}{_similar_file(path)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as a config file: {error}") from None
-    try:
-        if path.suffix == ".json":
-            return _read_json(text, path)
-        return _read_yaml(text, str(path), (*including, Path(os.path.normpath(path))))
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid {path.suffix.lstrip('.').upper()}: {error}") from None
-
-
-def _read_yaml(text: str, name: str, including: tuple[Path, ...] = ()) -> Any:
-    loader = _Loader(text, name, including)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
-
-
-def _read_json(text: str, path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        for number, (key, _) in enumerate(pairs):
-            if key in (earlier for earlier, _ in pairs[:number]):
-                _read_yaml(text, str(path))  # JSON is YAML too, and this reader knows the lines
-                raise ConfigError(f"{path}: the key '{key}' is given twice")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def _similar_file(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir() and folder.parent.is_dir():  # `models` for `model`
-        folders = [p.name for p in folder.parent.iterdir() if p.is_dir()]
-        folder = folder.with_name((difflib.get_close_matches(folder.name, folders, n=1) or [folder.name])[0])
-    names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
-
-
-_VARIABLE = re.compile(r"\$\{(\w+)(:-([^${}]*))?\}")
-_BARE_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
-
-
-def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] = ()) -> Any:
-    """``${VAR}`` and ``${VAR:-default}`` in every text, from the environment; unset ones are added to ``mistakes``."""
-    if isinstance(tree, dict):
-        return {k: expand_variables(v, mistakes, (*path, str(k))) for k, v in tree.items()}
-    if isinstance(tree, list):
-        return [expand_variables(v, mistakes, (*path, str(i))) for i, v in enumerate(tree)]
-    if not isinstance(tree, str):
-        return tree
-
-    def value(match: re.Match) -> str:
-        name, default = match.group(1), match.group(3)
-        found = os.environ.get(name) or default
-        if found is None:
-            text = (
-                f"'{tree}' uses the environment variable {name}, which is not set; "
-                f"`source set_path.sh`, `export {name}=…`, or write the path itself"
-            )
-            mistakes.append(Mistake(path, text))
-        return found or ""
-
-    rest = _VARIABLE.sub("", tree)
-    if "${" in rest:
-        mistakes.append(Mistake(path, f"cannot read '{tree}'; write ${{VAR}} or ${{VAR:-default}}, one not in another"))
-    elif bare := _BARE_VARIABLE.search(rest):  # else a folder of this very name would be made, or looked for
-        mistakes.append(Mistake(path, f"'{tree}' has a variable without braces; write ${{{bare[1]}}}"))
-    return _VARIABLE.sub(value, tree)
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, Any]:
@@ -190,7 +41,7 @@ def parse_overrides(arguments: list[str]) -> dict[str, Any]:
             if text.startswith("="):
                 raise ConfigError(f"--{key}: there are no spaces around '='; write --{key} VALUE")
         try:
-            overrides[key] = _read_yaml(text, f"--{key}") if text != "" else ""
+            overrides[key] = read_yaml(text, f"--{key}") if text != "" else ""
         except yaml.YAMLError as error:
             raise ConfigError(f"--{key}: cannot read the value '{text}': {error}") from None
     return overrides
@@ -233,39 +84,6 @@ def _list_index(node: list, part: str, key: str) -> int:
 
 
 # ── saying where ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """Way to a key → ``file:line: `` where it is set, through all includes and merges."""
-    sources: dict[tuple[str, ...], str] = {}
-
-    def walk(node: Any, path: tuple[str, ...]) -> None:
-        if node.tag == "!include":
-            sources.update(_file_sources(_included_path(file, node.value), path))
-        elif isinstance(node, yaml.MappingNode):
-            # What is merged in comes first: the keys written beside it win.
-            for key, value in sorted(node.value, key=lambda pair: pair[0].tag != "tag:yaml.org,2002:merge"):
-                if key.tag == "tag:yaml.org,2002:merge":
-                    for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                        walk(merged, path)
-                else:
-                    own = (*path, key.value)
-                    for known in [known for known in sources if known[: len(own)] == own]:
-                        del sources[known]  # what a merged file says below this key is replaced with it
-                    sources[own] = f"{file}:{key.start_mark.line + 1}: "
-                    walk(value, own)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, item in enumerate(node.value):
-                sources[*path, str(index)] = f"{file}:{item.start_mark.line + 1}: "
-                walk(item, (*path, str(index)))
-
-    try:
-        root = yaml.compose(file.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except yaml.YAMLError:  # JSON that YAML cannot read, indented with tabs: then the including line has to do
-        root = None
-    if root is not None:
-        walk(root, path)
-    return sources
 
 
 def _add_override(sources: dict[tuple[str, ...], str], path: tuple[str, ...]) -> None:
@@ -371,7 +189,7 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> C
             for key, reading in readings.items():
                 getattr(config, key).notes = tuple(f"{key}.{note}" for note in reading.notes)
             return config
-    sources = _file_sources(path)
+    sources = file_sources(path)
     for twin in replaced:
         sources = {known: where for known, where in sources.items() if known[:2] != twin}
     for override in overrides:

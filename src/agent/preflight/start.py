@@ -10,7 +10,8 @@ import yaml
 
 from agent import hub
 from agent.checkpoint import TRAINING
-from agent.configuration_pipeline import TrainPipelineConfig, changes_since, dump
+from agent.config_changes import changes_since
+from agent.configuration_pipeline import TrainPipelineConfig, dump
 from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
