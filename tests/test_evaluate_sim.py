@@ -264,6 +264,15 @@ def test_refuses_a_checkpoint_that_lacks_a_part(run_folder: Path, tmp_path: Path
 
 
 @needs_sim
+def test_asks_where_results_are_to_go_before_it_loads(run_folder: Path, tmp_path: Path) -> None:
+    policy = edited(run_folder, tmp_path, lambda config: None)
+    (policy / "model.safetensors").write_bytes(b"never read")
+    process = evaluate("--checkpoint", str(policy), "--tasks", REACH)
+    assert process.returncode == 2
+    assert f"--out: {policy} is not in a run folder, so say where the results are to go" in process.stderr
+
+
+@needs_sim
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

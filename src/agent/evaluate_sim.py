@@ -51,6 +51,7 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     from agent.simulation.environment import TASK_DESCRIPTIONS
     from agent.simulation.evaluation import Request, evaluate
     from agent.simulation.results import table
+    from agent.weights import find_weights
 
     if options.run:
         from agent.simulation.watching import watch
@@ -66,6 +67,9 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     numbers = ("episodes", "seed", "max_steps", "videos")
     request = Request(tasks, **{key: value for key in numbers if (value := getattr(options, key)) is not None})
     request.check(list(TASK_DESCRIPTIONS))
+
+    if not options.out and Path(options.checkpoint).expanduser().exists():
+        default_out(find_weights(options.checkpoint, "--checkpoint")[0].parent.resolve())  # before minutes of loading
 
     def out(pretrained: Path) -> Path:
         return Path(options.out).expanduser() if options.out else default_out(pretrained)
