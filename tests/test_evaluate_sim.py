@@ -393,7 +393,10 @@ def test_refuses_an_option_without_effect(arguments: list[str], said: str) -> No
 
 
 def test_an_interrupt_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(evaluate_sim, "evaluate_sim", lambda options: signal.raise_signal(signal.SIGINT))
+    def interrupted(options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_sim, "evaluate_sim", interrupted)
     assert evaluate_sim.main(["--checkpoint", "x", "--tasks", REACH]) == 130
     assert capsys.readouterr().err == "stopped; the same command plays what is missing\n"
 
