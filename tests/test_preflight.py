@@ -125,6 +125,14 @@ def test_what_only_validation_reads_has_no_effect_without_it(server: ForkServer,
     assert texts == [f"{key} has no effect, because data.val.fraction is 0: nothing is held out" for key in EVAL_KEYS]
 
 
+def test_an_evaluation_that_cannot_be_is_warned_of(server: ForkServer, place: Workplace) -> None:
+    """It would say so in a log of its own, at the first checkpoint."""
+    simulation = {"tasks": ["reach-v3"], "every": 4, "start": "sbatch"}
+    checked = check(server, place, "simulated", "--eval_cfg", json.dumps(simulation), PATH="/nowhere")
+    (row,) = checked.rows("config: values", "warn")
+    assert row["text"] == "eval_cfg.start is sbatch, and there is no sbatch here"
+
+
 def test_the_sheet_shows_what_the_camera_sees(server: ForkServer, place: Workplace) -> None:
     checked = check(server, place, "sheet", "--check_gpu", "4090")
     sheet = np.asarray(Image.open(place.folder / "runs" / "sheet" / "check" / "cameras.png").convert("RGB"))

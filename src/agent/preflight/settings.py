@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from agent.preflight.report import Row
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.simulation.configuration import SimulationConfig
 
 
 def check(context: Context) -> list[Row]:
@@ -106,11 +108,21 @@ def _odd(context: Context) -> Iterator[tuple[str, str]]:
         slow = slow_bfloat16("cuda" if context.visible_gpus else "cpu")
         if slow is not None:
             yield slow, "write use_bf16: false, or name another GPU, which the job will get, with --check_gpu"
-    simulation = config.eval_cfg
-    if simulation is not None and simulation.start != "by_hand" and not Path(simulation.script).is_file():
+    if config.eval_cfg is not None:
+        yield from _simulated(config.eval_cfg)
+    if config.debug:
+        yield "debug is true: no loader workers, and every operation is watched for NaN", "write debug: false to train"
+
+
+def _simulated(simulation: SimulationConfig) -> Iterator[tuple[str, str]]:
+    """What would keep the evaluation in simulation from being started."""
+    if simulation.start != "by_hand" and not Path(simulation.script).is_file():
         yield (
             f"eval_cfg.start is {simulation.start}, and there is no {simulation.script} in {Path.cwd()}",
             "write the path of a script in eval_cfg.script, like slurms/eval_scripts/pi0_metaworld.sh",
         )
-    if config.debug:
-        yield "debug is true: no loader workers, and every operation is watched for NaN", "write debug: false to train"
+    if simulation.start == "sbatch" and shutil.which("sbatch") is None:
+        yield (
+            "eval_cfg.start is sbatch, and there is no sbatch here",
+            "write by_hand or process, unless the job has one (a container often has none)",
+        )
