@@ -232,6 +232,16 @@ def test_online_with_a_key_offline_and_disabled_are_fine(no_key, tmp_path, monke
     WandbConfig().check()
 
 
+def test_the_environment_can_turn_it_on_and_must_say_a_mode(no_key, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ValueError, match="WANDB_MODE is online but there is no wandb key"):
+        WandbConfig(mode="offline").check()
+    for mode in ("", "OFFLINE", "off"):  # a run would end at its first line
+        monkeypatch.setenv("WANDB_MODE", mode)
+        with pytest.raises(ValueError, match=f"WANDB_MODE is '{mode}': export WANDB_MODE=offline, online or disabled"):
+            WandbConfig().check()
+
+
 @pytest.mark.parametrize("mode", ["offline", "disabled", "dryrun"])
 def test_the_environment_can_turn_online_off(no_key, monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)

@@ -39,14 +39,14 @@ class WandbConfig:
         """Refuses online logging without a key now, rather than asking for one on a compute node.
 
         Raises:
-            ValueError: if no key is found in the environment or in the netrc file.
+            ValueError: if no key is found in the environment or in the netrc file, or ``WANDB_MODE`` is none of wandb's.
         """
-        if (
-            self.mode != "online"
-            or os.environ.get("WANDB_MODE", "online") != "online"
-            or os.environ.get("WANDB_API_KEY")
-        ):
+        mode = os.environ.get("WANDB_MODE", self.mode)
+        if mode not in ("online", "offline", "disabled", "dryrun"):  # wandb itself refuses it, when the run has started
+            raise ValueError(f"WANDB_MODE is '{mode}': export WANDB_MODE=offline, online or disabled, or unset it")
+        if mode != "online" or os.environ.get("WANDB_API_KEY"):
             return
+        key = "WANDB_MODE" if "WANDB_MODE" in os.environ else "wandb.mode"
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
         try:
             if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
@@ -54,7 +54,7 @@ class WandbConfig:
         except (OSError, netrc.NetrcParseError):
             pass
         raise ValueError(
-            f"wandb.mode is online but there is no wandb key for {host}: run `wandb login` once or `export WANDB_API_KEY=…`; "
+            f"{key} is online but there is no wandb key for {host}: run `wandb login` once or `export WANDB_API_KEY=…`; "
             "or write wandb.mode: offline, or use_wandb: false"
         )
 
