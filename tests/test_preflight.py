@@ -363,6 +363,11 @@ def test_a_model_too_large_for_the_gpu_is_a_row(place: Workplace, monkeypatch: p
     assert row.result == "fail" and row.text.endswith("CUDA out of memory. Tried to allocate 2 GiB.")
     assert row.change.startswith("write a smaller per_device_batch_size than 2")
     assert not (context.folder / "rehearsal").exists()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    sharded = ["--name", "too_large", "--parallel", "fsdp"]  # of which one process holds all here, and a fourth there
+    (row,) = rehearsal.check(Context(load_config(place.folder / "tiny.yaml", sharded, 1)[0], Launch()))
+    assert row.result == "warn" and "does not hold what 4 GPUs share" in row.text
 
 
 def test_requeues_follow_from_the_time_limit(server: ForkServer, place: Workplace) -> None:

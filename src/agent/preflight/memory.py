@@ -36,10 +36,10 @@ def check(context: Context) -> list[Row]:
     return [Row("memory", "warn", text, "name the job's GPU with --check_gpu for a verdict", details)]
 
 
-def predicted(context: Context, batch: int) -> int:
-    """Bytes that the card must have for a batch."""
-    config = context.config
-    gpus = context.gpus[0]
+def predicted(context: Context, batch: int, alone: int = 0) -> int:
+    """Bytes that the card must have for a batch in the job, or in ``alone`` micro-batches of a single process."""
+    config, gpus = context.config, 1 if alone else context.gpus[0]
+    several = alone > 1 if alone else config.global_batch_size > batch * gpus
     predictor: Any = registry.memory(context.model)
     sharded = config.parallel == "fsdp" and gpus > 1
     training = predictor.Training(
@@ -53,7 +53,7 @@ def predicted(context: Context, batch: int) -> int:
         use_bf16=bool(config.use_bf16),
         ema=config.ema_decay is not None,
         # DDP holds its buckets of gradients from the first update to the last.
-        accumulates=config.global_batch_size > batch * gpus or (gpus > 1 and not sharded),
+        accumulates=several or (gpus > 1 and not sharded),
         shards=gpus if sharded else 1,
     )
     return predictor.predict(context.model, training).card

@@ -54,6 +54,9 @@ def check(context: Context) -> list[Row]:
         with _variable("VLA_LOG_DIR", str(place)):
             return _rehearse(context, config, device)
     except torch.cuda.OutOfMemoryError as error:  # which the model alone can be too large for
+        if context.config.parallel == "fsdp" and context.gpus[0] > 1:
+            text = f"not made: {device} does not hold what {context.gpus[0]} GPUs share under parallel: fsdp"
+            return [Row("update", "warn", text, "see the row `memory`: one process cannot try this out")]
         batch = config.per_device_batch_size
         change = (
             f"write a smaller per_device_batch_size than {batch}, or what the row `memory` says"
@@ -166,7 +169,8 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
     if cuda:
         peak = torch.cuda.max_memory_allocated()
         details["peak_bytes"] = peak
-        text += f"; {peak / 2**30:.1f} GiB at the peak, {predicted(context, samples) / 2**30:.1f} predicted with the context"
+        expected = predicted(context, samples, alone=len(batches))
+        text += f"; {peak / 2**30:.1f} GiB at the peak, {expected / 2**30:.1f} predicted with the context"
     if not all(map(math.isfinite, [*losses, result.grad_norm])):
         return Row("update", "fail", text, _NOT_FINITE, details)
     return Row("update", "pass", text, details=details)
