@@ -519,6 +519,20 @@ def test_a_part_that_is_cut_short_is_named(place, copy):
         source_of(copy).read(71)
 
 
+def test_a_damaged_picture_of_a_store_is_the_stores(place, copy):
+    """The data set's own files, which are sound and may be far away, are not named for it."""
+    assert prepared(place, copy) == []
+    (part,) = copy.glob("frames/*/*/*.arrow")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    part.write_bytes(content)
+    with pytest.raises(
+        RuntimeError, match=r"frame 11 cannot be read .* of the frame store \S+\. Remove that folder"
+    ) as caught:
+        source_of(copy).read(71)
+    assert "data.train.frame_store: none" in str(caught.value) and ".mp4" not in str(caught.value)
+
+
 def test_a_camera_that_the_store_lacks(place, stores, copy):
     store = source_of(stores, "raw").store
     with pytest.raises(ValueError, match=f"lacks the camera {WRIST}; it has {FRONT}. Add it with"):

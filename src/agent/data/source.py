@@ -17,7 +17,7 @@ from agent.data import files
 from agent.data.augmentation import AugmentationConfig
 from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
-from agent.data.frame_store import FrameStore, WantedStore, find_store
+from agent.data.frame_store import PREPARE, FrameStore, WantedStore, find_store
 from agent.data.video import decode_frame
 
 if TYPE_CHECKING:
@@ -195,12 +195,17 @@ class Source:
         try:
             return self._sample(episode, frame)
         except Exception as error:
+            told = f"{self}, episode {episode}, frame {frame} cannot be read ({type(error).__name__}: {error})"
+            if self.store is not None:  # the data set's own files are not read
+                raise RuntimeError(
+                    f"{told}, of {self.store}. Remove that folder and make it anew with `{PREPARE}`, or set "
+                    "data.train.frame_store: none"
+                ) from error
             used = [self.metadata.data_file(episode)]
             used += [self.metadata.video_file(episode, key) for key in self._mapped_videos()]
             names = ", ".join(str(path) for path in used)
             raise RuntimeError(
-                f"{self}, episode {episode}, frame {frame} cannot be read ({type(error).__name__}: {error}); "
-                f"its files: {names}. Copy them again, or leave the episode out with `episodes`; for a damaged video "
+                f"{told}; its files: {names}. Copy them again, or leave the episode out with `episodes`; for a damaged video "
                 "`python -m agent.data.prepare --skip_bad_episodes` finds all such episodes and leaves them out"
             ) from error
 
