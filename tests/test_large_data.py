@@ -74,6 +74,16 @@ def start_apart(root: Path) -> dict:
     return {**json.loads(done.stdout.splitlines()[-1]), "seconds": time.perf_counter() - begin}
 
 
+def bytes_of_libraries() -> int:
+    """Most memory of a process that does nothing but import what reads such data."""
+    program = (
+        "import torch, pyarrow.parquet, torchcodec.decoders, test_large_data; print(test_large_data.most_memory())"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 def same(first: dict, second: dict) -> None:
     assert [first[name] == second[name] for name in first if name not in ("seconds", "bytes")].count(False) == 0
 
@@ -228,4 +238,5 @@ def test_two_million_frames(tmp_path):
     print({name: (round(first[name], 2), round(second[name], 2)) for name in ("seconds", "bytes")})
     # Far from the aim of docs/data.md, since these cores may be busy; opening it with LeRobot took minutes and 3 GB.
     assert max(first["seconds"], second["seconds"]) < 90
-    assert max(first["bytes"], second["bytes"]) < 1 << 30
+    # Beyond what the libraries take, which differs by 0.2 GB between kernels: 0.3 GB, and LeRobot's table is 2 GB more.
+    assert max(first["bytes"], second["bytes"]) - bytes_of_libraries() < 450 << 20
