@@ -141,11 +141,41 @@ def test_what_is_kept_changes_nothing(tenth, tmp_path, monkeypatch):
     home = tmp_path / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     same(start((copy, None)), first)
-    assert len(list((home / "agent").iterdir())) == len(list((tenth / "agent_cache").iterdir()))
+    (of_copy,) = (home / "agent").iterdir()
+    assert len(list(of_copy.iterdir())) == len(list((tenth / "agent_cache").iterdir()))
     same(start((copy, None)), first)
     home.rename(tmp_path / "gone")
     home.write_text("nor here")
     same(start((copy, None)), first)
+
+
+def test_the_users_cache_tells_data_sets_apart_whose_files_look_alike(tmp_path, monkeypatch):
+    """Names, sizes and times are the same, as when both were unpacked from archives of one moment."""
+    from agent.data import cache
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    kept = {}
+    for name in ("one", "two"):
+        root = tmp_path / name / "data"
+        root.mkdir(parents=True)
+        (root / "agent_cache").write_text("a file where the folder would be")
+        assert cache.find(root, "columns-1") is None
+        kept[name] = cache.keep(root, "columns-1", lambda path, name=name: path.write_text(name))
+        assert cache.find(root, "columns-1") == kept[name]
+    assert [path.read_text() for path in kept.values()] == ["one", "two"]
+
+
+def test_columns_that_were_kept_are_of_the_dimensions_that_the_metadata_say_now(tenth, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tenth, copy, copy_function=os.link)
+    config = DatasetConfig("test/data", str(copy))
+    assert open_source(config, 4, None, 1e-4).columns("action").shape[1] == 7
+    info = json.loads((copy / "meta" / "info.json").read_text())
+    info["features"]["action"] |= {"shape": [6], "names": None}
+    (copy / "meta" / "info.json").unlink()  # the link, not what it shares with the other
+    (copy / "meta" / "info.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="action"):
+        open_source(config, 4, None, 1e-4).columns("action")
 
 
 def test_two_nodes_keep_the_same_at_once_under_one_process_id(tmp_path):

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from agent.distributed import Processes
 
+_PIECE = 1 << 22
+
 
 def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """A number for every tensor of weights and optimizer that changes with any single bit of it."""
@@ -23,12 +25,11 @@ def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int
 def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """The same for any tensors by their names.
 
-    The sum of a tensor's words as integers, computed where the tensor is: a pass over the memory, no copy.
+    The sum of a tensor's words as integers, computed where the tensor is: a pass over the memory, no copy of it.
     """
     import torch
 
-    # Sums wrap around alike everywhere; what matters is that one flipped bit changes one summand.
-    sums = [_words(tensor.detach().contiguous()).sum(dtype=torch.int64) for tensor in tensors.values()]
+    sums = [_sum(_words(tensor.detach().contiguous())) for tensor in tensors.values()]
     by_device: dict[torch.device, list[int]] = {}
     for place, value in enumerate(sums):
         by_device.setdefault(value.device, []).append(place)
@@ -36,6 +37,14 @@ def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     for places in by_device.values():  # one transfer per device, not one per tensor
         numbers |= dict(zip(places, torch.stack([sums[place] for place in places]).tolist(), strict=True))
     return {name: numbers[place] for place, name in enumerate(tensors)}
+
+
+def _sum(words: Tensor) -> Tensor:
+    """In 64 bits. By pieces, because torch widens what it sums: of π0's largest tensor that would be 4 GB at once."""
+    import torch
+
+    # Sums wrap around alike everywhere; what matters is that one flipped bit changes one summand.
+    return torch.stack([piece.sum(dtype=torch.int64) for piece in words.view(-1).split(_PIECE)]).sum()
 
 
 def _words(tensor: Tensor) -> Tensor:

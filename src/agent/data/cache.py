@@ -12,6 +12,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import xxhash
+
 logger = logging.getLogger(__name__)
 
 _FOLDER = "agent_cache"
@@ -21,7 +23,10 @@ def places(root: Path, name: str) -> list[Path]:
     """Where ``name`` of the data set at ``root`` may be: beside it, else in the user's cache."""
     found = [root / _FOLDER / name]
     try:
-        found.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agent" / name)
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # Two data sets may have files of the same names, sizes and times: one in a folder for each.
+        of_root = xxhash.xxh3_64(str(root.resolve()).encode()).hexdigest()
+        found.append(caches / "agent" / f"{root.name}-{of_root}" / name)
     except RuntimeError:  # a container may run as a user that has no home
         logger.info("this user has no home folder to keep %s in", name)
     return found

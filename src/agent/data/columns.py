@@ -99,11 +99,16 @@ class ColumnTable:
         return _mapped(place, self.names), place
 
     def _fingerprint(self, paths: Sequence[Path]) -> str:
-        known = [_VERSION, *self.names, *cache.describe(self.metadata.root, paths)]
+        known = [_VERSION, *self._widths().items(), *cache.describe(self.metadata.root, paths)]
         digest = xxhash.xxh3_64(json.dumps(known).encode())
         digest.update(np.ascontiguousarray(self.metadata.episodes["length"]))
         digest.update(np.ascontiguousarray(self.metadata.data_places()))
         return digest.hexdigest()
+
+    def _widths(self) -> dict[str, int]:
+        """Numbers in a row of each column, by the metadata."""
+        features = self.metadata.features  # without LeRobot's own columns, one number each, in some data sets
+        return {name: math.prod(features[name]["shape"]) if name in features else 1 for name in self.names}
 
     def _read(self, files: Sequence[tuple[Path, np.ndarray]]) -> dict[str, np.ndarray]:
         """Every row at its place, whatever the order of the rows in the files."""
@@ -112,8 +117,7 @@ class ColumnTable:
         rows = int(self.metadata.episodes["length"][self._held()].sum())
         arrays: dict[str, np.ndarray] = {}
         seen = np.zeros(rows, dtype=bool)
-        features = self.metadata.features  # without LeRobot's own columns, one number each, in some data sets
-        widths = {name: math.prod(features[name]["shape"]) if name in features else 1 for name in self.names}
+        widths = self._widths()
 
         def fill(path: Path, members: np.ndarray) -> None:
             owner, frame, values = _columns_of(path, widths)
