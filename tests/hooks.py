@@ -100,8 +100,24 @@ def flip_a_bit() -> None:
     trainer.train_step = flipping
 
 
+def memory_exhausted() -> None:
+    """The fourth update finds no memory, as on a GPU that others use too."""
+    import torch
+
+    from agent import trainer
+
+    train_step = trainer.train_step
+
+    def exhausted(run: Any, batches: Any, clock: Any) -> Any:
+        if run.state.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return train_step(run, batches, clock)
+
+    trainer.train_step = exhausted
+
+
 def slow_validation() -> None:
-    """Validation says when it begins, and takes a second for each batch."""
+    """Validation says when it begins, and takes a while for each batch."""
     from agent import validation
 
     batches = validation.validation_batches
@@ -109,7 +125,7 @@ def slow_validation() -> None:
     def slow(*arguments: Any, **keywords: Any) -> Any:
         print("validation begins", flush=True)
         for item in batches(*arguments, **keywords):
-            time.sleep(1.0)
+            time.sleep(0.4)
             yield item
         print("validation ends", flush=True)
 

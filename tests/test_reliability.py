@@ -298,6 +298,31 @@ def test_g8_a_validation_is_cut_short_by_a_stop_and_made_by_the_next_start(
     assert place.status(name)["state"] == "finished", output
     assert what_was_computed(place.metrics(name)) == what_was_computed(place.metrics(validated))
     assert all_validations(place, name) == all_validations(place, validated)
+    if step == 20:  # nothing was saved since
+        output = server.start(place, name, *VALIDATING, ranks=2, hook=hook).wait()
+        assert "this run is finished" in output and "validation begins" not in output
+
+
+def test_g8_a_validation_that_was_cut_short_can_be_turned_off(place: Workplace, server: ForkServer) -> None:
+    name, hook = "g8-validation-off", ("hooks", "slow_validation")
+    run = server.start(place, name, *VALIDATING, ranks=2, hook=hook)
+    while run.output().count("validation begins") < 3:
+        assert run.alive(), run.output()
+        time.sleep(0.02)
+    run.kill(0, signal.SIGTERM)
+    run.wait(timeout=60)
+    assert [line["step"] for line in place.metrics(name)] == list(range(1, 10))
+    output = server.start(place, name, *VALIDATING, "--eval_freq", "0", ranks=2, hook=hook).wait()
+    assert place.status(name)["state"] == "finished" and "validation begins" not in output, output
+    assert [line["step"] for line in place.metrics(name)] == list(range(1, 21))
+
+
+def test_an_update_that_finds_no_memory_says_what_to_write(place: Workplace, server: ForkServer) -> None:
+    output = server.start(place, "no-memory", ranks=2, hook=("hooks", "memory_exhausted")).wait()
+    status = place.status("no-memory")
+    assert (status["state"], status["error_kind"], status["step"]) == ("failed", "runtime", 3), output
+    for wanted in ("2.00 GiB", "a smaller per_device_batch_size than 2", "optimizer: adamw8bit", "parallel: fsdp"):
+        assert wanted in status["reason"], status
 
 
 def test_g8_a_crash_after_a_validation_that_was_made_later_repeats_no_line(

@@ -125,7 +125,9 @@ class HostSnapshot:
         """Returns when the copies can be read. Any thread may call it, and does a part of the work."""
         self._work.help()
         if self._event is not None:
-            with torch.cuda.device(self._device):  # per thread: elsewhere the wait would open a context on the first GPU
+            with torch.cuda.device(
+                self._device
+            ):  # per thread: elsewhere the wait would open a context on the first GPU
                 self._event.synchronize()
         self._sources = {}
 

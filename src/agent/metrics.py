@@ -10,6 +10,7 @@ import netrc
 import os
 import sys
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,20 +75,23 @@ class JsonLines:
         Returns:
             The lines that stay.
         """
-        kept = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    record = json.loads(line)
-                except ValueError:
-                    continue  # the process died in the middle of this line; the update will be done again
-                if record["step"] <= step:
-                    kept.append(record)
+        kept = [record for record in self._whole_lines() if record["step"] <= step]  # others will be done again
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size
         return kept
+
+    def has(self, step: int) -> bool:
+        """Whether there is a line of this update."""
+        return any(record["step"] == step for record in self._whole_lines())
+
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):  # the process died in the middle of this line
+                yield json.loads(line)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line, whole. What a full disk does not take is kept and written later."""
@@ -261,6 +265,10 @@ class Metrics:
         self._bar: Any = None
         self._above_bar = contextlib.ExitStack()
         self._n_updates = n_updates
+
+    def has(self, step: int) -> bool:
+        """Whether an earlier start has reported this update."""
+        return self._lines.has(step)
 
     def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str, settings: dict) -> str | None:
         """Starts after ``step``. Returns the wandb id, if there is one."""

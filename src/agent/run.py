@@ -83,7 +83,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder, config)
         )
         from agent.building import build
-        from agent.trainer import start_reporting, train
+        from agent.trainer import forget_reported, start_reporting, train
 
         run = build(config, launch, processes, folder, watchdog)
     except ValueError as error:
@@ -92,9 +92,10 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         log.exception("the run could not be started")
         if opened:
             _report_from_another_rank(config, launch, error)
-        return _fail(folder, launch, config, _describe(error), "runtime")
+        return _fail(folder, launch, config, _describe(error, config, launch), "runtime")
     exit_code = EXIT_FAILED
     try:
+        forget_reported(run)
         if run.state.step >= run.plan.n_updates and run.state.unreported is None:
             log.info("this run is finished: %d of %d updates done; nothing to do", run.state.step, run.plan.n_updates)
             exit_code = _end(folder, "finished", run.state.step, "")
@@ -108,7 +109,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
         _report_from_another_rank(config, launch, error)
-        return _fail(folder, launch, config, _describe(error), "runtime", run.state.step)
+        return _fail(folder, launch, config, _describe(error, config, launch), "runtime", run.state.step)
     finally:
         watchdog.close()
         _close_metrics(run, folder, exit_code)
@@ -126,7 +127,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
 def _report_from_another_rank(config: TrainPipelineConfig, launch: Launch, error: Exception) -> None:
     if launch.rank != 0 and not lost_a_peer(error):
         time.sleep(2)  # rank 0 speaks first if it fails as well
-        report_failure(config.run_dir, launch.rank, _describe(error))
+        report_failure(config.run_dir, launch.rank, _describe(error, config, launch))
 
 
 def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:
@@ -181,8 +182,13 @@ def _fail(
     return EXIT_CONFIG if kind == "config" else EXIT_FAILED
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _describe(error: Exception, config: TrainPipelineConfig, launch: Launch) -> str:
+    text = f"{type(error).__name__}: {error}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+        from agent.memory_advice import when_exhausted
+
+        text += f"\n{when_exhausted(config, launch.world_size)}"
+    return text
 
 
 if __name__ == "__main__":

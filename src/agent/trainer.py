@@ -105,7 +105,8 @@ def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: _C
     state = run.state
     if state.unreported is not None:
         watchdog.alive(f"validation at update {state.step}", patience=4)
-        validation = validate(run, stop)
+        # unless validation was turned off since
+        validation = validate(run, stop) if run.config.eval_freq else {}
         if validation is None:
             return False
         _write(run, state.unreported | validation, clock, saver)
@@ -285,6 +286,18 @@ def _peak_memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def forget_reported(run: Run) -> None:
+    """Forgets the validation that is owed if an earlier start has made it and saved nothing since."""
+    state = run.state
+
+    def reported() -> bool:
+        assert run.metrics is not None
+        return run.metrics.has(state.step)
+
+    if state.unreported is not None and run.processes.main_decides(reported):
+        state.unreported = None
 
 
 def start_reporting(run: Run) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from agent.memory_advice import savings
 from agent.models import registry
 from agent.preflight.context import Context
 from agent.preflight.gpus import GPUS, Gpu
@@ -92,14 +93,7 @@ def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
         return Row("memory", "pass", text, details=details)
     easily = largest_batch(context, int(_TIGHT * gpu.memory))
     changes = [f"per_device_batch_size: {_divisor(context, easily)}"] if easily else []
-    if config.activation_checkpointing != "full":
-        changes.append("activation_checkpointing: full")
-    if config.precision == "float32_master":
-        changes.append("precision: bfloat16_stochastic")
-    if config.optimizer == "adamw":
-        changes.append("optimizer: adamw8bit")
-    if config.parallel == "ddp" and context.gpus[0] > 1:
-        changes.append("parallel: fsdp")
+    changes += savings(config, context.gpus[0])
     change = f"write {' or '.join(changes)}, or several of these" if changes else "take a GPU with more memory"
     if need <= gpu.memory:
         return Row("memory", "warn", f"{text}; less than 5% is left", change, details)
