@@ -6,7 +6,8 @@
 `train` trains LeRobot's `PI0Policy` as its own training loop does, on the samples that the config gives (one draw of
 noise and time each, LeRobot's own); optimizer and learning rates are the config's, also where `--updates` ends it earlier.
 Sizes are the model JSON's, but for the heads: LeRobot's attention assumes eight, so they are eight, narrower in
-proportion. Stopped, it continues after the update that it saved last. `play` is agent.evaluate_sim's loop with LeRobot's
+proportion. Stopped, it continues after the update that it saved last. Keys of the config may be changed as for run.py
+(`--use_bf16 true`). `play` is agent.evaluate_sim's loop with LeRobot's
 policy predicting the chunks.
 """
 
@@ -41,9 +42,10 @@ log = logging.getLogger("closed_loop")
 HEADS = 8
 
 
-def read(config_path: str) -> tuple[Any, Any]:
+def read(config_path: str, changes: list[str]) -> tuple[Any, Any]:
     """The config, with eight heads, and its data."""
-    config, _ = load_config(config_path, ["--flow_samples_per_observation", "1", "--use_wandb", "false"], 1)
+    overrides = ["--flow_samples_per_observation", "1", "--use_wandb", "false", *changes]
+    config, _ = load_config(config_path, overrides, 1)
     model: Any = config.model_cfg
     for key in ("paligemma_variant", "action_expert_variant"):
         table = getattr(model, "language" if key.startswith("pali") else "expert")
@@ -94,7 +96,7 @@ def as_theirs(observation: Any, max_tokens: int, state_dim: int) -> dict[str, to
 
 def train(options: argparse.Namespace) -> None:
     """Trains LeRobot's policy, from where it was stopped, and saves its weights."""
-    config, data = read(options.config_path)
+    config, data = read(options.config_path, options.changes)
     model: Any = config.model_cfg
     policy = make_policy(model, data).train()
     parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -112,7 +114,7 @@ def train(options: argparse.Namespace) -> None:
     rate = optim.LearningRate.plan(
         model.optimizer_lr, model.scheduler_decay_lr, model.scheduler_warmup_steps, None, plan.n_updates
     )
-    progress = Progress(Path(options.out), options.config_path, policy, optimizer)
+    progress = Progress(Path(options.out), [options.config_path, *options.changes], policy, optimizer)
     size, losses = config.global_batch_size, []
     for update in range(progress.updates, options.updates):
         samples = [data.reader.sample(k, *data.mixture[k]) for k in range(update * size, (update + 1) * size)]
@@ -142,15 +144,15 @@ class Progress:
         ValueError: if another config's training is in the folder.
     """
 
-    def __init__(self, out: Path, config_path: str, policy: Any, optimizer: torch.optim.Optimizer) -> None:
-        self._out, self._config_path, self._policy, self._optimizer = out, config_path, policy, optimizer
+    def __init__(self, out: Path, config: list[str], policy: Any, optimizer: torch.optim.Optimizer) -> None:
+        self._out, self._config, self._policy, self._optimizer = out, config, policy, optimizer
         self._begin, self.updates = time.monotonic(), 0
         out.mkdir(parents=True, exist_ok=True)
         if not (out / "training.pt").is_file():
             return
         kept = torch.load(out / "training.pt", weights_only=True)
-        if kept["config_path"] != config_path:
-            raise ValueError(f"--out: {out} is of {kept['config_path']}; name another folder")
+        if kept["config"] != config:
+            raise ValueError(f"--out: {out} is of {' '.join(kept['config'])}; name another folder")
         policy.load_state_dict(kept["policy"])
         optimizer.load_state_dict(kept["optimizer"])
         torch.set_rng_state(kept["random"])
@@ -165,10 +167,10 @@ class Progress:
         """The weights after so many updates, what `play` needs to know of them, and what a continuation needs."""
         weights = self._policy.state_dict()
         torch.save(weights, self._out / f"policy_{updates}.pt")
-        facts = {"config_path": self._config_path, "updates": updates, "minutes": self.seconds() / 60}
+        facts = {"config": self._config, "updates": updates, "minutes": self.seconds() / 60}
         (self._out / f"facts_{updates}.json").write_text(json.dumps(facts) + "\n", encoding="utf-8")
         kept = {
-            "config_path": self._config_path,
+            "config": self._config,
             "updates": updates,
             "seconds": self.seconds(),
             "policy": weights,
@@ -227,7 +229,7 @@ def play(options: argparse.Namespace) -> None:
 
     out = Path(options.out)
     facts = json.loads((out / f"facts_{options.updates}.json").read_text(encoding="utf-8"))
-    config, data = read(facts["config_path"])
+    config, data = read(facts["config"][0], facts["config"][1:])
     model: Any = config.model_cfg
     policy = make_policy(model, data)
     policy.load_state_dict(torch.load(out / f"policy_{options.updates}.pt", weights_only=True))
@@ -250,7 +252,9 @@ def main() -> int:
     parser.add_argument("--tasks", default="reach-v3,button-press-topdown-v3")
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1000, help="of noise; episode e starts from seed + e")
-    options = parser.parse_args()
+    options, options.changes = parser.parse_known_args()
+    if options.changes and options.what == "play":
+        parser.error(f"unknown: {' '.join(options.changes)}; what was trained is in --out")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if options.what == "play":
         from agent.simulation.rendering import choose_backend
