@@ -40,6 +40,7 @@ MAY_IMPORT = {
         "distributed",
         "environment",
         "history",
+        "memory_advice",
         "metrics",
         "reporting.writing",
         "preflight.check",
@@ -69,7 +70,8 @@ MAY_IMPORT = {
     "strict_config": ["config_check", "config_files", "models.base"],
     "config_files": ["config_check"],
     "config_check": ["older_keys"],
-    "config_changes": [],
+    "config_changes": ["checkpoint", "configuration_pipeline"],
+    "memory_advice": ["configuration_pipeline"],
     "parallelize": ["distributed"],
     "sharding": ["distributed"],
     **{

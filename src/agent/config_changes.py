@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from agent.checkpoint import TRAINING
+from agent.configuration_pipeline import TrainPipelineConfig, dump
 
 # Keys that may differ between a checkpoint and the run that continues it: they change neither mathematics nor data.
 # Where data, tokenizer and paraphrases lie is free too, because what they contain is compared by its fingerprint.
@@ -53,6 +61,28 @@ _FREE_ON_RESUME = (
         ).split()
     ),
 )
+
+
+def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fingerprint: str | None) -> list[str]:
+    """What a run with this config would silently do otherwise than the one that wrote the checkpoint, a line each.
+
+    Args:
+        checkpoint: with its training state.
+        config: with the model's features completed from the data.
+        fingerprint: of the data; None if it is not known.
+    """
+    training = checkpoint / TRAINING
+    # A key that is newer than the checkpoint had its default's effect then.
+    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
+    saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
+    changes = changes_since(saved, dump(config))
+    trained_on = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
+    if fingerprint is not None and fingerprint != trained_on:
+        changes.append(
+            "the training data itself (states, actions, episodes or instructions as tokens): "
+            f"fingerprint {trained_on} → {fingerprint}"
+        )
+    return changes
 
 
 def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from agent import weights
-from agent.checkpoint import PRETRAINED_EMA, TRAINING, CheckpointStore
-from agent.config_changes import changes_since
-from agent.configuration_pipeline import TrainPipelineConfig, dump
+from agent.checkpoint import PRETRAINED_EMA, CheckpointStore
+from agent.config_changes import changes_since_checkpoint
+from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.distributed import Processes
 from agent.ema import Ema
@@ -135,16 +132,7 @@ def _load(
 
 
 def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:
-    # A key that is newer than the checkpoint had its default's effect then.
-    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
-    saved = defaults | yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
-    changes = changes_since(saved, dump(config))
-    fingerprint = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
-    if fingerprint != data.fingerprint:
-        changes.append(
-            "the training data itself (states, actions, episodes or instructions as tokens): "
-            f"fingerprint {fingerprint} → {data.fingerprint}"
-        )
+    changes = changes_since_checkpoint(checkpoint, config, data.fingerprint)
     if changes and not config.resume_changes:
         raise ValueError(
             f"this run was started with another config than the one it would continue with ({checkpoint}):\n  "

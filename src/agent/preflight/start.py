@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import MISSING, fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from agent import hub
-from agent.checkpoint import TRAINING
-from agent.config_changes import changes_since
-from agent.configuration_pipeline import TrainPipelineConfig, dump
+from agent.config_changes import changes_since_checkpoint
 from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
@@ -58,17 +53,12 @@ def _own(context: Context) -> list[Row]:
 
 def _resume(context: Context, checkpoint: Path) -> Row:
     config = context.config
-    training = checkpoint / TRAINING
-    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
-    saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
     context.require_data()
-    # The model's features, where the config leaves them open, are completed from the data.
-    changes = changes_since(saved, dump(replace(config, model_cfg=context.usable.model_cfg)))
-    fingerprint = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     same_words = context.tokenizer_problem is None and context.usable.task_paraphrase == config.task_paraphrase
     whole = same_words and not any(survey.bad for survey in context.surveys)
-    if whole and fingerprint != context.data.fingerprint:
-        changes.append("the training data: states, actions, episodes or instructions")
+    # The model's features, where the config leaves them open, are completed from the data.
+    completed = replace(config, model_cfg=context.usable.model_cfg)
+    changes = changes_since_checkpoint(checkpoint, completed, context.data.fingerprint if whole else None)
     text = f"continues from {checkpoint}"
     if changes and not config.resume_changes:
         change = "take these changes back, write another name, or allow them with --resume_changes true"
