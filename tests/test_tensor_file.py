@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,6 +185,30 @@ def test_a_file_is_read_once_into_what_is_there(tmp_path, monkeypatch, block):
             expected = written[name][: len(target)] if target.ndim else written[name]
             assert torch.equal(target, expected.to(target.dtype)), name
     assert digest is not None and digest.hexdigest() == xxhash.xxh3_128_hexdigest((tmp_path / "file").read_bytes())
+
+
+def test_what_goes_to_the_host_waits_for_no_gpu(tmp_path, monkeypatch):
+    # Weights of another shape go by way of the host, while the rest of their file goes to the GPU.
+    class Pinned(tensor_reader._Buffer):
+        def __init__(self, pin):
+            super().__init__(pin=False)
+            self.copied = SimpleNamespace(synchronize=lambda: None)
+
+    monkeypatch.setattr(tensor_reader, "_Buffer", Pinned)
+    written = torch.randn(37, 5).bfloat16()
+    tensor_file.write(tmp_path / "file", {"a": written})
+    target = torch.zeros(37, 5)
+    tensor_reader.stream(tmp_path / "file", {"a": target})
+    assert torch.equal(target, written.float())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_file_goes_to_the_gpu_and_to_the_host(tmp_path):
+    written = {name: torch.randn(37, 5).bfloat16() for name in ("a", "b")}
+    tensor_file.write(tmp_path / "file", written)
+    targets = {"a": torch.zeros(37, 5, device="cuda"), "b": torch.zeros(37, 5)}
+    tensor_reader.stream(tmp_path / "file", targets)
+    assert same({name: tensor.cpu() for name, tensor in targets.items()}, {n: t.float() for n, t in written.items()})
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):

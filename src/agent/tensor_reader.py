@@ -228,7 +228,7 @@ class _Feed:
             block = buffer.memory[: piece.numel() * dtype.itemsize]
             buffer.hashed = self._read(memoryview(block.numpy()))
             piece.copy_(block.view(dtype), non_blocking=True)
-            if buffer.copied is not None:
+            if buffer.copied is not None and target.is_cuda:  # some of a file may go to the host
                 buffer.copied.record(torch.cuda.current_stream(target.device))
 
     def skip(self, size: int) -> None:
