@@ -178,8 +178,13 @@ def test_with_other_frequencies_the_best_is_among_those_saved_and_validated(
     best = run / "checkpoints" / "best"
     (best.parent / "pretend").symlink_to(os.readlink(best))
     best.unlink()
+    # As a kill between the last save and its link leaves it; this run will save no more.
+    last = best.with_name("last")
+    last.unlink()
+    last.symlink_to(os.readlink(best.parent / "pretend"))
     output = server.start(place, "again", *STEADY, "--save_model_freq", "6", "--eval_freq", "4").wait()
     assert os.readlink(best) == os.readlink(best.parent / "pretend"), output
+    assert os.readlink(last) == "step_00000016" != os.readlink(best), output
 
 
 def test_a_damaged_checkpoint_at_the_start_and_the_best_goes_with_it(

@@ -450,6 +450,8 @@ def test_a_crash_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, mo
         assert found.path is not None and verify(found.path) is None and found.step in (10, 15), moment
         last = run_dir / "checkpoints/last"
         assert verify(last) is None, moment
+        CheckpointStore(run_dir, keep=2).relink()  # as the next start does
+        assert os.readlink(last) == found.path.name, moment
         outcomes.append(found.step)
         if not crashed:
             break

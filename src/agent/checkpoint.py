@@ -150,9 +150,24 @@ class CheckpointStore:
         os.replace(temporary, self.folder / name)
         sync(self.folder)
 
+    def relink(self) -> None:
+        """Sets ``last`` and ``best`` anew: a kill between the end of a save and its links leaves older ones."""
+        complete = [path for path in self._named() if check_sizes(path) is None]
+        try:
+            self._link_last(complete)
+        except OSError as error:
+            log.warning("the link `last` in %s could not be set: %s", self.folder, error)
+        self._link_best(complete)
+
     def link_best(self) -> Path | None:
         """Sets the link ``best`` to what is the best now, or removes it where nothing is. Returns the checkpoint."""
         return self._link_best([path for path in self._named() if check_sizes(path) is None])
+
+    def _link_last(self, complete: list[Path]) -> None:
+        if complete:
+            self._link("last", complete[-1])
+        else:
+            (self.folder / "last").unlink(missing_ok=True)
 
     def _link_best(self, complete: list[Path]) -> Path | None:
         by_step = {_step_of(path): path for path in complete}
@@ -236,10 +251,7 @@ class CheckpointStore:
         sync(self.folder)
         log.warning("the checkpoint %s is damaged and was renamed to %s: %s", path, aside.name, reason)
         good = [other for other in self._named() if check_sizes(other) is None]
-        if good:
-            self._link("last", good[-1])
-        else:
-            (self.folder / "last").unlink(missing_ok=True)
+        self._link_last(good)
         self._link_best(good)
         return aside
 

@@ -32,7 +32,7 @@ def candidates(config: TrainPipelineConfig, checkpoints: CheckpointStore) -> lis
         ValueError: if there is something, but ``resume_run`` is false.
     """
     checkpoints.recover()
-    checkpoints.link_best()  # a kill between the end of a save and its links leaves an older one
+    checkpoints.relink()
     found = checkpoints.candidates()
     order = "start: own checkpoint of this run → load_from_checkpoint → from scratch; taking "
     unusable = [] if found else checkpoints.unusable()
