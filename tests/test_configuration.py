@@ -646,11 +646,29 @@ def test_more_gpus_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> 
         choose_device(Launch(0, 0, 4, 4, under_torchrun=True), None)
     assert choose_device(Launch(0, 0, 4, 4, under_torchrun=True), "cpu").type == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert choose_device(Launch(), None).type == "cpu"
     with pytest.raises(ValueError, match="model_cfg.device is cuda, but no GPU is visible"):
         choose_device(Launch(), "cuda")
     with pytest.raises(ValueError, match="model_cfg.device: 'tpu' is not supported; write cuda, cpu or null"):
         choose_device(Launch(), "tpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [("0,1", True), ("GPU-8f1c", True), ("MIG-77aa", True), ("", False), ("-1", False), ("NoDevFiles", False)],
+)
+def test_gpus_that_were_given_and_cannot_be_used(monkeypatch: pytest.MonkeyPatch, given: str, refused: bool) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # as with a driver that does not answer
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    assert choose_device(Launch(), "cpu").type == "cpu"
+    if not refused:
+        assert choose_device(Launch(), None).type == "cpu"
+        return
+    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={given} gives this run GPUs.*model_cfg.device: cpu"):
+        choose_device(Launch(), None)
 
 
 # ── wandb ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -167,7 +168,7 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
         wanted: ``cpu``, ``cuda`` or None (a GPU if there is one), as in the model config's ``device``.
 
     Raises:
-        ValueError: if a GPU is asked for and missing, or more processes than GPUs were started.
+        ValueError: if a GPU is asked for or was given and cannot be used, or more processes than GPUs were started.
     """
     import torch
 
@@ -176,6 +177,11 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
             f"model_cfg.device: '{wanted}' is not supported; write cuda, cpu or null (the GPU if there is one)"
         )
     gpus = torch.cuda.device_count()
+    if wanted is None and gpus == 0 and (given := _given_gpus()):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES={given} gives this run GPUs, but PyTorch can use none of them: does `nvidia-smi` show them "
+            "on this machine, with a driver that is not too old? To train on the CPU write model_cfg.device: cpu"
+        )
     if wanted == "cpu" or (wanted is None and gpus == 0):
         return torch.device("cpu")
     if gpus == 0:
@@ -190,6 +196,12 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
     device = torch.device("cuda", launch.local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _given_gpus() -> str:
+    """What ``CUDA_VISIBLE_DEVICES`` says if it names a GPU; like CUDA we look at nothing behind an entry that is none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+    return given if re.match(r"\d|GPU-|MIG-", given) else ""
 
 
 def _text_of(stop_file: Path) -> str:
