@@ -120,10 +120,10 @@ metrics.close(0)
 """
 
 
-def start(run_dir: Path, after: int, steps: range, attempt: int, end: str) -> str:
+def start(run_dir: Path, after: int, steps: range, attempt: int, end: str, **more: str) -> str:
     """One start of a run in a process of its own; returns the wandb id."""
     arguments = [str(run_dir), str(after), str(steps[0]), str(steps[-1]), str(attempt), end]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | more
     done = subprocess.run(
         [sys.executable, "-c", START, *arguments], env=environment, capture_output=True, text=True, timeout=120
     )
@@ -151,12 +151,16 @@ def offline_records(folder: Path) -> tuple[str, list[dict]]:
     return ids[0], history
 
 
-@pytest.mark.parametrize("end", ["closed", "killed"])
-def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end):
-    first = start(tmp_path, 0, range(1, 11), attempt=1, end=end)
+@pytest.mark.parametrize(
+    ("end", "more"),
+    [("closed", {}), ("killed", {}), ("killed", {"WANDB_MODE": "dryrun"})],
+    ids=lambda value: str(value),
+)
+def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end, more):
+    first = start(tmp_path, 0, range(1, 11), attempt=1, end=end, **more)
     (before,) = (tmp_path / "wandb").glob("offline-run-*")
     time.sleep(max(0.0, 1.1 - time.time() % 1))  # wandb names its folders by the second
-    second = start(tmp_path, 6, range(7, 13), attempt=2, end="closed")
+    second = start(tmp_path, 6, range(7, 13), attempt=2, end="closed", **more)
     assert first == second and len(first) >= 8
 
     (newest,) = (tmp_path / "wandb").glob("offline-run-*")
@@ -261,8 +265,10 @@ def test_a_broken_netrc_is_no_key(no_key, tmp_path):
         WandbConfig().check()
 
 
-def test_without_wandb_there_is_no_id_and_no_folder(tmp_path):
-    for config in (None, WandbConfig(mode="disabled")):
+def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
+    for config, mode in ((None, None), (WandbConfig(mode="disabled"), None), (WandbConfig(), "disabled")):
+        if mode is not None:
+            monkeypatch.setenv("WANDB_MODE", mode)
         metrics = Metrics(tmp_path, 10)
         assert metrics.open(0, config, tmp_path, "name", {}) is None
         metrics.close(0)

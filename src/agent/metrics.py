@@ -36,6 +36,11 @@ class WandbConfig:
     run_id: str | None = None
     """Id of an existing wandb run to continue. Not set: made once per run folder and kept."""
 
+    def actual_mode(self) -> str:
+        """The mode as it comes to be: ``WANDB_MODE`` wins, and its older word `dryrun` means offline."""
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        return "offline" if mode == "dryrun" else mode
+
     def check(self) -> None:
         """Refuses online logging without a key now, rather than asking for one on a compute node.
 
@@ -164,7 +169,7 @@ class Wandb:
         self.run_id = config.run_id or self._kept_id(run_dir)
         self._validations = ValidationRecords(run_dir)
         entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
-        mode: Any = os.environ.get("WANDB_MODE") or config.mode
+        mode: Any = config.actual_mode()
         if mode == "offline":
             self._set_aside_offline(run_dir)
         keywords: dict[str, Any] = {
@@ -273,7 +278,7 @@ class Metrics:
     def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str, settings: dict) -> str | None:
         """Starts after ``step``. Returns the wandb id, if there is one."""
         earlier = self._lines.rewind(step)
-        if wandb is not None and wandb.mode != "disabled":
+        if wandb is not None and "disabled" not in (wandb.mode, wandb.actual_mode()):
             self._wandb = Wandb(wandb, run_dir, name, settings, earlier)
         if sys.stderr.isatty():
             from tqdm import tqdm
