@@ -512,6 +512,24 @@ def test_the_folders_of_the_first_checkpoint_are_on_the_disk_too(tmp_path, monke
     assert {str(tmp_path), str(tmp_path / "run"), str(store.folder)} <= set(synced)
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_syncs_no_folders_is_no_reason_not_to_save(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{handle}")).is_dir():
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    if number == errno.EIO:  # a disk that fails is another matter
+        with pytest.raises(OSError, match="Input/output error"):
+            store_with(tmp_path, 5)
+        return
+    store = store_with(tmp_path, 5, 10, keep=1)
+    assert newest(store).step == 10 and verify(store.folder / "last") is None
+
+
 def test_a_full_disk_costs_the_new_checkpoint_and_not_the_old_one(small_disk):
     store = CheckpointStore(small_disk / "run", keep=1)
     save(store, 5, writer("s5", 1_000_000))
