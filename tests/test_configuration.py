@@ -143,6 +143,14 @@ def test_name_is_the_stem_of_the_file_unless_given(files: Files, tmp_path: Path)
     assert files.load("--name", "other").run_dir == tmp_path / "runs" / "other"
 
 
+def test_a_tilde_in_the_place_of_the_run_folders_is_the_home_folder(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("VLA_LOG_DIR", "~/runs")  # in quotes no shell replaces it
+    assert files.load().run_dir == tmp_path / "runs" / "small"
+
+
 def test_includes_are_relative_to_the_including_file(files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     files.write("data/more/third.yaml", "{repo_id: lab/third, root: !include names/root.json}")
     files.write("data/more/names/root.json", '"/data/third"')

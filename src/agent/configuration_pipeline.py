@@ -189,7 +189,7 @@ class TrainPipelineConfig:
     def run_dir(self) -> Path:
         """`${VLA_LOG_DIR}/<name>`, or `runs/<name>` when the variable is not set."""
         assert self.name is not None
-        return Path(os.environ.get("VLA_LOG_DIR") or "runs") / self.name
+        return Path(os.environ.get("VLA_LOG_DIR") or "runs").expanduser() / self.name
 
 
 @dataclass(frozen=True)
