@@ -36,7 +36,8 @@ class Watchdog:
 
     def __init__(self, timeout_s: float, neighbours: list[int], report: Callable[[str], None]) -> None:
         self._timeout_s, self._neighbours, self._report = timeout_s, neighbours, report
-        self._phase, self._last, self._limit_s = "", 0.0, timeout_s
+        self._sign = ("", 0.0, timeout_s)
+        """What came last: the phase, when it began and how long it may take; one object, which the thread reads whole."""
         self._closed = threading.Event()
         faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
         self.alive("start", patience=4)
@@ -45,11 +46,11 @@ class Watchdog:
 
     def alive(self, phase: str, patience: float = 1) -> None:
         """A sign of life; ``phase`` says what comes next, ``patience`` how many timeouts it may take."""
-        self._limit_s = self._timeout_s * patience
-        self._phase, self._last = phase, time.monotonic()
+        limit_s = self._timeout_s * patience
+        self._sign = (phase, time.monotonic(), limit_s)
         if self._timeout_s:
             # Python threads stand still while a library holds the interpreter's lock; this one does not need it.
-            faulthandler.dump_traceback_later(self._limit_s + 60, exit=True, file=sys.stderr)
+            faulthandler.dump_traceback_later(limit_s + 60, exit=True, file=sys.stderr)
 
     def close(self) -> None:
         """Ends the watch."""
@@ -58,9 +59,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._timeout_s / 4)):
-            silent = time.monotonic() - self._last
-            if silent > self._limit_s:
-                self._end(f"no progress for {silent:.0f} s in: {self._phase}")
+            phase, since, limit_s = self._sign
+            silent = time.monotonic() - since
+            if silent > limit_s:
+                self._end(f"no progress for {silent:.0f} s in: {phase}")
 
     def _end(self, reason: str) -> None:
         log.critical("%s; ending the run, the stacks of all its processes follow", reason)
