@@ -6,11 +6,14 @@ Run: pytest tests/test_optim.py   (a few seconds, most of them importing LeRobot
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
+from agent import optim, saving, tensor_file
+from agent.checkpoint import TRAINING
 from agent.optim import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
 
 PEAK, FINAL = 5e-5, 2.5e-6
@@ -172,6 +175,30 @@ def test_the_optimizer_continues_bit_for_bit_after_out_and_in(tmp_path):
     third.load_state_dict(first.state_dict())
     train(third, fresh, range(3, 6))
     assert not torch.equal(third.expert.weight, straight.expert.weight)
+
+
+def test_the_state_of_a_checkpoint_that_was_passed_over_is_gone(tmp_path, monkeypatch):
+    model, optimizer = make()
+    train(model, optimizer, range(2))
+    # Of the older one every update was skipped.
+    for name, tensors in (("damaged", optimizer_tensors(optimizer, model)), ("skipped", {})):
+        (tmp_path / name / TRAINING).mkdir(parents=True)
+        tensor_file.write(tmp_path / name / TRAINING / "optimizer.safetensors", tensors)
+        (tmp_path / name / TRAINING / "state.json").write_text('{"step": 2}')
+    model, fresh = make()
+    saving.restore(tmp_path / "damaged", fresh, model)
+    held = weakref.ref(fresh.state[model.expert.weight]["exp_avg"])
+    gone: list[bool] = []
+
+    def noticed(*arguments):
+        gone.append(held() is None)
+        return allocate_state(*arguments)
+
+    monkeypatch.setattr(optim, "allocate_state", noticed)
+    saving.restore(tmp_path / "damaged", fresh, model)
+    assert gone == [True] and fresh.state  # before there was memory for another
+    saving.restore(tmp_path / "skipped", fresh, model)
+    assert not fresh.state
 
 
 def saved_state() -> dict[str, torch.Tensor]:

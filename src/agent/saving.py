@@ -214,6 +214,8 @@ def restore(
     files = tensor_reader.parts(checkpoint / TRAINING, _OPTIMIZER)
     entries = {path: tensor_reader.entries(path) for path in files}
     shapes = {e.name: (e.shape, e.dtype) for some in entries.values() for e in some}
+    # A newer checkpoint may have been read before it was found damaged: its state goes before there is room for another.
+    optimizer.state.clear()
     # Until the first update that is not skipped an optimizer has no state, and a fresh one has none either.
     state = optim.allocate_state(optimizer, policy, shapes) if shapes else {}
     for path in files:
