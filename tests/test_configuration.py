@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.config_changes import changes_since
+from agent.config_changes import changes_since, changes_since_checkpoint
 from agent.config_files import ConfigError
 from agent.configuration_pipeline import (
     TrainPipelineConfig,
@@ -809,6 +809,23 @@ def test_another_number_of_data_sets_is_a_change(files: Files) -> None:
     one = '[{"repo_id": "lab/one"}]'
     (line,) = changes_since(dump(files.load()), dump(files.load("--data.train.datasets", one)))
     assert line.startswith("data.train.datasets: [{'repo_id': 'lab/one'")
+
+
+def test_keys_that_are_newer_than_the_checkpoint_are_no_changes(files: Files, tmp_path: Path) -> None:
+    config = files.load()
+    saved = dump(config)
+    # As a version wrote it that did not know these: of the run, of a part, of the model and of a data set.
+    del saved["seed"], saved["data"]["statistics"], saved["model_cfg"]["relative_exclude_joints"]
+    del saved["data"]["train"]["datasets"][0]["state"]
+    (tmp_path / "training_state").mkdir()
+    (tmp_path / "training_state" / "config.yaml").write_text(yaml.safe_dump(saved))
+    (tmp_path / "training_state" / "state.json").write_text('{"data_fingerprint": "x"}')
+    assert changes_since_checkpoint(tmp_path, config, "x") == []
+    changed = files.load("--model_cfg.relative_exclude_joints", '["a"]')
+    assert changes_since_checkpoint(tmp_path, changed, "y") == [
+        "model_cfg.relative_exclude_joints.0: gripper → a",
+        "the training data itself (states, actions, episodes or instructions as tokens): fingerprint x → y",
+    ]
 
 
 @pytest.mark.parametrize(

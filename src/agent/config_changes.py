@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import draccus
 import yaml
 
 from agent.checkpoint import TRAINING
@@ -72,9 +73,7 @@ def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fing
         fingerprint: of the data; None if it is not known.
     """
     training = checkpoint / TRAINING
-    # A key that is newer than the checkpoint had its default's effect then.
-    defaults = {f.name: f.default for f in fields(TrainPipelineConfig) if f.default is not MISSING}
-    saved = defaults | yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8"))
+    saved = _completed(yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8")), config)
     changes = changes_since(saved, dump(config))
     trained_on = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     if fingerprint is not None and fingerprint != trained_on:
@@ -83,6 +82,23 @@ def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fing
             f"fingerprint {trained_on} → {fingerprint}"
         )
     return changes
+
+
+def _completed(saved: Any, config: Any) -> Any:
+    """A saved tree with the keys that are newer than it: they had their default's effect then."""
+    if isinstance(saved, list) and isinstance(config, list) and len(saved) == len(config):
+        return [_completed(*pair) for pair in zip(saved, config, strict=True)]
+    if not isinstance(saved, dict) or not is_dataclass(config):
+        return saved
+    whole = dict(saved)
+    for field in fields(config):
+        if field.name in saved:
+            whole[field.name] = _completed(saved[field.name], getattr(config, field.name))
+        elif field.default is not MISSING:
+            whole[field.name] = draccus.encode(field.default)
+        elif field.default_factory is not MISSING:
+            whole[field.name] = draccus.encode(field.default_factory())
+    return whole
 
 
 def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
