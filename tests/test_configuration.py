@@ -663,20 +663,23 @@ def test_more_gpus_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("given", "refused"),
+    ("given", "warned"),
     [("0,1", True), ("GPU-8f1c", True), ("MIG-77aa", True), ("", False), ("-1", False), ("NoDevFiles", False)],
 )
-def test_gpus_that_were_given_and_cannot_be_used(monkeypatch: pytest.MonkeyPatch, given: str, refused: bool) -> None:
+def test_gpus_that_were_given_and_cannot_be_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str, warned: bool
+) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)  # as with a driver that does not answer
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-    assert choose_device(Launch(), "cpu").type == "cpu"
-    if not refused:
-        assert choose_device(Launch(), None).type == "cpu"
-        return
-    with pytest.raises(ValueError, match=f"CUDA_VISIBLE_DEVICES={given} gives this run GPUs.*model_cfg.device: cpu"):
-        choose_device(Launch(), None)
+    assert choose_device(Launch(), "cpu").type == "cpu" and not caplog.records
+    assert choose_device(Launch(), None).type == "cpu"
+    assert [f"CUDA_VISIBLE_DEVICES={given} gives this run GPUs" in r.getMessage() for r in caplog.records] == [
+        True
+    ] * warned
+    with pytest.raises(ValueError, match="no GPU is visible"):
+        choose_device(Launch(), "cuda")
 
 
 # ── wandb ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 _WRITTEN_WITHIN_S = 0.2
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -168,7 +171,7 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
         wanted: ``cpu``, ``cuda`` or None (a GPU if there is one), as in the model config's ``device``.
 
     Raises:
-        ValueError: if a GPU is asked for or was given and cannot be used, or more processes than GPUs were started.
+        ValueError: if a GPU is asked for and missing, or more processes than GPUs were started.
     """
     import torch
 
@@ -178,9 +181,11 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
         )
     gpus = torch.cuda.device_count()
     if wanted is None and gpus == 0 and (given := _given_gpus()):
-        raise ValueError(
-            f"CUDA_VISIBLE_DEVICES={given} gives this run GPUs, but PyTorch can use none of them: does `nvidia-smi` show them "
-            "on this machine, with a driver that is not too old? To train on the CPU write model_cfg.device: cpu"
+        log.warning(
+            "CUDA_VISIBLE_DEVICES=%s gives this run GPUs, but PyTorch can use none of them, so it trains on the CPU: does "
+            "`nvidia-smi` show them on this machine, with a driver that is not too old? Write model_cfg.device: cuda to "
+            "have that refused, cpu if it is meant",
+            given,
         )
     if wanted == "cpu" or (wanted is None and gpus == 0):
         return torch.device("cpu")
