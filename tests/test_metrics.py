@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from agent.metrics import JsonLines, Metrics, WandbConfig
+from agent.metrics import JsonLines, Metrics
+from agent.wandb_sink import WandbConfig
 
 
 def record(step: int, attempt: int = 1, **more: float) -> dict[str, float]:
@@ -108,7 +109,8 @@ def test_many_restarts_leave_every_step_once(tmp_path):
 START = """
 import json, os, signal, sys
 from pathlib import Path
-from agent.metrics import Metrics, WandbConfig
+from agent.metrics import Metrics
+from agent.wandb_sink import WandbConfig
 run_dir, after, first, last, attempt, end = Path(sys.argv[1]), *map(int, sys.argv[2:6]), sys.argv[6]
 metrics = Metrics(run_dir, 12)
 print(metrics.open(after, WandbConfig(mode="offline", project="a project"), run_dir, "a run", {"seed": 3}), flush=True)
@@ -196,7 +198,7 @@ def test_the_validation_of_the_starting_weights_is_there_after_every_start(tmp_p
 
 
 def test_restarts_within_a_second_set_every_folder_aside(tmp_path):
-    from agent.metrics import Wandb
+    from agent.wandb_sink import Wandb
 
     name = "offline-run-20260101_120000-abc"
     for content in ("first", "second", "third"):

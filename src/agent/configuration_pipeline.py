@@ -15,12 +15,12 @@ import yaml
 
 from agent.config_files import ConfigError
 from agent.data.loader import DataConfig
-from agent.metrics import WandbConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
 from agent.preflight.gpus import check_name
 from agent.simulation.configuration import SimulationConfig
 from agent.strict_config import cannot_use, load
+from agent.wandb_sink import WandbConfig
 
 
 @dataclass

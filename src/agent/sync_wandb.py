@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from agent.metrics import Wandb, WandbConfig
+from agent.wandb_sink import Wandb, WandbConfig
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
