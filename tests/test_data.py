@@ -241,6 +241,10 @@ def set_info(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def set_feature(path, value):
+    set_info(path, features={**json.loads(path.read_text())["features"], "action": value})
+
+
 @pytest.mark.parametrize(
     ("pattern", "damage", "message"),
     [
@@ -255,6 +259,13 @@ def set_info(path, **values):
         ("meta/info.json", lambda path: path.write_text("[]"), r"info.json holds a list"),
         ("meta/info.json", lambda path: set_info(path, fps=0), r"info.json has fps 0"),
         ("meta/info.json", lambda path: set_info(path, fps="ten", features=None), r"has fps 'ten', features None"),
+        ("meta/info.json", lambda path: set_feature(path, None), r"describes action as null, which needs a dtype and"),
+        (
+            "meta/info.json",
+            lambda path: set_feature(path, {"dtype": "float32"}),
+            r"action as .*, which needs a dtype and",
+        ),
+        ("meta/info.json", lambda path: set_info(path, video_path=None), r"front is a video and has no video_path"),
         ("meta/tasks.parquet", Path.unlink, r"lacks its episodes/ or tasks.parquet"),
     ],
 )

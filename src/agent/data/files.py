@@ -222,6 +222,19 @@ def _check_info(repo_id: str, path: Path, info: dict[str, Any]) -> None:
     if wrong:
         found = ", ".join(f"{name} {info.get(name)!r:.40}" for name in wrong)
         raise ValueError(f"data set {repo_id}: {path} has {found}; copy the file again, or write what was recorded")
+    for key, feature in info["features"].items():
+        known = feature if isinstance(feature, dict) else {}
+        shape = known.get("shape")
+        sizes = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+        if not sizes or not isinstance(known.get("dtype"), str):
+            raise ValueError(
+                f"data set {repo_id}: {path} describes {key} as {json.dumps(feature):.60}, which needs a dtype and a shape, "
+                'such as {"dtype": "float32", "shape": [7], "names": null}; copy the file again, or write what was recorded'
+            )
+        if known["dtype"] == "video" and not isinstance(info.get("video_path"), str):
+            raise ValueError(
+                f"data set {repo_id}: {path} says that {key} is a video and has no video_path; copy the file again"
+            )
 
 
 def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) -> None:
