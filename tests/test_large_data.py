@@ -7,8 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -163,6 +164,42 @@ def test_the_users_cache_tells_data_sets_apart_whose_files_look_alike(tmp_path, 
         kept[name] = cache.keep(root, "columns-1", lambda path, name=name: path.write_text(name))
         assert cache.find(root, "columns-1") == kept[name]
     assert [path.read_text() for path in kept.values()] == ["one", "two"]
+
+
+@pytest.fixture
+def another_user() -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder that every user may enter, and what makes this process one of another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder), lambda: os.setresuid(65534, 65534, 0)
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o1777], ids=["folder", "contents"])
+def test_what_another_user_keeps_to_himself_is_kept_again(another_user, monkeypatch, mode):
+    from agent.data import cache
+
+    folder, become_another = another_user
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "home"))
+    (folder / "home").mkdir()
+    (folder / "home").chmod(0o777)
+    root = folder / "data"
+    (root / "agent_cache" / "columns-1").mkdir(parents=True)
+    (root / "agent_cache" / "columns-1" / "0.npy").touch()
+    (root / "agent_cache" / "columns-1").chmod(0o700)
+    (root / "agent_cache").chmod(mode)
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        (place / "0.npy").touch()
+
+    become_another()
+    assert cache.find(root, "columns-1") is None
+    place = cache.keep(root, "columns-1", write)
+    assert place is not None and place.is_relative_to(folder / "home")
+    assert cache.find(root, "columns-1") == place
 
 
 def test_columns_that_were_kept_are_of_the_dimensions_that_the_metadata_say_now(tenth, tmp_path):

@@ -34,7 +34,12 @@ def places(root: Path, name: str) -> list[Path]:
 
 def find(root: Path, name: str) -> Path | None:
     """What was kept under this name, or None."""
-    return next((place for place in places(root, name) if place.exists()), None)
+    return next((place for place in places(root, name) if _readable(place)), None)
+
+
+def _readable(place: Path) -> bool:
+    """Not so where another user keeps it to himself, of which ``Path.exists`` makes an error."""
+    return os.access(place, os.R_OK | os.X_OK if os.path.isdir(place) else os.R_OK)
 
 
 def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
@@ -60,9 +65,9 @@ def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
         else:
             return place
         finally:
-            if partial.is_dir():
+            if os.path.isdir(partial):
                 shutil.rmtree(partial)
-            elif partial.exists():
+            elif os.path.exists(partial):
                 partial.unlink()
     return None
 
@@ -77,7 +82,7 @@ def _into_place(partial: Path, place: Path) -> None:
     try:
         partial.rename(place)
     except OSError:
-        if not place.exists():  # else another process was faster; it has written the same
+        if not _readable(place):  # else another process was faster; it has written the same
             raise
 
 
