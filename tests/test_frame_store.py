@@ -499,6 +499,25 @@ def test_a_changed_video_is_decoded_again(place, copy, tmp_path):
     assert (theirs - source_of(copy).read(30).images[FRONT].double()).abs().mean() < 4
 
 
+def test_other_metadata_of_the_same_video_are_prepared_anew(place, copy):
+    """What was decoded before is of the episodes that they were then."""
+    import pyarrow.parquet as pq
+
+    assert prepared(place, copy, "--data.train.frame_store", "raw", workers=1) == []
+    (path,) = copy.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    for end in ("from_timestamp", "to_timestamp"):
+        name = f"videos/{FRONT}/{end}"
+        first, second, third, *others = table[name].to_pylist()
+        table = table.set_column(table.column_names.index(name), name, [[first, third, second, *others]])
+    pq.write_table(table, path)
+    assert prepared(place, copy, "--data.train.frame_store", "raw", workers=1) == []
+    plain, stored = source_of(copy, "none"), source_of(copy, "raw")
+    for position in (0, 12, 24, 35):
+        theirs = resize_with_pad(plain.read(position).images[FRONT], *SIZE)
+        assert stored.read(position).images[FRONT].equal(theirs)
+
+
 def test_a_manifest_of_another_version(place, copy):
     assert prepared(place, copy) == []
     path = copy / "frames" / "32x32-jpeg95" / "manifest.json"

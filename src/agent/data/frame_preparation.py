@@ -118,7 +118,7 @@ class Preparation:
             status = job.path.stat()
             notes = [read_note(target) for target, _ in job.parts]
             for note, (target, episodes) in zip(notes, job.parts, strict=True):
-                if note is None or not set(episodes.tolist()) <= set(note["episodes"]):
+                if note is None or not self._is_of(note, job, episodes):
                     break
                 source = SourceFile(**note["source"])
                 if (source.size, source.mtime_ns) != (status.st_size, status.st_mtime_ns):
@@ -131,6 +131,19 @@ class Preparation:
             job.bad.clear()
             unsure.append(job)
         return unsure
+
+    def described(self, job: Job) -> str:
+        """A fingerprint of what the metadata say of a file: which of its frames are which episode's."""
+        episodes, digest = self.metadata.episodes, xxhash.xxh3_128()
+        columns = [[float(self.metadata.info["fps"])], job.episodes, episodes["length"][job.episodes]]
+        if job.video:
+            columns.append(episodes[f"videos/{job.camera}/from_timestamp"][job.episodes])
+        for column in columns:
+            digest.update(np.ascontiguousarray(column, dtype=np.float64))
+        return digest.hexdigest()
+
+    def _is_of(self, note: dict[str, Any], job: Job, episodes: np.ndarray) -> bool:
+        return note.get("metadata") == self.described(job) and set(episodes.tolist()) <= set(note["episodes"])
 
     def _take(self, job: Job, target: Path, note: dict[str, Any]) -> None:
         job.done.add(target)
@@ -151,7 +164,7 @@ class Preparation:
             note = read_note(target)
             # What was bad is tried again: reading may have failed, not the file.
             same = note is not None and note["source"]["xxh3"] == index.source.xxh3 and not note["bad"]
-            if note is not None and same and set(episodes.tolist()) <= set(note["episodes"]):
+            if note is not None and same and self._is_of(note, job, episodes):
                 self._take(job, target, note)
                 continue
             times = {int(e): times for e in episodes if not isinstance(times := of_episode[int(e)], str)}

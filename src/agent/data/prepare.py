@@ -98,7 +98,8 @@ def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
                 assert job.source is not None
                 episodes = dict(job.parts)[part.target].tolist()
                 unread = {str(episode): job.bad[episode] for episode in episodes if episode in job.bad}
-                note = {"source": asdict(job.source), "episodes": episodes, "frames": written.frames, "bad": unread}
+                note = {"source": asdict(job.source), "metadata": work.described(job), "episodes": episodes}
+                note |= {"frames": written.frames, "bad": unread}
                 write_whole(note_of(part.target), json.dumps(note).encode())
     bad = work.bad()
     for episode, why in bad.items():
