@@ -359,6 +359,27 @@ def test_episodes_that_were_left_out_stay_so_when_others_are_asked_for(place, co
     assert source_of(copy).store.manifest.left_out == left_out != {}
 
 
+def test_a_file_of_which_nothing_could_be_read(place, copy):
+    """The last episode has a video of its own."""
+    import pyarrow.parquet as pq
+
+    video = video_of(copy)
+    other, content = video.with_name("file-001.mp4"), video.read_bytes()
+    other.write_bytes(content[:1000])
+    (path,) = copy.glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    for name, value in ((f"videos/{FRONT}/file_index", 1), (f"videos/{FRONT}/from_timestamp", 0.0)):
+        column = [*table[name].to_pylist()[:-1], value]
+        table = table.set_column(table.column_names.index(name), name, [column])
+    pq.write_table(table, path)
+    assert prepared(place, copy, skip=True, workers=1) == []
+    assert prepared(place, copy, "--data.train.datasets.0.episodes", "[0, 1]", workers=1) == []
+    assert source_of(copy).episodes.tolist() == [0, 1, 2, 3, 4]
+    write_over(other, content)
+    with pytest.raises(ValueError, match=r"file-001.mp4 has changed"):
+        source_of(copy)
+
+
 def test_what_could_not_be_read_is_tried_again_when_the_file_is_copied_again(place, copy):
     """Reading may fail without the file being damaged; then its contents are the same."""
     assert prepared(place, copy, workers=1) == []

@@ -62,6 +62,8 @@ class Preparation:
         self.episodes = source.episodes
         self._left_out: dict[int, str] = {}
         """What the store as it is lacks, of episodes that are not asked for now."""
+        self._sources: dict[str, SourceFile] = {}
+        """The files that the store as it is was made of, those of left out episodes among them."""
         self._keep_what_is_there()
         self.jobs = [job for camera in self.cameras for job in self._jobs(camera)]
 
@@ -75,6 +77,7 @@ class Preparation:
         if before.version != VERSION or before.metadata != describe_metadata(self.metadata, known):
             return
         stored = np.unique(read_index(self.folder / before.index)["episode_index"])
+        self._sources = before.sources
         self.cameras = sorted({*self.cameras, *known})
         self.episodes = np.union1d(self.episodes, stored)
         asked = set(self.episodes.tolist())
@@ -213,7 +216,7 @@ class Preparation:
             decoder=f"PyAV {av.__version__}",
             metadata=describe_metadata(self.metadata, self.cameras),
             cameras=cameras,
-            sources=dict(sorted(names.items())),
+            sources=dict(sorted({**self._sources, **names}.items())),
             left_out=dict(sorted({**self._left_out, **bad}.items())),
             frames=int(lengths.sum()),
             index=index_name,

@@ -254,7 +254,11 @@ class FrameStore:
         moved: dict[str, SourceFile] = {}
         for name in self._sources(metadata, episodes):
             path = metadata.root / name
-            recorded = manifest.sources[name]
+            recorded = manifest.sources.get(name)
+            if (
+                recorded is None
+            ):  # of episodes alone that were left out, and not asked for when another camera was added
+                continue
             if not path.is_file():
                 raise ValueError(f"{self} was made of {path}, which is missing. Copy the file again.")
             status = path.stat()
