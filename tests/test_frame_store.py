@@ -220,6 +220,21 @@ def test_frames_are_counted_and_not_matched_by_time():
     assert cut == "video.mp4 holds 3 of its 8 frames (15 frames in all where the metadata count 20)"
 
 
+def test_of_several_frames_near_a_time_the_nearest_is_taken():
+    """As LeRobot's decoders do; here the camera ran three times as fast as the rest was recorded."""
+    index = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.arange(90), 1 / 30)
+    (found,) = times_of_episodes(index, [1.0], [10], 10.0)
+    assert found.tolist() == list(range(30, 60, 3))
+    late = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.asarray([0, 60, 130]), 1e-3)
+    (found,) = times_of_episodes(late, [0.0], [2], 10.0)
+    assert found.tolist() == [0, 130]
+
+
+def test_a_video_without_a_frame():
+    index = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.zeros(0, np.int64), 0.1)
+    assert times_of_episodes(index, [0.0, 0.3], [3, 2], 10.0) == ["v.mp4 holds no frame"] * 2
+
+
 def test_decoding_begins_anywhere(place):
     import av
 

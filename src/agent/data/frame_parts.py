@@ -362,16 +362,18 @@ def times_of_episodes(
     """
     times = index.times
     assert times is not None
-    if index.trouble is not None:
-        return [f"{index.path} {index.trouble}"] * len(starts)
+    if index.trouble is not None or not len(times):
+        return [f"{index.path} {index.trouble or 'holds no frame'}"] * len(starts)
     if len(times) == sum(lengths):
         return np.split(times, np.cumsum(lengths)[:-1])  # type: ignore[return-value]
     found: list[np.ndarray | str] = []
     seconds = times * index.unit
     for start, length in zip(starts, lengths, strict=True):
         asked = start + np.arange(length) / fps
-        places = np.searchsorted(seconds, asked - 0.5 / fps)
-        there = (places < len(seconds)) & (np.abs(seconds[np.minimum(places, len(seconds) - 1)] - asked) < 0.5 / fps)
+        after = np.searchsorted(seconds, asked).clip(max=len(seconds) - 1)
+        before = np.maximum(after - 1, 0)
+        places = np.where(asked - seconds[before] <= np.abs(seconds[after] - asked), before, after)
+        there = np.abs(seconds[places] - asked) < 0.5 / fps
         if there.all():
             found.append(times[places])
         else:
