@@ -651,6 +651,13 @@ def test_the_command(place, copy):
     assert bad.returncode == 2 and "error: data set test/data: episodes 0-5 cannot be read" in bad.stderr, bad.stderr
 
 
+@pytest.mark.parametrize(("given", "skip"), [("", True), ("=true", True), ("=false", False)])
+def test_skipping_may_be_said_to_be_false(given, skip):
+    assert prepare.own_arguments([f"--skip_bad_episodes{given}"]) == ([], skip, None, False)
+    with pytest.raises(ValueError, match="--skip_bad_episodes takes no value, or =true or =false, got 'no'"):
+        prepare.own_arguments(["--skip_bad_episodes=no"])
+
+
 def test_agent_prepare_makes_stores_too(place, copy):
     arguments = ["--config_path", str(place.folder / "tiny.yaml"), "--data.train.datasets.0.root", str(copy)]
     environment = {**os.environ, "WANDB_MODE": "disabled"}

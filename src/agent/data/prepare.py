@@ -306,7 +306,9 @@ def own_arguments(arguments: list[str]) -> tuple[list[str], bool, int | None, bo
     for argument in remaining:
         name, given, value = argument.partition("=")
         if name == "--skip_bad_episodes":
-            skip = True
+            if given and value not in ("true", "false"):
+                raise ValueError(f"--skip_bad_episodes takes no value, or =true or =false, got '{value}'")
+            skip = value != "false"
         elif name == "--workers":
             value = value if given else next(remaining, "")
             if not value.isdigit() or int(value) < 1:
