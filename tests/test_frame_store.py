@@ -624,6 +624,15 @@ def test_a_folder_that_cannot_be_written(place, copy, monkeypatch):
     assert "cannot be written (Permission denied)" in problem and "`frames: FOLDER`" in problem
 
 
+def test_a_disk_without_room_for_a_folder(place, copy, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    (problem,) = prepared(place, copy)
+    assert f"the disk of {copy / 'frames' / '32x32-jpeg95'} is full (" in problem and "`frames: FOLDER`" in problem
+
+
 def test_a_missing_video(place, copy):
     video_of(copy).unlink()
     (problem,) = prepared(place, copy)

@@ -29,7 +29,7 @@ import numpy as np
 from agent.data.files import spelled
 from agent.data.frame_parts import Part, index_file, start_worker, write_part
 from agent.data.frame_preparation import Preparation, note_of
-from agent.data.frame_store import WantedStore, write_whole
+from agent.data.frame_store import WantedStore, frames_folder, write_whole
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -57,22 +57,24 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
     Raises:
         ValueError: if a file is missing, the disk is too small or full, or an episode cannot be read.
     """
-    work = Preparation(source, wanted)
+    folder = wanted.folder(frames_folder(source.metadata, source.config.frames))
     try:
+        work = Preparation(source, wanted)
         for camera in work.cameras:
             (work.folder / camera).mkdir(parents=True, exist_ok=True)
         with _alone(work.folder):
             _prepare(work, skip_bad_episodes, workers)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(work.folder).free
+            there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))
+            free = shutil.disk_usage(there).free
             raise ValueError(
-                f"{source}: the disk of {work.folder} is full ({_readable(free)} free). What is finished stays: make room "
+                f"{source}: the disk of {folder} is full ({_readable(free)} free). What is finished stays: make room "
                 "and run the same command again, or name another place with `frames: FOLDER` in the data set's entry."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ValueError(
-                f"{source}: {work.folder} cannot be written ({error.strerror}); name another place with `frames: FOLDER` "
+                f"{source}: {folder} cannot be written ({error.strerror}); name another place with `frames: FOLDER` "
                 "in the data set's entry"
             ) from error
         raise
