@@ -633,6 +633,15 @@ def test_a_disk_without_room_for_a_folder(place, copy, monkeypatch):
     assert f"the disk of {copy / 'frames' / '32x32-jpeg95'} is full (" in problem and "`frames: FOLDER`" in problem
 
 
+def test_a_disk_that_knows_no_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(prepare.fcntl, "flock", refuse)
+    with prepare._alone(tmp_path):
+        assert f"{tmp_path} cannot be locked" in caplog.text
+
+
 def test_a_missing_video(place, copy):
     video_of(copy).unlink()
     (problem,) = prepared(place, copy)

@@ -45,9 +45,10 @@ def _alone(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
-            raise ValueError(f"another preparation is at work in {folder}; wait for it, or end it") from error
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(f"another preparation is at work in {folder}; wait for it, or end it") from error
+            # Lustre without its flock option, for instance: no reason to make no store there.
+            log.warning("%s cannot be locked (%s): make sure that no second preparation works in it", folder, error)
         yield
 
 
