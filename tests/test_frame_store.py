@@ -569,9 +569,29 @@ def test_a_manifest_of_another_version(place, copy):
 def test_a_part_that_is_cut_short_is_named(place, copy):
     assert prepared(place, copy) == []
     (part,) = copy.glob("frames/*/*/*.arrow")
+    source = source_of(copy)
     part.write_bytes(part.read_bytes()[:3000])
     with pytest.raises(RuntimeError, match=r"episode 5, frame 11 cannot be read .*arrow is cut short; make the store"):
-        source_of(copy).read(71)
+        source.read(71)
+
+
+def test_half_a_copy_of_a_store_is_refused_before_training(place, copy):
+    assert prepared(place, copy, workers=1) == []
+    (part,), (index,) = copy.glob("frames/*/*/*.arrow"), copy.glob("frames/*/index-*.arrow")
+    for path in (part, index):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ValueError, match=rf"{path} is .*cut short.* remove the folder {index.parent} and make it anew"
+        ):
+            source_of(copy)
+        path.unlink()
+        with pytest.raises(ValueError, match=rf"{path} is missing.* remove the folder {index.parent} and make it anew"):
+            source_of(copy)
+        if path == index:  # nor does preparing end without saying what to do
+            assert "remove the folder" in prepared(place, copy)[0]
+        path.write_bytes(whole)
+    assert source_of(copy).store is not None
 
 
 def test_a_damaged_picture_of_a_store_is_the_stores(place, copy):

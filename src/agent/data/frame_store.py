@@ -118,7 +118,9 @@ class Manifest:
             values["left_out"] = {int(episode): why for episode, why in values["left_out"].items()}
             return cls(**values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no manifest that this version reads ({error})") from error
+            raise ValueError(
+                f"{path} is no manifest that this version reads ({error}). Remove that folder and make it anew with `{PREPARE}`"
+            ) from error
 
     def write(self, path: Path) -> None:
         """Replaces the file in one step."""
@@ -251,6 +253,7 @@ class FrameStore:
             raise ValueError(
                 f"{self} lacks the frames of episodes {spelled(lacking)}. Add them with\n  {wanted.command()}"
             )
+        self._verify_parts()
         moved: dict[str, SourceFile] = {}
         for name in self._sources(metadata, episodes):
             path = metadata.root / name
@@ -274,6 +277,21 @@ class FrameStore:
                 manifest.write(self.folder / "manifest.json")
             except OSError as error:  # a full disk, say, which is no reason not to read from it
                 logger.info("the times of %d copied files are not noted in %s (%s)", len(moved), self.folder, error)
+
+    def _verify_parts(self) -> None:
+        """Raises ValueError if a part is missing or shorter than the index says, as after half a copy of the store."""
+        assert self._index is not None
+        for camera, parts in self.manifest.cameras.items():
+            part, offset, size = (self._index[f"{camera}/{name}"] for name in ("part", "offset", "size"))
+            least = np.zeros(len(parts), dtype=np.int64)
+            np.maximum.at(least, part, offset + size)
+            for number in np.flatnonzero(least).tolist():
+                path = self._part(camera, number)
+                if not path.is_file() or path.stat().st_size < least[number]:
+                    raise ValueError(
+                        f"{path} is {'cut short' if path.is_file() else 'missing'}. Copy it again, or remove the folder "
+                        f"{self.folder} and make it anew with `{PREPARE}`"
+                    )
 
     def _knows(self, episode: int) -> bool:
         return episode in self._first_row or episode in self.manifest.left_out
@@ -348,9 +366,15 @@ class FrameStore:
 
 
 def read_index(path: Path) -> dict[str, np.ndarray]:
-    """Column → its values (rows,), mapped into memory."""
+    """Column → its values (rows,), mapped into memory. Raises ValueError if the file is missing or cut short."""
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
+    try:
+        with pa.memory_map(str(path)) as file:
+            table = pa.ipc.open_file(file).read_all()
+    except (pa.ArrowInvalid, FileNotFoundError) as error:
+        raise ValueError(
+            f"{path} is missing or cut short ({str(error).splitlines()[0]}). Copy it again, or remove the folder "
+            f"{path.parent} and make it anew with `{PREPARE}`"
+        ) from error
     return {name: to_numpy(table[name]) for name in table.column_names}
