@@ -662,6 +662,16 @@ def test_a_disk_that_knows_no_locks(tmp_path, monkeypatch, caplog):
         assert f"{tmp_path} cannot be locked" in caplog.text
 
 
+def test_two_data_sets_with_one_folder_of_stores(place, copy, tmp_path):
+    other = shutil.copytree(copy, tmp_path / "other")
+    entries = [{"repo_id": f"lab/{root.name}", "root": str(root), "frames": str(tmp_path)} for root in (copy, other)]
+    config = load_config(place.folder / "tiny.yaml", ["--data.train.datasets", json.dumps(entries)], 1)[0]
+    (problem,) = prepare.prepare_all(config)
+    assert f"data set lab/data and data set lab/other both have `frames: {tmp_path}`" in problem
+    assert f"give each a folder of its own, such as {tmp_path / 'other'}" in problem
+    assert not list(tmp_path.glob("*/manifest.json"))
+
+
 def test_a_missing_video(place, copy):
     video_of(copy).unlink()
     (problem,) = prepared(place, copy)

@@ -244,6 +244,7 @@ def prepare_all(
         ]
         count = len(train.datasets)
         check_features(sources, spec, *assign_robots(sources[:count], sources[count:], train))
+        _check_folders(sources)
     except (ValueError, hub.HubTrouble) as error:
         return [str(error)]
     problems = []
@@ -253,6 +254,19 @@ def prepare_all(
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def _check_folders(sources: list[Source]) -> None:
+    """Raises ValueError if two data sets would have their stores in one folder: each would replace the other's."""
+    owners: dict[Path, Source] = {}
+    for source in sources:
+        folder = frames_folder(source.metadata, source.config.frames)
+        owner = owners.setdefault(folder.resolve(), source)
+        if owner.metadata.root.resolve() != source.metadata.root.resolve():
+            raise ValueError(
+                f"{owner} and {source} both have `frames: {folder}`, where the store of one would replace that of the other: "
+                f"give each a folder of its own, such as {folder / source.config.repo_id.rpartition('/')[2]}"
+            )
 
 
 def _each_once(sources: list[Source]) -> list[Source]:
