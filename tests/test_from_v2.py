@@ -189,6 +189,20 @@ def test_v20(tmp_path):
     assert done.returncode == 2 and "says v3.0, not v2.0" in done.stderr
 
 
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+def test_what_an_earlier_conversion_left_is_not_put_in_its_place(tmp_path, version, capsys):
+    from agent.data import from_v20
+
+    root, old = write_v2(tmp_path / "data", version), tmp_path / "data_old"
+    old.mkdir()
+    if version == "v2.0":
+        assert from_v20.main(["--root", str(root)]) == 2
+        assert f"would replace it by {old}, of an earlier conversion: move that away" in capsys.readouterr().err
+        assert json.loads((root / "meta" / "info.json").read_text())["codebase_version"] == "v2.0"
+    with pytest.raises(ValueError, match=rf"first move {old} away, by which .*; then convert it in place"):
+        open_source(DatasetConfig("test/old", root=str(root)), 4, None, 1e-4)
+
+
 def test_still_older(tmp_path):
     root = write_v2(tmp_path / "old", "v1.6")
     with pytest.raises(

@@ -206,6 +206,9 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
         f"--repo-id={shlex.quote(repo_id)} --root={folder} --push-to-hub=false`",
     }
     advice = f"convert it in place, which needs no network, with {commands.get(version)}; what it was stays as {root.name}_old"
+    old = root.absolute().with_name(f"{root.name}_old")
+    if old.exists():
+        advice = f"first move {old} away, by which the converter would replace it, or delete it; then {advice}"
     if version not in commands:
         advice = "convert it with the LeRobot that wrote it, or its successors, to v2.1 or later"
     raise ValueError(f"data set {repo_id} has format {version}, this program reads v3: {advice}.")

@@ -46,6 +46,11 @@ def _to_v21(root: Path, processes: int) -> None:
     info = json.loads(info_file.read_text())
     if info.get("codebase_version") != "v2.0":
         raise ValueError(f"{info_file} says {info.get('codebase_version')}, not v2.0")
+    old = root.with_name(f"{root.name}_old")
+    if old.exists():
+        raise ValueError(
+            f"LeRobot's converter would replace it by {old}, of an earlier conversion: move that away, or delete it"
+        )
     episodes = [
         json.loads(line)["episode_index"] for line in (root / "meta" / "episodes.jsonl").read_text().splitlines()
     ]
