@@ -295,6 +295,37 @@ def test_older_formats(video, tmp_path):
         opened(tmp_path / "copy")
 
 
+def test_an_older_format_at_the_hub(video, monkeypatch, tmp_path):
+    """What lies in the cache is a link, and its metadata alone: nothing to be converted in place."""
+    from lerobot.utils import constants
+
+    from agent.data.files import read_metadata
+
+    monkeypatch.setattr(constants, "HF_LEROBOT_HUB_CACHE", tmp_path)
+    root = tmp_path / "datasets--lab--old" / "snapshots" / "abc123"
+    shutil.copytree(video / "meta", root / "meta")
+    set_info(root / "meta" / "info.json", codebase_version="v2.1")
+    with pytest.raises(
+        ValueError, match=r"format v2.1 at the hub.*`hf download .*lab/old --revision abc123 --local-dir DIR`"
+    ):
+        read_metadata("lab/old", root)
+
+
+def test_a_data_set_at_the_hub_without_the_tag_of_its_format():
+    import httpx
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    from agent import hub
+
+    response = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+    error = hub._answered(
+        hub.Repository("lab/old", "dataset", "v3.0"), "data set lab/old", RevisionNotFoundError("no", response=response)
+    )
+    assert "it has no revision 'v3.0'" in str(error) and "in the data set's entry, such as `revision: main`" in str(
+        error
+    )
+
+
 def test_not_on_this_machine_and_no_network(monkeypatch, tmp_path):
     import huggingface_hub.constants
     from lerobot.utils import constants

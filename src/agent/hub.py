@@ -203,6 +203,8 @@ def _answered(repository: Repository, key: str, error: Any) -> Exception:
     elif isinstance(error, RevisionNotFoundError):
         reason = f"it has no revision '{repository.revision or 'main'}'"
         advice = f"{page}/tree/main lists its branches and tags."
+        if repository.kind == "dataset":  # the tag of the format is asked for where the config says nothing
+            advice += " Write one of them in the data set's entry, such as `revision: main`."
     elif isinstance(error, RepositoryNotFoundError):
         reason = f"there is no such {'data set' if repository.kind == 'dataset' else 'model'}, or it is private"
         advice = (

@@ -199,6 +199,14 @@ def _read_tasks(repo_id: str, path: Path) -> list[str]:
 def _check_version(repo_id: str, root: Path, version: str) -> None:
     if version.startswith("v3."):
         return
+    from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
+
+    if root.is_relative_to(HF_LEROBOT_HUB_CACHE):  # a cache, where only the metadata are yet
+        repository = hub.Repository(repo_id, "dataset", root.name)
+        raise ValueError(
+            f"data set {repo_id} has format {version} at the hub, this program reads v3: get it with {repository.command}, "
+            "and start again, to be told how to convert it there"
+        )
     folder = shlex.quote(str(root.absolute()))
     commands = {
         "v2.0": f"`uv run python -m agent.data.from_v20 --root={folder}`, which completes it for LeRobot's own converter",
