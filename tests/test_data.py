@@ -245,6 +245,18 @@ def set_feature(path, value):
     set_info(path, features={**json.loads(path.read_text())["features"], "action": value})
 
 
+END = f"videos/{FRONT}/to_timestamp"
+
+
+def set_episodes(path, name, values):
+    """A column of the table of episodes; None takes it out."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    number = table.column_names.index(name)
+    pq.write_table(table.set_column(number, name, [values]) if values else table.drop_columns([name]), path)
+
+
 @pytest.mark.parametrize(
     ("pattern", "damage", "message"),
     [
@@ -255,6 +267,22 @@ def set_feature(path, value):
         ("videos/*/*/*.mp4", Path.unlink, r"file-000.mp4 is missing. It holds episodes 0-3"),
         ("videos/*/*/*.mp4", lambda path: path.write_bytes(b""), r"file-000.mp4 is empty or no complete mp4"),
         ("meta/episodes/*/*.parquet", cut_short, r"episodes.*file-000.parquet is damaged"),
+        (
+            "meta/episodes/*/*.parquet",
+            lambda path: set_episodes(path, "length", None),
+            r"meta/episodes lacks length, for all",
+        ),
+        ("meta/episodes/*/*.parquet", lambda path: set_episodes(path, END, [1, 2, 3, None]), rf"lacks {END}, for all"),
+        (
+            "meta/episodes/*/*.parquet",
+            lambda path: set_episodes(path, "episode_index", [0, 2, 3, 5]),
+            r"row 1 of meta/episodes is episode 2, and LeRobot .*: number the episodes from 0 to 3",
+        ),
+        (
+            "meta/info.json",
+            lambda path: set_info(path, total_episodes=5),
+            r"counts 5 episodes, .* holds 4 \(0-3\); copy",
+        ),
         ("meta/info.json", cut_short, r"info.json is not valid JSON"),
         ("meta/info.json", lambda path: path.write_text("[]"), r"info.json holds a list"),
         ("meta/info.json", lambda path: set_info(path, fps=0), r"info.json has fps 0"),

@@ -169,11 +169,7 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
             "closed with finalize() looks like this; otherwise copy the folder again."
         )
     episodes = read_episodes(repo_id, root, episode_files)
-    if not np.array_equal(episodes["episode_index"], np.arange(info["total_episodes"])):
-        raise ValueError(
-            f"data set {repo_id}: meta/info.json counts {info['total_episodes']} episodes, meta/episodes holds "
-            f"{len(episodes['episode_index'])} ({spelled(episodes['episode_index'])}); copy the folder again"
-        )
+    _check_episodes(repo_id, info, episodes)
     return Metadata(repo_id, root, info, episodes, _read_tasks(repo_id, tasks_file))
 
 
@@ -246,6 +242,30 @@ def _check_info(repo_id: str, path: Path, info: dict[str, Any]) -> None:
             raise ValueError(
                 f"data set {repo_id}: {path} says that {key} is a video and has no video_path; copy the file again"
             )
+
+
+def _check_episodes(repo_id: str, info: dict[str, Any], episodes: dict[str, np.ndarray]) -> None:
+    places = ("chunk_index", "file_index")
+    needed = ["episode_index", "length", *(f"data/{name}" for name in places)]
+    for key in (key for key, feature in info["features"].items() if feature["dtype"] == "video"):
+        needed += [f"videos/{key}/{name}" for name in (*places, "from_timestamp", "to_timestamp")]
+    lacking = [name for name in needed if name not in episodes or not np.isfinite(episodes[name]).all()]
+    if lacking:
+        raise ValueError(
+            f"data set {repo_id}: meta/episodes lacks {', '.join(lacking[:4])}, for all episodes or for some; copy the folder "
+            "again, or take what was not recorded out of the features in meta/info.json"
+        )
+    numbers, count = episodes["episode_index"], info["total_episodes"]
+    if len(numbers) != count:
+        raise ValueError(
+            f"data set {repo_id}: meta/info.json counts {count} episodes, meta/episodes holds {len(numbers)} "
+            f"({spelled(numbers)}); copy the folder again"
+        )
+    if len(wrong := np.flatnonzero(numbers != np.arange(count))):
+        raise ValueError(
+            f"data set {repo_id}: row {wrong[0]} of meta/episodes is episode {numbers[wrong[0]]}, and LeRobot takes the n-th for "
+            f"episode n: number the episodes from 0 to {count - 1}, there in this order and in the data files alike"
+        )
 
 
 def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) -> None:
