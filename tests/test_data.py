@@ -315,6 +315,27 @@ def test_fewer_rows_than_the_metadata_counts(video, tmp_path):
         opened(tmp_path / "copy")
 
 
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([64, 80, 3], ["height", "width", "channels"]),
+        ([3, 64, 80], ["channels", "height", "width"]),
+        ([3, 64, 80], None),
+        ([3, 64, 80], ["rgb", "height", "width"]),
+        ([64, 80, 3], ["channels", "height", "width"]),
+        ([64, 80, 3], {"axes": ["height", "width", "channels"]}),
+        ([64, 80], None),
+    ],
+)
+def test_sizes_of_pictures_whatever_the_names_of_their_axes(video, tmp_path, shape, names):
+    shutil.copytree(video, tmp_path / "copy")
+    path = tmp_path / "copy" / "meta" / "info.json"
+    features = json.loads(path.read_text())["features"]
+    set_info(path, features={**features, FRONT: {**features[FRONT], "shape": shape, "names": names}})
+    source = opened(tmp_path / "copy")
+    assert source.recorded_sizes() == {FRONT: (64, 80)}
+
+
 def test_older_formats(video, tmp_path):
     shutil.copytree(video, tmp_path / "copy")
     info = tmp_path / "copy" / "meta" / "info.json"

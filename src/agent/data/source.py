@@ -170,9 +170,12 @@ class Source:
         sizes = {}
         for slot, key in self.cameras.items():
             feature = self.metadata.features[key]
-            # Colours last, or first as `names` say: LeRobot knows both.
-            last = not str((feature.get("names") or ["height"])[0]).startswith("channel")
-            height, width = feature["shape"][:2] if last else feature["shape"][1:]
+            # Colours last or first: LeRobot knows both. Names are not always given, nor always in the order of the shape.
+            shape, names = feature["shape"], feature.get("names")
+            first, last = (size in (1, 3, 4) for size in (shape[0], shape[-1]))
+            if first == last:
+                first = isinstance(names, list) and bool(names) and str(names[0]).startswith("channel")
+            height, width = shape[1:] if first else shape[:2]
             sizes[slot] = (int(height), int(width))
         return sizes
 
