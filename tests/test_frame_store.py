@@ -341,6 +341,17 @@ def test_more_episodes_are_added(place, copy, small_parts):
     assert source.store.manifest.frames == 36 and source.read(35).frame == 11
 
 
+@pytest.mark.parametrize("kind", [("frame_store", "raw"), ("frame_quality", "80")])
+def test_the_command_that_completes_a_store_is_of_its_kind(place, copy, kind):
+    """`auto` takes what is there; what it would make would not be taken."""
+    setting = f"--data.train.{kind[0]}"
+    assert prepared(place, copy, "--data.train.datasets.0.episodes", "[1, 2]", setting, kind[1], workers=1) == []
+    with pytest.raises(
+        ValueError, match=rf"lacks the frames of episodes 0, 3-5. Add them with\n  .* {setting} {kind[1]}$"
+    ):
+        source_of(copy)
+
+
 def test_a_store_is_read_as_it_was_until_more_episodes_are_all_there(place, copy, monkeypatch):
     """Raw pictures have no form: read from a part that was written anew, they would be other pictures without an error."""
     entry, raw = "--data.train.datasets.0.episodes", ("--data.train.frame_store", "raw")

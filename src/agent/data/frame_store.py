@@ -238,7 +238,7 @@ class FrameStore:
             ValueError: with what changed and the command that makes the store anew.
         """
         manifest = self.manifest
-        anew = f"Make it anew with\n  {wanted.command()}\nor decode the videos while training: data.train.frame_store: none."
+        anew = f"Make it anew with\n  {self._command(wanted)}\nor decode the videos while training: data.train.frame_store: none."
         if manifest.version != VERSION:
             raise ValueError(f"{self} is of version {manifest.version}, this program reads {VERSION}. {anew}")
         if manifest.resolution != wanted.resolution:
@@ -251,7 +251,7 @@ class FrameStore:
         lacking = [episode for episode in episodes.tolist() if not self._knows(episode)]
         if lacking:
             raise ValueError(
-                f"{self} lacks the frames of episodes {spelled(lacking)}. Add them with\n  {wanted.command()}"
+                f"{self} lacks the frames of episodes {spelled(lacking)}. Add them with\n  {self._command(wanted)}"
             )
         self._verify_parts()
         moved: dict[str, SourceFile] = {}
@@ -277,6 +277,12 @@ class FrameStore:
                 manifest.write(self.folder / "manifest.json")
             except OSError as error:  # a full disk, say, which is no reason not to read from it
                 logger.info("the times of %d copied files are not noted in %s (%s)", len(moved), self.folder, error)
+
+    def _command(self, wanted: WantedStore) -> str:
+        """That makes or completes this very store, also where `auto` found it and would make another one."""
+        kind, quality = self.encoding.kind, self.encoding.quality
+        command = PREPARE if kind == "jpeg" else f"{PREPARE} --data.train.frame_store {kind}"
+        return command if quality in (None, wanted.quality) else f"{command} --data.train.frame_quality {quality}"
 
     def _verify_parts(self) -> None:
         """Raises ValueError if a part is missing or shorter than the index says, as after half a copy of the store."""
@@ -322,7 +328,7 @@ class FrameStore:
         if lacking:
             raise ValueError(
                 f"{self} lacks the camera {', '.join(lacking)}; it has {', '.join(self.manifest.cameras)}. Add it with\n"
-                f"  {wanted.command()}\nor set data.train.frame_store: none"
+                f"  {self._command(wanted)}\nor set data.train.frame_store: none"
             )
 
     # ---- reading
