@@ -305,6 +305,19 @@ def test_damaged_files(video, tmp_path, pattern, damage, message):
         opened(tmp_path / "copy")
 
 
+def test_a_file_of_the_table_of_episodes_that_lacks_a_column(video, tmp_path):
+    """The others' values would be those of other episodes."""
+    import pyarrow.parquet as pq
+
+    shutil.copytree(video, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").glob("meta/episodes/*/*.parquet")
+    table = pq.read_table(path)
+    pq.write_table(table.slice(0, 2).drop_columns([END]), path)
+    pq.write_table(table.slice(2), path.with_name("file-001.parquet"))
+    with pytest.raises(ValueError, match=rf"meta/episodes lacks {END}, for all episodes or for some"):
+        opened(tmp_path / "copy")
+
+
 def test_fewer_rows_than_the_metadata_counts(video, tmp_path):
     import pyarrow.parquet as pq
 

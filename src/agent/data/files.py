@@ -249,7 +249,8 @@ def _check_episodes(repo_id: str, info: dict[str, Any], episodes: dict[str, np.n
     needed = ["episode_index", "length", *(f"data/{name}" for name in places)]
     for key in (key for key, feature in info["features"].items() if feature["dtype"] == "video"):
         needed += [f"videos/{key}/{name}" for name in (*places, "from_timestamp", "to_timestamp")]
-    lacking = [name for name in needed if name not in episodes or not np.isfinite(episodes[name]).all()]
+    rows = max(len(column) for column in episodes.values())  # a file may lack what others have
+    lacking = [name for name in needed if len(episodes.get(name, ())) < rows or not np.isfinite(episodes[name]).all()]
     if lacking:
         raise ValueError(
             f"data set {repo_id}: meta/episodes lacks {', '.join(lacking[:4])}, for all episodes or for some; copy the folder "
