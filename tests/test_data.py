@@ -318,6 +318,19 @@ def test_a_file_of_the_table_of_episodes_that_lacks_a_column(video, tmp_path):
         opened(tmp_path / "copy")
 
 
+def test_a_video_that_may_not_be_read(video, monkeypatch):
+    import errno
+
+    from agent.data import files
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(files, "_missing_bytes", refuse)
+    with pytest.raises(ValueError, match=r"file-000.mp4 cannot be read \(Permission denied\). It holds episodes 0-3"):
+        opened(video)
+
+
 def test_fewer_rows_than_the_metadata_counts(video, tmp_path):
     import pyarrow.parquet as pq
 

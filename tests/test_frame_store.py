@@ -655,6 +655,15 @@ def test_a_folder_that_cannot_be_written(place, copy, monkeypatch):
     assert "cannot be written (Permission denied)" in problem and "`frames: FOLDER`" in problem
 
 
+def test_a_video_that_may_not_be_read(place, copy, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(video_of(copy)))
+
+    monkeypatch.setattr(prepare._Pool, "run", refuse)
+    (problem,) = prepared(place, copy)
+    assert problem == f"data set test/data: {video_of(copy)} cannot be read (Permission denied)"
+
+
 def test_a_disk_without_room_for_a_folder(place, copy, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")

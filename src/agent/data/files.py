@@ -343,7 +343,11 @@ def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, last: float, f
 
     if not path.is_file():
         raise _damaged(repo_id, path, episodes, "is missing")
-    if (gap := _missing_bytes(path)) is not None:
+    try:
+        gap = _missing_bytes(path)
+    except OSError as error:  # of another user, perhaps
+        raise _damaged(repo_id, path, episodes, f"cannot be read ({error.strerror})") from error
+    if gap is not None:
         raise _damaged(repo_id, path, episodes, gap)
     try:
         with av.open(str(path)) as container:

@@ -74,6 +74,9 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
                 "and run the same command again, or name another place with `frames: FOLDER` in the data set's entry."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            named = Path(error.filename or folder)
+            if not (named.is_relative_to(folder) or folder.is_relative_to(named)):
+                raise ValueError(f"{source}: {named} cannot be read ({error.strerror})") from error
             raise ValueError(
                 f"{source}: {folder} cannot be written ({error.strerror}); name another place with `frames: FOLDER` "
                 "in the data set's entry"
