@@ -206,6 +206,25 @@ def test_damaged_trees(trees, tmp_path, damage, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_two_conversions_to_one_place(tmp_path):
+    import fcntl
+
+    from agent.data import from_rlds
+    from agent.data.rlds import Tree
+
+    def convert():
+        from_rlds.convert(Tree("none", tmp_path, [], [], {}), from_rlds._BRIDGE, tmp_path / "out", "lab/out", 1)
+
+    with pytest.raises(ValueError, match="no episode has an instruction"):
+        convert()
+    with (tmp_path / "out.partial" / "conversion.json").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(
+            ValueError, match=rf"another conversion is at work in {tmp_path / 'out.partial'}; wait for it"
+        ):
+            convert()
+
+
 def test_wrong_places(trees, tmp_path):
     for source, message in ((tmp_path, "found none"), (trees, "found ")):
         code, output = convert(source, tmp_path / "out")
