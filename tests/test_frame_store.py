@@ -429,6 +429,32 @@ def test_rows_of_pictures_in_another_order(place, tmp_path):
     assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(expected))
 
 
+def test_transparent_and_missing_pictures(tmp_path):
+    """A simulator's pictures have four channels."""
+    import io
+    from types import SimpleNamespace
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from PIL import Image
+
+    from agent.data.frame_parts import Part, _from_data_file
+    from agent.data.source import _as_uint8
+
+    picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 4), dtype=np.uint8)
+    Image.fromarray(picture).save(file := io.BytesIO(), "png")
+    rows = [{"bytes": file.getvalue(), "path": None}, None]
+    pq.write_table(pa.table({FRONT: rows}), path := tmp_path / "file.parquet")
+    episodes = {0: np.asarray([0]), 1: np.asarray([1])}
+    part, stored, bad = Part(FRONT, path, tmp_path, episodes, Encoding("raw"), SIZE, False), {}, {}
+    writer = SimpleNamespace(add=lambda episode, _, data: stored.update({episode: np.frombuffer(data, np.uint8)}))
+    _from_data_file(part, writer, bad)
+    assert list(bad) == [1] and "the picture of frame 0 in" in bad[1]
+    read = _as_uint8(torch.from_numpy(picture).permute(2, 0, 1) / 255)
+    assert stored[0].reshape(3, *SIZE).tolist() == read.tolist() == picture[:, :, :3].transpose(2, 0, 1).tolist()
+
+
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -317,11 +317,12 @@ def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
                 data = io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
                 with Image.open(data) as image:
                     pixels = np.array(image)
-            except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:  # the last where there is none
                 bad[episode] = f"the picture of frame {frame} in {part.source} cannot be read ({error})"
                 break
             if pixels.ndim == 2:
                 pixels = np.repeat(pixels[:, :, None], 3, axis=2)
+            pixels = pixels[:, :, :3]  # without transparency, as the reader takes it
             writer.add(episode, frame, _resized(part, pixels, halved_colours=False))
 
 

@@ -288,12 +288,12 @@ class Source:
 
 
 def _as_uint8(image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) uint8 from what LeRobot gives: uint8 from a video, float in [0, 1] from a PNG."""
+    """(3, H, W) uint8 from what LeRobot gives: uint8 from a video, float in [0, 1] from a PNG, which may be transparent."""
     import torch
 
     if image.dtype != torch.uint8:
         image = (image * 255.0).round().clamp(0, 255).to(torch.uint8)
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image
+    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
 
 
 def open_source(
