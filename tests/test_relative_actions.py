@@ -178,6 +178,9 @@ def test_names_are_read_as_data_sets_have_them(names: list | dict) -> None:
     assert names_of_action(source) == tuple(NAMES)  # type: ignore[arg-type]
     source.config.action = "other"
     assert names_of_action(source) is None  # type: ignore[arg-type]  # not one for each
+    for unknown in ({"motors": None}, {"x": 0, "y": 1, "z": 2.5, "gripper": None}):
+        features["other"]["names"] = unknown
+        assert names_of_action(source) is None  # type: ignore[arg-type]
 
 
 # ── samples and validation ──────────────────────────────────────────────────────────────────────────────────────

@@ -158,7 +158,8 @@ def names_of_action(source: Source) -> tuple[str, ...] | None:
     names = feature.get("names")
     if isinstance(names, dict):  # older recordings: {"motors": [name, …]}, or {name: place, …}
         places = all(isinstance(place, int) for place in names.values())
-        names = sorted(names, key=names.__getitem__) if places else [name for group in names.values() for name in group]
+        groups = [group for group in names.values() if isinstance(group, list)]
+        names = sorted(names, key=names.__getitem__) if places else [name for group in groups for name in group]
     return _fitting(names, int(np.prod(feature["shape"])))
 
 
