@@ -177,7 +177,7 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
         {"repo_id": "test/damaged", "root": str(tmp_path / "damaged")},
     ]
     info = shutil.copytree(place.folder / "data", tmp_path / "damaged") / "meta" / "info.json"
-    info.write_text(json.dumps({**json.loads(info.read_text()), "features": {"action": None}}))
+    info.write_text(json.dumps({**json.loads(info.read_text()), "data_path": "data/{nothing}.parquet"}))
     config = json.loads((place.folder / "tiny.yaml").read_text())
     config |= {"load_from_checkpoint": str(tmp_path / "weights"), "use_wandb": True, "n_epochs": 3}
     config |= {"global_batch_size": 6, "per_device_batch_size": 4}
