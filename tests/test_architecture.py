@@ -82,7 +82,7 @@ MAY_IMPORT = {
     "wandb_sink": ["validation_record"],
     "export_source": [
         "data.episodes",
-        "data.files",
+        "data.metadata",
         "manifest",
         "model_card",
         "models.base",

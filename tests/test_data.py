@@ -374,7 +374,7 @@ def test_an_older_format_at_the_hub(video, monkeypatch, tmp_path):
     """What lies in the cache is a link, and its metadata alone: nothing to be converted in place."""
     from lerobot.utils import constants
 
-    from agent.data.files import read_metadata
+    from agent.data.metadata import read_metadata
 
     monkeypatch.setattr(constants, "HF_LEROBOT_HUB_CACHE", tmp_path)
     root = tmp_path / "datasets--lab--old" / "snapshots" / "abc123"

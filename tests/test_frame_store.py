@@ -26,8 +26,9 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from agent.configuration_pipeline import load_config
 from agent.data import frame_preparation, prepare
 from agent.data.frame_encoding import Encoding
+from agent.data.frame_manifest import Manifest, SourceFile
 from agent.data.frame_parts import FileIndex, decode, resize, times_of_episodes
-from agent.data.frame_store import Manifest, SourceFile, WantedStore
+from agent.data.frame_store import WantedStore
 from agent.data.source import open_source
 from agent.data.transforms import resize_with_pad
 
@@ -548,7 +549,7 @@ def test_noting_that_a_copy_is_unchanged_may_fail(place, copy, tmp_path, monkeyp
 
 
 def test_two_nodes_replace_a_manifest_at_once_under_one_process_id(tmp_path, monkeypatch):
-    from agent.data.frame_store import write_whole
+    from agent.data.frame_manifest import write_whole
 
     path, sync = tmp_path / "manifest.json", os.fsync
 

@@ -26,7 +26,8 @@ from test_reliability import recorded, samples_of_updates
 
 from agent.batch import map_tensors
 from agent.data import prepare
-from agent.data.frame_store import Manifest, read_index
+from agent.data.frame_manifest import Manifest
+from agent.data.frame_store import read_index
 from agent.data.loader import TrainLoader
 from agent.data.transforms import SampleSpec
 from agent.data.video import decode_frame

@@ -12,9 +12,10 @@ from agent.data.agreement import check_agreement
 from agent.data.augmentation import augmentations
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
-from agent.data.files import spelled
-from agent.data.frame_store import PREPARE, WantedStore
+from agent.data.frame_manifest import PREPARE
+from agent.data.frame_store import WantedStore
 from agent.data.loader import DataConfig, start_fork_server
+from agent.data.metadata import spelled
 from agent.data.mixture import Mixture
 from agent.data.reader import Draw, SampleReader
 from agent.data.robot import Robot

@@ -21,7 +21,8 @@ import xxhash
 
 from agent.data import cache
 from agent.data.arrow import to_numpy
-from agent.data.files import Metadata, files_of
+from agent.data.files import files_of
+from agent.data.metadata import Metadata
 
 _VERSION = 1
 

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from agent.data.files import Metadata, spelled
+from agent.data.metadata import Metadata, spelled
 
 
 def choose_episodes(metadata: Metadata, numbers: Sequence[int] | None, split: str | None) -> np.ndarray:

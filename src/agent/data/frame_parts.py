@@ -15,7 +15,7 @@ import numpy as np
 
 from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
-from agent.data.frame_store import SourceFile
+from agent.data.frame_manifest import SourceFile
 from agent.data.transforms import fitted_size
 
 if TYPE_CHECKING:

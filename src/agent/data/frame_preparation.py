@@ -12,17 +12,9 @@ import numpy as np
 import xxhash
 
 from agent.data.arrow import to_numpy
+from agent.data.frame_manifest import VERSION, Manifest, SourceFile, describe_metadata, write_whole
 from agent.data.frame_parts import FileIndex, Part, places, times_of_episodes
-from agent.data.frame_store import (
-    VERSION,
-    Manifest,
-    SourceFile,
-    WantedStore,
-    describe_metadata,
-    frames_folder,
-    read_index,
-    write_whole,
-)
+from agent.data.frame_store import WantedStore, frames_folder, read_index
 
 if TYPE_CHECKING:
     from agent.data.source import Source

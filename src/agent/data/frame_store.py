@@ -15,30 +15,28 @@ one copy for all processes of a machine; pictures are read, not mapped, so that 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 
 from agent.data.arrow import to_numpy
-from agent.data.files import Metadata, files_of, spelled
+from agent.data.files import files_of
 from agent.data.frame_encoding import Encoding
+from agent.data.frame_manifest import PREPARE, VERSION, Manifest, SourceFile, describe_metadata
+from agent.data.metadata import Metadata, spelled
 
 logger = logging.getLogger(__name__)
 
 Setting = Literal["auto", "none", "jpeg", "lossless", "raw"]
 
-VERSION = 1
 _OPEN_FILES = 128  # per process; a limit of 1024 is usual, and torch needs many
-PREPARE = "uv run python -m agent.data.prepare --config_path CONFIG"
 
 
 @dataclass(frozen=True)
@@ -66,91 +64,6 @@ class WantedStore:
         """That makes a store."""
         setting = "" if self.setting in ("auto", "none") else f" --data.train.frame_store {self.setting}"
         return PREPARE + setting
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file that frames were taken from, as it was then."""
-
-    size: int
-    mtime_ns: int
-    xxh3: str
-    """Of the whole contents."""
-
-    @classmethod
-    def of(cls, path: Path) -> SourceFile:
-        """Reads the whole file."""
-        status, digest = path.stat(), xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        return cls(status.st_size, status.st_mtime_ns, digest.hexdigest())
-
-
-@dataclass
-class Manifest:
-    """``manifest.json``."""
-
-    version: int
-    resolution: tuple[int, int]
-    encoding: str
-    decoder: str
-    """Program and version that decoded the videos."""
-    metadata: str
-    """Fingerprint of what the metadata say of episodes and cameras."""
-    cameras: dict[str, list[str]]
-    """Key of the data set → its parts."""
-    sources: dict[str, SourceFile]
-    """Path in the data set → the file it was: videos, or data files with pictures."""
-    left_out: dict[int, str]
-    """Episode that could not be stored → why."""
-    frames: int
-    index: str = "index.arrow"
-    """The file that belongs to these parts: a store that is added to has both indices for a moment."""
-
-    @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Raises ValueError if the file is not one."""
-        try:
-            values: dict[str, Any] = json.loads(path.read_text())
-            values["resolution"] = tuple(values["resolution"])
-            values["sources"] = {name: SourceFile(**source) for name, source in values["sources"].items()}
-            values["left_out"] = {int(episode): why for episode, why in values["left_out"].items()}
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no manifest that this version reads ({error}). Remove that folder and make it anew with `{PREPARE}`"
-            ) from error
-
-    def write(self, path: Path) -> None:
-        """Replaces the file in one step."""
-        write_whole(path, json.dumps(asdict(self), indent=1).encode())
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # every node's own, whatever its process ids
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def describe_metadata(metadata: Metadata, cameras: Sequence[str]) -> str:
-    """A fingerprint of what decides which picture belongs to which frame."""
-    digest = xxhash.xxh3_128(json.dumps([metadata.info["fps"], metadata.info["data_path"]]).encode())
-    names = ["length", "data/chunk_index", "data/file_index"]
-    for key in sorted(cameras):
-        digest.update(json.dumps([key, metadata.features[key]["dtype"], metadata.features[key]["shape"]]).encode())
-        if key in metadata.video_keys:
-            names += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-    for name in names:
-        digest.update(np.ascontiguousarray(metadata.episodes[name], dtype=np.float64))
-    return digest.hexdigest()
 
 
 def frames_folder(metadata: Metadata, frames: str | None) -> Path:

@@ -17,7 +17,9 @@ from agent.data import files
 from agent.data.augmentation import AugmentationConfig
 from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
-from agent.data.frame_store import PREPARE, FrameStore, WantedStore, find_store
+from agent.data.frame_manifest import PREPARE
+from agent.data.frame_store import FrameStore, WantedStore, find_store
+from agent.data.metadata import Metadata, read_metadata
 from agent.data.video import decode_frame
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ class Source:
     """The frames of the chosen episodes of one data set, in order of episode and frame."""
 
     config: DatasetConfig
-    metadata: files.Metadata
+    metadata: Metadata
     chosen: np.ndarray
     """The episodes that the config selects."""
     episodes: np.ndarray
@@ -320,7 +322,7 @@ def open_source(
             does not fit.
     """
     root = files.locate(config.repo_id, config.root, config.revision)
-    metadata = files.read_metadata(config.repo_id, root)
+    metadata = read_metadata(config.repo_id, root)
     chosen = choose_episodes(metadata, config.episodes, config.split)
     if config.root is None:
         metadata = files.fetch_missing(metadata, chosen, config.revision)

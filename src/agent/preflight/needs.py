@@ -89,12 +89,12 @@ def _look_for_weights(config: TrainPipelineConfig, key: str, reference: str) -> 
 def _fetch_dataset(dataset: DatasetConfig, key: str) -> None:
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    from agent.data import files
     from agent.data.episodes import choose_episodes
+    from agent.data.metadata import read_metadata
 
     repository = hub.Repository(dataset.repo_id, "dataset", dataset.revision or _DATASET_REVISION)
     folder = hub.snapshot(repository, key, ["meta/*"], HF_LEROBOT_HUB_CACHE)
-    metadata = files.read_metadata(dataset.repo_id, folder)
+    metadata = read_metadata(dataset.repo_id, folder)
     wanted = set()
     for episode in choose_episodes(metadata, dataset.episodes, dataset.split):
         wanted.add(metadata.data_file(episode))

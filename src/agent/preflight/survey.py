@@ -18,6 +18,7 @@ from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
 from agent.data.features import check_features
 from agent.data.frame_store import WantedStore, find_store
+from agent.data.metadata import Metadata, read_metadata
 from agent.data.robot_names import robot_alone
 from agent.data.source import Source, open_source
 from agent.preflight import needs
@@ -45,7 +46,7 @@ class Survey:
     """Why it cannot be used at all."""
     mismatch: ValueError | None = None
     """What of it does not fit the model."""
-    metadata: files.Metadata | None = None
+    metadata: Metadata | None = None
     chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The episodes that the config selects."""
     bad: dict[int, str] = field(default_factory=dict)
@@ -79,7 +80,7 @@ def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Sur
     try:
         with hub.offline():
             root = files.locate(dataset.repo_id, dataset.root, dataset.revision)
-        found.metadata = files.read_metadata(dataset.repo_id, root)
+        found.metadata = read_metadata(dataset.repo_id, root)
         found.chosen = choose_episodes(found.metadata, dataset.episodes, dataset.split)
         wanted = WantedStore(
             config.data.train.frame_store, config.data.train.frame_quality, needs.sample_spec(config).image_resolution
@@ -100,7 +101,7 @@ def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Sur
     return found
 
 
-def _look_at_files(found: Survey, metadata: files.Metadata, videos: bool, patience: float) -> None:
+def _look_at_files(found: Survey, metadata: Metadata, videos: bool, patience: float) -> None:
     empty = found.chosen[metadata.episodes["length"][found.chosen] <= 0]
     found.bad.update({int(episode): "it has no frames" for episode in empty})
     looked, skipped, end = 0, 0, time.monotonic() + patience
@@ -115,7 +116,7 @@ def _look_at_files(found: Survey, metadata: files.Metadata, videos: bool, patien
     found.files = (looked, skipped)
 
 
-def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
+def _look_at_numbers(found: Survey, metadata: Metadata) -> None:
     """State, action, time stamps and instructions of every frame."""
     good = found.good
     if not len(good):
@@ -153,7 +154,7 @@ def _look_at_numbers(found: Survey, metadata: files.Metadata) -> None:
         found.uneven[int(good[place])] = f"frame {number} is {late:.4f} s away from frame/fps"
 
 
-def _columns(found: Survey, metadata: files.Metadata, names: tuple[str, ...]) -> ColumnTable:
+def _columns(found: Survey, metadata: Metadata, names: tuple[str, ...]) -> ColumnTable:
     """The columns of the good episodes; a damaged file costs those that it holds."""
     table = ColumnTable(metadata, found.good, names)
     try:
