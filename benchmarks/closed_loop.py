@@ -29,13 +29,14 @@ from contenders import lerobot_of_size
 
 from agent import optim
 from agent.building import build_run_data
-from agent.configuration_pipeline import load_config, make_plan
+from agent.configuration_pipeline import load_config
 from agent.data.normalization import Normalizer
 from agent.data.reader import collate
 from agent.data.task_tokens import make_task_tokens
 from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
+from agent.plan import make_plan
 from agent.reproducibility import stream
 
 log = logging.getLogger("closed_loop")

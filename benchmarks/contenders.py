@@ -19,7 +19,7 @@ import torch
 
 from agent import optim
 from agent.batch import Batch, to_device
-from agent.configuration_pipeline import Plan, TrainPipelineConfig, reconcile
+from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.loader import DataConfig
 from agent.data.reader import Sample, collate
 from agent.data.transforms import SampleSpec
@@ -28,6 +28,7 @@ from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
 from agent.parallelize import parallelize
+from agent.plan import Plan
 from agent.train_state import Run, TrainState
 from agent.trainer import train_step
 

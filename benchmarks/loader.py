@@ -175,8 +175,9 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
     """Frames per second: plain sequential decoding, and all that preparing does to a file, on one core."""
     import av
 
-    from agent.data.frame_parts import index_file, write_part
+    from agent.data.frame_parts import write_part
     from agent.data.frame_preparation import Preparation
+    from agent.data.frame_times import index_file
 
     videos = sorted(root.glob("videos/*/*/*.mp4"))
 

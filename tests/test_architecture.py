@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "models.base",
         "models.registry",
         "optim",
+        "plan",
         "preflight.gpus",
         "simulation.configuration",
         "wandb_sink",
@@ -72,6 +73,7 @@ MAY_IMPORT = {
     "config_check": ["older_keys"],
     "config_changes": ["checkpoint", "configuration_pipeline"],
     "memory_advice": ["configuration_pipeline"],
+    "plan": ["config_files", "configuration_pipeline"],
     "parallelize": ["distributed"],
     "sharding": ["distributed"],
     **{

@@ -27,8 +27,9 @@ from agent.configuration_pipeline import load_config
 from agent.data import frame_preparation, prepare
 from agent.data.frame_encoding import Encoding
 from agent.data.frame_manifest import Manifest, SourceFile
-from agent.data.frame_parts import FileIndex, decode, resize, times_of_episodes
+from agent.data.frame_parts import decode, resize
 from agent.data.frame_store import WantedStore
+from agent.data.frame_times import FileIndex, times_of_episodes
 from agent.data.source import open_source
 from agent.data.transforms import resize_with_pad
 

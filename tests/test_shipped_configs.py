@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from agent.configuration_pipeline import TrainPipelineConfig, load_config, make_plan
+from agent.configuration_pipeline import TrainPipelineConfig, load_config
 from agent.models import registry
+from agent.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "config" / "train"

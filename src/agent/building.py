@@ -12,7 +12,7 @@ import torch
 
 from agent import environment, history, optim, resuming, sharding, weights
 from agent.checkpoint import PRETRAINED, CheckpointStore
-from agent.configuration_pipeline import TrainPipelineConfig, make_plan
+from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
@@ -20,6 +20,7 @@ from agent.ema import Ema
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.parallelize import parallelize
+from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
 from agent.run_folder import RunFolder
 from agent.train_state import Run, TrainState

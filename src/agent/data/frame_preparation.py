@@ -13,8 +13,9 @@ import xxhash
 
 from agent.data.arrow import to_numpy
 from agent.data.frame_manifest import VERSION, Manifest, SourceFile, describe_metadata, write_whole
-from agent.data.frame_parts import FileIndex, Part, places, times_of_episodes
+from agent.data.frame_parts import Part, places
 from agent.data.frame_store import WantedStore, frames_folder, read_index
+from agent.data.frame_times import FileIndex, times_of_episodes
 
 if TYPE_CHECKING:
     from agent.data.source import Source

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.data.frame_manifest import write_whole
-from agent.data.frame_parts import Part, index_file, start_worker, write_part
+from agent.data.frame_parts import Part, start_worker, write_part
 from agent.data.frame_preparation import Preparation, note_of
 from agent.data.frame_store import WantedStore, frames_folder
+from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
 
 if TYPE_CHECKING:

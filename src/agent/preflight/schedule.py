@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from agent.configuration_pipeline import Plan, accumulation_steps, make_plan
 from agent.optim import LearningRate
+from agent.plan import Plan, accumulation_steps, make_plan
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 
