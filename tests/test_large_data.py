@@ -305,5 +305,5 @@ def test_two_million_frames(tmp_path):
     print({name: (round(first[name], 2), round(second[name], 2)) for name in ("seconds", "bytes")})
     # Far from the aim of docs/data.md, since these cores may be busy; opening it with LeRobot took minutes and 3 GB.
     assert max(first["seconds"], second["seconds"]) < 90
-    # Beyond what the libraries take, which differs by 0.2 GB between kernels: 0.3 GB, and LeRobot's table is 2 GB more.
+    # Beyond what the libraries alone take, which machines differ in: 0.3 GB.
     assert max(first["bytes"], second["bytes"]) - bytes_of_libraries() < 450 << 20
