@@ -27,7 +27,7 @@ LEAVES = [
     "batch",
     "reproducibility",
     "run_folder",
-]  # import nothing of agent but history; anyone may import the last two
+]  # import nothing of agent but history and locking; anyone may import the last two
 TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state", "validation"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
@@ -115,7 +115,7 @@ MAY_IMPORT = {
     "data.mixture": [],
     "data.normalization": [],
     "data.transforms": ["batch", "data.normalization"],
-    "data.*": ["batch", "data.*", "hub"],
+    "data.*": ["batch", "data.*", "hub", "locking"],
     "models.base": ["batch"],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
@@ -125,13 +125,15 @@ MAY_IMPORT = {
     "optim": ["low_memory_adamw", "sharding"],
     "low_memory_adamw": ["adamw8bit", "sharding", "stochastic_rounding"],
     **{name: [] for name in ("adamw8bit", "stochastic_rounding")},
-    "run_folder": ["history"],
-    **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video", "results")},
+    "run_folder": ["history", "locking"],
+    **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video")},
+    "simulation.results": ["locking"],
+    "locking": [],
     "simulation.starting": ["simulation.configuration"],
     "simulation.environment": ["simulation.rendering"],
     "simulation.rollout": ["simulation.results"],
     "simulation.evaluation": ["inference", "simulation.*"],
-    "simulation.watching": ["simulation.*"],
+    "simulation.watching": ["locking", "simulation.*"],
 }
 
 

@@ -701,13 +701,16 @@ def test_a_disk_without_room_for_a_folder(place, copy, monkeypatch):
     assert f"the disk of {copy / 'frames' / '32x32-jpeg95'} is full (" in problem and "`frames: FOLDER`" in problem
 
 
-def test_a_disk_that_knows_no_locks(tmp_path, monkeypatch, caplog):
+def test_a_disk_that_knows_no_locks(place, copy, monkeypatch, caplog):
+    import fcntl
+
     def refuse(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr(prepare.fcntl, "flock", refuse)
-    with prepare._alone(tmp_path):
-        assert f"{tmp_path} cannot be locked" in caplog.text
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert prepared(place, copy) == []
+    assert f"{copy / 'frames' / '32x32-jpeg95'} cannot be locked" in caplog.text
+    assert (copy / "frames" / "32x32-jpeg95" / "manifest.json").is_file()
 
 
 def test_two_data_sets_with_one_folder_of_stores(place, copy, tmp_path):

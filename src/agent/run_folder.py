@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent import history
+from agent.locking import lock
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,6 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     record = {"attempt": os.environ.get("VLA_ATTEMPT", ""), "state": state, "error_kind": error_kind, "reason": reason}
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
-
-
-def _lock(handle: int, patience_s: float) -> None:
-    """Takes the lock. Its holder may be dead already with a thread still in the kernel, waiting for the disk."""
-    end = time.monotonic() + patience_s
-    while True:
-        try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.1)
 
 
 def holder(path: Path) -> str | None:
@@ -111,21 +100,16 @@ class RunFolder:
         self._lock = self._acquire()
         self._status = self._read_status()
 
+    def _in_use(self, handle: int) -> str:
+        return (
+            f"the run folder {self.path} is in use by {_described_holder(handle)}; wait for it, stop it, or give this run "
+            "another name: --name …"
+        )
+
     def _acquire(self) -> int:
-        # An flock goes with its process however that dies, so no stale lock ever blocks a requeued job.
-        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            # In a job nobody waits for the answer, and what a killed attempt left may take a while to be gone.
-            _lock(handle, patience_s=60.0 if "SLURM_JOB_ID" in os.environ else 5.0)
-        except BlockingIOError:
-            other = _described_holder(handle)
-            os.close(handle)
-            raise ValueError(
-                f"the run folder {self.path} is in use by {other}; wait for it, stop it, or give this run another name: --name …"
-            ) from None
-        except OSError as error:
-            # Lustre without its flock option, for instance: no reason to refuse every run there.
-            log.warning("%s cannot be locked (%s): make sure that no second job runs in it", self.path, error)
+        # In a job nobody waits for the answer, and what a killed attempt left may take a while to be gone.
+        patience_s = 60.0 if "SLURM_JOB_ID" in os.environ else 5.0
+        handle = lock(self.path / ".lock", "job", self._in_use, patience_s)
         os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())

@@ -9,17 +9,14 @@ command is run again. Exit codes: 0 converted, 2 something is wrong with the dat
 from __future__ import annotations
 
 import argparse
-import errno
-import fcntl
 import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -28,6 +25,7 @@ from pathlib import Path
 from agent.data.rlds import Tree, open_tree
 from agent.data.rlds_shard import Layout, Place, convert_shard
 from agent.data.v3_metadata import Totals, write_metadata
+from agent.locking import alone
 
 log = logging.getLogger("agent.data.from_rlds")
 
@@ -147,27 +145,14 @@ def convert(tree: Tree, layout: Layout, out: Path, repo_id: str, processes: int)
         raise ValueError(f"--out {out} exists: name another folder, or delete it")
     partial = out.with_name(f"{out.name}.partial")
     _begin(partial, {"source": str(tree.folder), "shards": [path.name for path in tree.shards], **asdict(layout)})
-    with _alone(partial / "conversion.json"):
+    # A second one would begin the videos anew that the first has written.
+    with alone(partial / "conversion.json", "conversion"):
         totals = _convert(tree, layout, partial, processes)
     partial.rename(out)
     if totals.left_out:
         log.warning("%d episodes have no instruction and were left out: meta/left_out.json names them", totals.left_out)
     log.info("%d episodes, %d frames in %s; in a data YAML:", totals.episodes, totals.frames, out)
     log.info("- {repo_id: %s, root: %s}", repo_id, out)
-
-
-@contextmanager
-def _alone(record: Path) -> Iterator[None]:
-    """Refuses a second conversion to the same place: it would begin the videos anew that the first has written."""
-    with record.open("r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(f"another conversion is at work in {record.parent}; wait for it, or end it") from error
-            # Lustre without its flock option, for instance: no reason to convert nothing there.
-            log.warning("%s cannot be locked (%s): make sure that no second conversion works there", record, error)
-        yield
 
 
 def _convert(tree: Tree, layout: Layout, partial: Path, processes: int) -> Totals:

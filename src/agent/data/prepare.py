@@ -9,7 +9,6 @@ put right first.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -18,7 +17,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,26 +30,13 @@ from agent.data.frame_preparation import Preparation, note_of
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
+from agent.locking import alone
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.source import Source
 
 log = logging.getLogger("agent.data.prepare")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuses a second preparation of the same store."""
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ValueError(f"another preparation is at work in {folder}; wait for it, or end it") from error
-            # Lustre without its flock option, for instance: no reason to make no store there.
-            log.warning("%s cannot be locked (%s): make sure that no second preparation works in it", folder, error)
-        yield
 
 
 def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, workers: int) -> None:
@@ -65,7 +50,7 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
         work = Preparation(source, wanted)
         for camera in work.cameras:
             (work.folder / camera).mkdir(parents=True, exist_ok=True)
-        with _alone(work.folder):
+        with alone(work.folder / ".lock", "preparation"):
             _prepare(work, skip_bad_episodes, workers)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

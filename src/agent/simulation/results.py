@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import logging
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.locking import lock
 from agent.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
@@ -45,23 +45,6 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def lock(path: Path, held: str) -> int:
-    """Locks a file until the handle that is returned is closed, or the process ends.
-
-    Raises:
-        ValueError: ``held``, if another process has locked it.
-    """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(held) from None
-    except OSError as error:  # Lustre without its flock option, for instance
-        log.warning("%s cannot be locked (%s): make sure that no second evaluation writes there", path.parent, error)
-    return handle
-
-
 class ResultsFolder:
     """The results of one checkpoint under one set of settings; an evaluation that was stopped continues from it.
 
@@ -76,9 +59,8 @@ class ResultsFolder:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(
-            path / ".lock", f"--out: another evaluation is writing to {path}; wait for it or name another"
-        )
+        held = f"--out: another evaluation is writing to {path}; wait for it or name another"
+        self._lock = lock(path / ".lock", "evaluation", lambda _: held)
         self.done: dict[tuple[str, int], EpisodeResult] = {}
         try:
             self._check_settings()

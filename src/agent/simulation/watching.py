@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from agent.locking import lock
 from agent.run_folder import write_atomically
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request, digest_of, evaluate
-from agent.simulation.results import SUMMARY, lock, table
+from agent.simulation.results import SUMMARY, table
 
 log = logging.getLogger(__name__)
 POLL_S = 20.0
@@ -46,7 +47,7 @@ def watch(
     request.check(known)
     folder = run_dir / "simulation"
     folder.mkdir(exist_ok=True)
-    handle = lock(folder / ".watch.lock", f"--run: another process evaluates {run_dir} already")
+    handle = lock(folder / ".watch.lock", "evaluation", lambda _: f"--run: another process evaluates {run_dir} already")
     done: set[Path] = set()
     failed: set[Path] = set()
     try:
