@@ -26,10 +26,10 @@ from agent.configuration_pipeline import (
     dump,
     dump_yaml,
     load_config,
-    make_plan,
     reconcile,
 )
 from agent.distributed import Launch, choose_device, read_launch
+from agent.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
