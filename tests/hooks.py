@@ -116,6 +116,23 @@ def memory_exhausted() -> None:
     trainer.train_step = exhausted
 
 
+def fail_while_ending() -> None:
+    """The third update hangs, and fails when the watchdog ends the run, as when the peer of a collective is gone."""
+    from agent import trainer
+
+    train_step = trainer.train_step
+
+    def hanging(run: Any, batches: Any, clock: Any) -> Any:
+        if run.state.step < 2:
+            return train_step(run, batches, clock)
+        status = run.folder.path / "status.json"
+        while "hang" not in status.read_text():
+            time.sleep(0.05)
+        raise RuntimeError("Connection closed by peer")
+
+    trainer.train_step = hanging
+
+
 def slow_validation() -> None:
     """Validation says when it begins, and takes a while for each batch."""
     from agent import validation

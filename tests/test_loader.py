@@ -280,7 +280,9 @@ def test_few_videos_are_open_at_a_time(place: Workplace, tmp_path: Path, backend
         return own_memory(os.getpid())
 
     sizes = [look_at_all() for _ in range(5)]
-    assert sizes[-1] - sizes[1] < 4e6, sizes
+    # A decoder that stays takes 2 MB, 600 MB for these three rounds. What the allocator leaves between them grows by up to
+    # 2 MB a round and ends after some hundred, at the same size for 100 as for 300 videos.
+    assert sizes[-1] - sizes[1] < 30e6, sizes
 
 
 def open_files() -> list[Path]:

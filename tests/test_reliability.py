@@ -371,6 +371,14 @@ def test_g9_a_hang_ends_with_the_stacks_of_every_rank(place: Workplace, server: 
     assert status["state"] == "failed" and status["reason"].startswith("hang: no progress")
 
 
+def test_g9_what_fails_while_a_hang_is_ended_is_not_the_reason(place: Workplace, server: ForkServer) -> None:
+    brief = ("--n_updates", "6", "--hang_timeout_minutes", "0.03")
+    output = server.start(place, "g9-ending", *brief, hook=("hooks", "fail_while_ending")).wait()
+    status = place.status("g9-ending")
+    assert status["state"] == "failed" and status["reason"].startswith("hang: no progress"), output
+    assert status["error_kind"] == "runtime"
+
+
 def test_checkpoints_by_the_clock_and_retention(place: Workplace, server: ForkServer) -> None:
     often = ("--n_updates", "60", "--save_model_freq", "5000", "--checkpoint_interval_minutes", "0.005")
     kept = ("--keep_checkpoints", "3", "--keep_training_states", "1", "--eval_freq", "0")

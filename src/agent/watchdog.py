@@ -3,11 +3,13 @@
 A collective whose partner is stuck, or a file system that does not answer, blocks for ever and burns GPU hours. Each
 process has a thread that expects a sign of life; when none comes for too long, it prints the stacks of its process and
 ends it. A process that is stopped (SIGSTOP, a debugger) cannot do that for itself, so its neighbours on the node wake
-it, and its C-level handler prints where it stood.
+it, and its C-level handler prints where its main thread stood.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
@@ -39,7 +41,9 @@ class Watchdog:
         self._sign = ("", 0.0, timeout_s)
         """What came last: the phase, when it began and how long it may take; one object, which the thread reads whole."""
         self._closed = threading.Event()
-        faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=True)
+        # One thread, the interrupted one: the others run while the handler reads their frames, and it crashes on one that
+        # changes.
+        faulthandler.register(_DUMP_SIGNAL, file=sys.stderr, all_threads=False)
         self.alive("start", patience=4)
         if timeout_s:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -71,9 +75,8 @@ class Watchdog:
         self._report(reason)
         for pid in self._neighbours:
             if pid != os.getpid() and _is_stopped(pid):
-                print(f"--- process {pid} is stopped; its stacks ---", file=sys.stderr, flush=True)
-                os.kill(pid, _DUMP_SIGNAL)
-                os.kill(pid, signal.SIGCONT)
+                print(f"--- process {pid} is stopped; its main thread's stack ---", file=sys.stderr, flush=True)
+                _wake_to_dump(pid)
         time.sleep(_GRACE_S)
         os._exit(EXIT_HUNG)  # the main thread may be stuck in a place that no exception reaches
 
@@ -84,3 +87,13 @@ def _is_stopped(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     except (OSError, IndexError):
         return False
+
+
+def _wake_to_dump(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            # To the main thread: of a process that is stopped, any thread may take what is sent to the whole.
+            ctypes.CDLL(None).tgkill(pid, pid, _DUMP_SIGNAL)
+        except AttributeError:  # glibc before 2.30
+            os.kill(pid, _DUMP_SIGNAL)
+        os.kill(pid, signal.SIGCONT)
