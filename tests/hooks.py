@@ -263,6 +263,31 @@ END_OF_MICRO_BATCHES = "end of the micro-batches"
 WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 
 
+def count_batches_in_memory() -> None:
+    """Writes, each time a micro-batch is taken, how many of the update's earlier ones are still in memory."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from agent import trainer
+
+    train_step, target = trainer.train_step, Path(os.environ["BATCHES"])
+
+    def counting(run: Any, batches: Any, clock: Any) -> Any:
+        blocks: list[StorageWeakRef] = []
+
+        def counted() -> Any:
+            while True:
+                with open(target, "a") as stream:
+                    stream.write(f"{sum(not block.expired() for block in blocks)}\n")
+                batch = next(batches)
+                blocks.append(StorageWeakRef(batch.noise.untyped_storage()))
+                yield batch
+                del batch
+
+        return train_step(run, counted(), clock)
+
+    trainer.train_step = counting
+
+
 def report_compilations() -> None:
     """Compiles with ``$CXX``; says at the end of training how many graphs were looked up among those of earlier starts."""
     from torch._dynamo.utils import counters

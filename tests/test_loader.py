@@ -267,6 +267,17 @@ def test_memory_is_flat(data: Any, samples: int) -> None:
     assert max(grown.values()) < 4, grown
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_update_keeps_one_micro_batch(place: Workplace, server: ForkServer, workers: str) -> None:
+    name = f"micro-batches-{workers}"
+    few = ("--n_updates", "3", "--per_device_batch_size", "1", "--eval_freq", "0", "--data.train.num_workers", workers)
+    target = place.folder / name
+    output = server.start(place, name, *few, hook=("hooks", "count_batches_in_memory"), BATCHES=str(target)).wait()
+    assert place.status(name)["state"] == "finished", output
+    kept = [int(line) for line in target.read_text().splitlines()]
+    assert len(kept) == 3 * 8 and max(kept[8:]) == 1, kept  # the one before, while the next is made
+
+
 @pytest.mark.parametrize("backend", ["torchcodec", "pyav"])
 def test_few_videos_are_open_at_a_time(place: Workplace, tmp_path: Path, backend: str) -> None:
     (original,) = (place.folder / "data").glob("videos/*/*/*.mp4")

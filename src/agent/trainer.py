@@ -10,6 +10,7 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -152,6 +153,15 @@ class StepResult:
     lr: float
 
 
+class _Seen(NamedTuple):
+    """What is remembered of a micro-batch of B samples until the end of its update."""
+
+    sample_index: torch.Tensor
+    provenance: torch.Tensor
+    losses: torch.Tensor
+    """(B,) on the device."""
+
+
 def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
     """One optimizer update over ``accumulation_steps`` micro-batches.
 
@@ -162,7 +172,7 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
     config, state, steps = run.config, run.state, run.plan.accumulation_steps
     # DDP averages over the processes; with this factor the sum over everything is the mean over the global batch.
     scale = run.processes.world_size / config.global_batch_size
-    seen: list[tuple[Batch, torch.Tensor]] = []
+    seen: list[_Seen] = []
     for micro in range(steps):
         with clock.waiting_for_data():
             batch = next(batches)
@@ -170,7 +180,8 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
             with run.precision():
                 losses = run.model(to_device(batch, run.processes.device))
             (losses.sum() * scale).backward()
-        seen.append((batch, losses.detach()))
+        # Copies: a batch is one block of memory, which any of its tensors would keep until the update's end.
+        seen.append(_Seen(batch.sample_index.clone(), batch.provenance.clone(), losses.detach()))
     max_norm = config.max_grad_norm or math.inf
     grad_norm = float(optim.clip_gradients(run.optimizer, max_norm))
     lr = run.learning_rate.at(state.step)
@@ -190,14 +201,14 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
     forget_gradients(run.model, run.optimizer)
     state.step += 1
     state.samples_seen += config.global_batch_size
-    return StepResult(torch.stack([losses.sum() for _, losses in seen]).sum(), grad_norm, lr)
+    return StepResult(torch.stack([part.losses.sum() for part in seen]).sum(), grad_norm, lr)
 
 
-def _name_the_samples(run: Run, seen: list[tuple[Batch, torch.Tensor]], grad_norm: float) -> str:
+def _name_the_samples(run: Run, seen: list[_Seen], grad_norm: float) -> str:
     bad = [
-        (int(batch.sample_index[i]), *batch.provenance[i].tolist())
-        for batch, losses in seen
-        for i in torch.nonzero(~torch.isfinite(losses.cpu())).flatten().tolist()
+        (int(part.sample_index[i]), *part.provenance[i].tolist())
+        for part in seen
+        for i in torch.nonzero(~torch.isfinite(part.losses.cpu())).flatten().tolist()
     ]
     everywhere = sorted(sample for share in run.processes.gather(bad) for sample in share)
     where = f"update {run.state.step + 1}: "
