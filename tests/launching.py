@@ -116,6 +116,21 @@ class Workplace:
             time.sleep(0.02)
 
 
+def kill_alone(process: subprocess.Popen) -> None:
+    """SIGKILL for a process, whose children must end by themselves."""
+    import psutil
+
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert children
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    for child in left:
+        child.kill()
+    process.communicate()
+    assert not left
+
+
 def kill_all(process: subprocess.Popen) -> None:
     """SIGKILL for a run with all its processes, torchrun's workers included: they have sessions of their own."""
     import psutil

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import MODEL, REPOSITORY, RUN, kill_all
+from launching import MODEL, REPOSITORY, RUN, kill_alone
 from make_dataset import frame_image
 from make_rlds import EPISODES, SIZE, episode_length, instruction, numbers
 
@@ -162,7 +162,7 @@ def test_a_killed_conversion_goes_on(trees, bridge, tmp_path):
     while not list(shards.glob("*.json")):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
-    kill_all(process)
+    kill_alone(process)
     assert not out.exists()
     done = {path.name: path.stat().st_mtime_ns for path in shards.glob("*.json")}
     code, output = convert(trees / "bridge_dataset", out, "--crf", "30")

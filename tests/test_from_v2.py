@@ -8,13 +8,15 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from launching import MODEL, REPOSITORY, RUN
+from launching import MODEL, REPOSITORY, RUN, kill_alone
 from make_dataset import DEFAULT_TASKS, frame_image
 
 from agent.data.source import DatasetConfig, open_source
@@ -187,6 +189,20 @@ def test_v20(tmp_path):
     assert np.shape(stats[CAMERA]["mean"]) == np.shape(stats[STILL]["mean"]) == (3, 1, 1)
     done = offline(command)
     assert done.returncode == 2 and "says v3.0, not v2.0" in done.stderr
+
+
+def test_a_killed_conversion_leaves_no_process_and_is_repeated(tmp_path):
+    root = write_v2(tmp_path / "old", "v2.0")
+    command = command_in(root)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    unfinished = root / "meta" / "episodes_stats.partial"
+    while not (unfinished.exists() and psutil.Process(process.pid).children()):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    kill_alone(process)
+    done = offline(command)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((root / "meta" / "info.json").read_text())["codebase_version"] == "v3.0"
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1"])

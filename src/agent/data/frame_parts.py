@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,6 +14,7 @@ import numpy as np
 
 from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
+from agent.data.orphans import end_with_parent
 from agent.data.transforms import fitted_size
 
 if TYPE_CHECKING:
@@ -53,8 +53,6 @@ class Written:
 
 def start_worker(done: Synchronized[int]) -> None:
     """Runs first in a new process."""
-    from multiprocessing import connection, parent_process
-
     import cv2
     import torch
 
@@ -62,14 +60,7 @@ def start_worker(done: Synchronized[int]) -> None:
     _done = done
     torch.set_num_threads(1)  # there is a process for every core
     cv2.setNumThreads(1)
-    parent = parent_process()
-    assert parent is not None, "called in a worker only"
-
-    def end_with_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 class FrameMissing(Exception):

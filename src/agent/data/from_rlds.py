@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+from agent.data.orphans import end_with_parent
 from agent.data.rlds import Tree, open_tree
 from agent.data.rlds_shard import Layout, Place, convert_shard
 from agent.data.v3_metadata import Totals, write_metadata
@@ -191,7 +192,7 @@ def _convert_all(tree: Tree, layout: Layout, todo: Sequence[Place], processes: i
     if not todo:
         return
     count = sum(tree.episodes[place.number] for place in todo)
-    pool = ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn"))
+    pool = ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn"), end_with_parent)
     try:
         futures = {
             pool.submit(

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from agent.data.orphans import end_with_parent
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 converted, 2 this is no whole v2.0 data set."""
@@ -56,7 +58,7 @@ def _to_v21(root: Path, processes: int) -> None:
     ]
     target = root / "meta" / "episodes_stats.jsonl"
     unfinished = target.with_suffix(".partial")
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool, unfinished.open("w") as file:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool, unfinished.open("w") as file:
         computed = pool.map(partial(_statistics, root, info), episodes, chunksize=4)
         for episode, stats in zip(episodes, tqdm(computed, total=len(episodes), unit="episode"), strict=True):
             file.write(json.dumps({"episode_index": episode, "stats": stats}) + "\n")

@@ -7,20 +7,18 @@ their memory. Importing this module is what prepares the server; in the training
 
 import faulthandler
 import gc
-import os
 import signal
-import threading
-from multiprocessing import connection, parent_process
 
 import torch
 
 import agent.data.reader  # noqa: F401
+from agent.data.orphans import end_with_parent
 
 
 def settle() -> None:
     """Comes first in a new worker."""
     ignore_cluster_signals()
-    end_with_trainer()
+    end_with_parent()
     faulthandler.enable()  # a decoder that crashes says where
     torch.set_num_threads(1)  # there are as many workers as cores already
     gc.freeze()  # looking for garbage among what the server imported would copy its memory into every worker
@@ -34,21 +32,6 @@ def ignore_cluster_signals() -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-
-
-def end_with_trainer() -> None:
-    """Ends this worker when the training process is gone, however it went.
-
-    A worker would notice when it next speaks to the trainer, which may be never: it may wait for a file system.
-    """
-    trainer = parent_process()
-    assert trainer is not None, "called in a worker only"
-
-    def watch() -> None:
-        connection.wait([trainer.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="end_with_trainer", daemon=True).start()
 
 
 ignore_cluster_signals()
