@@ -199,11 +199,16 @@ def test_another_global_batch_goes_on_with_the_next_sample(place: Workplace, ser
     assert epochs == sorted(epochs) and place.metrics("batch")[-1]["samples_seen"] == 32
 
 
-def test_the_error_of_a_rank_that_cannot_build_is_the_runs(place: Workplace, server: ForkServer) -> None:
-    output = server.start(place, "unbuilt", ranks=2, hook=("hooks", "fail_on_rank_1_while_building")).wait()
-    status = place.status("unbuilt")
-    assert status["state"] == "failed" and status["error_kind"] == "runtime", output
-    assert status["reason"] == "rank 1: RuntimeError: no such kernel on this device", output
+@pytest.mark.parametrize(("error", "kind"), [("RuntimeError", "runtime"), ("ValueError", "config")])
+def test_the_error_of_a_rank_that_cannot_build_is_the_runs(
+    place: Workplace, server: ForkServer, error: str, kind: str
+) -> None:
+    name = f"unbuilt-{error}"
+    output = server.start(place, name, ranks=2, hook=("hooks", "fail_on_rank_1_while_building"), BROKEN=error).wait()
+    status = place.status(name)
+    told = "rank 1: RuntimeError: no such kernel here" if kind == "runtime" else "rank 1: no such kernel here"
+    assert (status["state"], status["error_kind"], status["reason"]) == ("failed", kind, told), output
+    assert output.count(f"error: {told}\n") == 1, output
 
 
 @pytest.mark.parametrize("how", ["one rank", "different ranks", "twice", "file", "environment"])

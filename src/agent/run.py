@@ -87,12 +87,15 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
 
         run = build(config, launch, processes, folder, watchdog)
     except ValueError as error:
+        if opened:
+            _report_from_another_rank(config, launch, error, str(error), "config")
         return _fail(folder, launch, config, str(error), "config")
     except Exception as error:
         log.exception("the run could not be started")
+        reason = _describe(error, config, launch)
         if opened:
-            _report_from_another_rank(config, launch, error)
-        return _fail(folder, launch, config, _describe(error, config, launch), "runtime")
+            _report_from_another_rank(config, launch, error, reason, "runtime")
+        return _fail(folder, launch, config, reason, "runtime")
     exit_code = EXIT_FAILED
     try:
         forget_reported(run)
@@ -108,8 +111,9 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
-        _report_from_another_rank(config, launch, error)
-        return _fail(folder, launch, config, _describe(error, config, launch), "runtime", run.state.step)
+        reason = _describe(error, config, launch)
+        _report_from_another_rank(config, launch, error, reason, "runtime")
+        return _fail(folder, launch, config, reason, "runtime", run.state.step)
     finally:
         watchdog.close()
         _close_metrics(run, folder, exit_code)
@@ -124,10 +128,13 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             folder.close()
 
 
-def _report_from_another_rank(config: TrainPipelineConfig, launch: Launch, error: Exception) -> None:
+def _report_from_another_rank(
+    config: TrainPipelineConfig, launch: Launch, error: Exception, reason: str, kind: str
+) -> None:
     if launch.rank != 0 and not lost_a_peer(error):
         time.sleep(2)  # rank 0 speaks first if it fails as well
-        report_failure(config.run_dir, launch.rank, _describe(error, config, launch))
+        if report_failure(config.run_dir, launch.rank, reason, kind):
+            print(f"error: rank {launch.rank}: {reason}", file=sys.stderr, flush=True)
 
 
 def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:

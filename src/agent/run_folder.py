@@ -73,22 +73,26 @@ def _described_holder(handle: int) -> str:
     return os.pread(handle, 4096, 0).decode(errors="replace") or "an unknown process"
 
 
-def report_failure(path: Path, rank: int, reason: str) -> None:
+def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
     """Ends the present attempt in ``status.json``; for a rank other than 0, which fails by itself.
 
     Rank 0 waits for it in a collective, perhaps until the launcher kills it, and if not, then with an error of the
     network, which would say nothing.
+
+    Returns:
+        False if the attempt has ended already, with a reason of its own.
     """
     status = json.loads((path / "status.json").read_text(encoding="utf-8"))
     attempt = status["attempts"][-1]
     if attempt["ended"] is not None:
-        return
-    now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": "runtime"}
+        return False
+    now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": kind}
     now["updated"] = time.time()
     attempt.update({**now, "ended": now["updated"]})
     status |= now | history.summary(status["attempts"])
     write_atomically(path / "status.json", json.dumps(status, indent=1) + "\n")
-    report_attempt("failed", reason=now["reason"], error_kind="runtime", step=status["step"], run_dir=str(path))
+    report_attempt("failed", reason=now["reason"], error_kind=kind, step=status["step"], run_dir=str(path))
+    return True
 
 
 class RunFolder:
