@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -160,6 +161,20 @@ def test_a_run_with_checkpoints_is_left_as_it_is(server: ForkServer, place: Work
     assert "seed: 42 → 7" in other.row("start")["text"] and "resume_changes" in other.row("start")["change"]
     assert other.state["error_kind"] == "config"
     assert {name: value for name, value in contents(folder).items() if not name.startswith("check/")} == before
+
+
+def test_a_run_that_owes_a_validation_is_not_finished(server: ForkServer, place: Workplace) -> None:
+    settings = ("--n_updates", "4", "--eval_freq", "4", "--eval_start", "false")
+    run = server.start(place, "owes", *settings, hook=("hooks", "slow_validation"))
+    run.wait_for_output("validation begins")
+    run.kill(0, signal.SIGTERM)
+    output = run.wait(timeout=60)
+    assert place.status("owes")["state"] == "preempted" and len(place.metrics("owes")) == 3, output
+    row = check(server, place, "owes", *settings).row("start")
+    assert row["result"] == "pass" and "step_00000004; only a validation is left to do" in row["text"]
+    output = server.start(place, "owes", *settings).wait()
+    assert place.status("owes")["state"] == "finished" and len(place.metrics("owes")) == 4, output
+    assert "is finished with its 4 updates" in check(server, place, "owes", *settings).row("start")["text"]
 
 
 # ---- what is wrong
