@@ -87,15 +87,11 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
 
         run = build(config, launch, processes, folder, watchdog)
     except ValueError as error:
-        if opened:
-            _report_from_another_rank(config, launch, error, str(error), "config")
-        return _fail(folder, launch, config, str(error), "config")
+        return _fail(folder, launch, config, str(error), "config", alone=opened)
     except Exception as error:
         log.exception("the run could not be started")
-        reason = _describe(error, config, launch)
-        if opened:
-            _report_from_another_rank(config, launch, error, reason, "runtime")
-        return _fail(folder, launch, config, reason, "runtime")
+        alone = opened and not lost_a_peer(error)
+        return _fail(folder, launch, config, _describe(error, config, launch), "runtime", alone=alone)
     exit_code = EXIT_FAILED
     try:
         forget_reported(run)
@@ -111,9 +107,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
-        reason = _describe(error, config, launch)
-        _report_from_another_rank(config, launch, error, reason, "runtime")
-        return _fail(folder, launch, config, reason, "runtime", run.state.step)
+        reason, alone = _describe(error, config, launch), not lost_a_peer(error)
+        return _fail(folder, launch, config, reason, "runtime", run.state.step, alone=alone)
     finally:
         watchdog.close()
         _close_metrics(run, folder, exit_code)
@@ -126,15 +121,6 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             processes.close()
         if folder is not None:
             folder.close()
-
-
-def _report_from_another_rank(
-    config: TrainPipelineConfig, launch: Launch, error: Exception, reason: str, kind: str
-) -> None:
-    if launch.rank != 0 and not lost_a_peer(error):
-        time.sleep(2)  # rank 0 speaks first if it fails as well
-        if report_failure(config.run_dir, launch.rank, reason, kind):
-            print(f"error: rank {launch.rank}: {reason}", file=sys.stderr, flush=True)
 
 
 def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:
@@ -179,13 +165,20 @@ def _fail(
     reason: str,
     kind: str,
     step: int | None = None,
+    *,
+    alone: bool,
 ) -> int:
+    """Tells why the run has failed; ``alone`` says whether this process may be the only one that knows."""
     if launch.rank == 0:
         print(f"error: {reason}", file=sys.stderr, flush=True)
         if folder is not None:
             folder.update("failed", folder.status["step"] if step is None else step, reason, kind)
         else:
             report_attempt("failed", reason=reason, error_kind=kind, run_dir=str(config.run_dir))
+    elif alone:
+        time.sleep(2)  # rank 0 speaks first if it fails as well
+        if report_failure(config.run_dir, launch.rank, reason, kind):
+            print(f"error: rank {launch.rank}: {reason}", file=sys.stderr, flush=True)
     return EXIT_CONFIG if kind == "config" else EXIT_FAILED
 
 

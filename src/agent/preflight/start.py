@@ -68,16 +68,17 @@ def _resume(context: Context, checkpoint: Path) -> Row:
         return Row("start", "fail", f"{text}, which was made with another config:\n" + "\n".join(changes), change)
     n_updates = plan(context).n_updates
     if (own_step(context) or 0) >= n_updates:
-        if _owes_a_validation(config.run_dir, checkpoint, n_updates):
+        if _owes_a_validation(config.run_dir, checkpoint):
             return Row("start", "pass", f"{text}; only a validation is left to do, which a stop has cut short")
         change = "write more n_updates or n_epochs, with --resume_changes true, or another name for a new run"
         return Row("start", "warn", f"this run is finished with its {n_updates} updates: nothing is left to do", change)
     return Row("start", "pass", text)
 
 
-def _owes_a_validation(run_dir: Path, checkpoint: Path, step: int) -> bool:
-    owed = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8")).get("unreported")
-    return owed is not None and not JsonLines(run_dir / "metrics.jsonl").has(step)
+def _owes_a_validation(run_dir: Path, checkpoint: Path) -> bool:
+    """As ``trainer.forget_reported`` decides it when the run starts."""
+    state = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
+    return state.get("unreported") is not None and not JsonLines(run_dir / "metrics.jsonl").has(state["step"])
 
 
 def _weights(context: Context) -> list[Row]:
