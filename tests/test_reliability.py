@@ -13,11 +13,13 @@ import signal
 import time
 
 import pytest
+import torch
 from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
 from test_training import what_was_computed
 
+from agent import tensor_reader
 from agent.manifest import files_of
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
@@ -430,6 +432,23 @@ def test_g12_every_step_is_logged_once_after_any_history(place: Workplace, serve
     lines = place.metrics("g12")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert [line["loss"] for line in lines] == pytest.approx([x["loss"] for x in place.metrics(through)], rel=1e-5)
+
+
+@pytest.mark.parametrize("most", [0.0, 0.25])
+def test_the_optimizer_gets_gradients_of_at_most_max_grad_norm(
+    place: Workplace, server: ForkServer, most: float
+) -> None:
+    name = f"clipped-{most}"
+    limits = ("--n_updates", "1", "--eval_freq", "0", "--max_grad_norm", str(most))
+    output = server.start(place, name, *limits, "--model_cfg.optimizer_betas", "[0.5, 0.95]").wait()
+    assert place.status(name)["state"] == "finished", output
+    (path,) = place.checkpoint(name).glob("training_state/optimizer*.safetensors")
+    # After its first update AdamW's first moment is (1 - beta1) times the gradient that it was given.
+    given = [2 * tensor for key, tensor in tensor_reader.read(path).items() if key.startswith("exp_avg/")]
+    norm = float(torch.cat([tensor.flatten() for tensor in given]).norm())
+    (line,) = place.metrics(name)
+    assert line["grad_norm"] > 1  # the norm before clipping
+    assert norm == pytest.approx(most or line["grad_norm"], rel=1e-4)
 
 
 def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, server: ForkServer) -> None:
