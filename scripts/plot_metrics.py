@@ -25,7 +25,8 @@ def main(run: Path, target: Path) -> None:
     right.plot(steps, [line["val/action_l1"] for line in validations], "o-", color="#1f4e79", label="policy")
     for key, label, style in (("mean", "baseline: mean action", "--"), ("last", "baseline: last action repeated", ":")):
         right.axhline(validations[-1][f"val/baseline_{key}_l1"], color="#b04a3a", linestyle=style, label=label)
-    right.set(title="error of sampled actions (L1)", xlabel="update", ylim=(0, None))
+    right.set(title="error of sampled actions (L1)", xlabel="update")
+    right.set(xlim=left.get_xlim(), ylim=(0, 1.35 * right.get_ylim()[1]))  # the legend lies over no baseline
     for axes in (left, right):
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

@@ -57,6 +57,15 @@ def test_every_key_of_a_run_is_on_the_page() -> None:
     assert {"input_features.NAME.shape", "data.train.datasets.N.augmentation.cameras.NAME.hue"} <= listed
 
 
+def test_the_demo_on_the_first_page_is_ahead_of_every_baseline() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    config, _ = load_config(ROOT / "config" / "train" / "pi0_demo.yaml", ["--use_wandb", "false"], 1)
+    assert f"update {config.n_updates}/{config.n_updates} " in page  # the numbers are of the demo as it is shipped
+    errors = {key: float(value) for key, value in re.findall(r"val/(action|baseline_\w+?)_l1 ([\d.]+)", page)}
+    assert {"action", "baseline_mean", "baseline_last"} <= set(errors)
+    assert errors.pop("action") < min(errors.values())
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")

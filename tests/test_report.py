@@ -81,7 +81,9 @@ def report(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Page:
-    run = write_run(tmp_path_factory.mktemp("one") / "first", RunFolderSpec(ema=True))
+    run = write_run(
+        tmp_path_factory.mktemp("one") / "first", RunFolderSpec(ema=True, config={"flow_samples_per_observation": 4})
+    )
     assert report(run) == 0
     return Page(run / "report.html")
 
@@ -231,7 +233,7 @@ def test_the_page_holds_every_section_and_its_numbers(one: Page) -> None:
         assert title in training
     assert one.row("updates") == ["40 of 40"]
     assert one.row("lowest val/action_l1") == ["0.1"] and one.row("at update") == ["40"]
-    assert one.row("val/ema_action_l1, last") == ["0.05"]
+    assert one.row("val/ema_action_l1, last") == ["0.05"] and one.row("draws of noise and time of each") == ["4"]
     assert one.row("throughput, median, samples/s") == ["64"] and one.row("waiting for data, mean") == ["2.0 %"]
     assert one.row("dx") == ["0.1", "0.1", "0.09", "0.3", "0.35"]  # policy, averaged, last, mean, start
     assert one.row("0.1") == ["90.0 %", "90.0 %", "91.0 %", "70.0 %", "65.0 %"]

@@ -322,7 +322,10 @@ def test_demo_takes_a_gpu_that_is_asked_for_on_the_command_line(cluster: Cluster
 
 UPDATES = 40
 SMALL = f"--n_updates {UPDATES} --save_model_freq 10 --log_freq 1 --eval_freq 0 --global_batch_size 4"
-SMALL += " --per_device_batch_size 4 --use_wandb false"
+SMALL += (
+    " --per_device_batch_size 4 --use_wandb false --model_cfg.image_resolution [64,64] --flow_samples_per_observation 1"
+)
+SMALL += "".join(f" --model_cfg.{part}_variant.depth 1" for part in ("paligemma", "action_expert", "vision"))
 SECONDS = 400  # for one run with its restarts, on a machine that does other things, too
 
 

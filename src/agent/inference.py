@@ -4,7 +4,7 @@ What the policy needs besides its weights comes from the processors that were sa
 statistics and their normalisation, relative actions. Names of a model are behind ``agent.models.registry``::
 
     policy = load_policy("runs/pi0_demo")
-    observation = {camera: image for camera in policy.cameras} | {"observation.state": state, "task": "Open the drawer"}
+    observation = {camera: image for camera in policy.cameras} | {"observation.state": state, "task": "Press a button"}
     (actions,) = policy.act([observation], [policy.noise(seed=0, purpose="robot", k=0)])
 
 Command-line modules share this one, so that they act alike.

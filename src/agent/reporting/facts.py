@@ -23,6 +23,7 @@ from agent.reporting.markup import (
 )
 
 _MOST_ATTEMPTS = 150
+_DRAWS = "flow_samples_per_observation"
 
 
 def tiles(run: RunRecord) -> str:
@@ -73,6 +74,7 @@ def numbers(runs: Sequence[RunRecord]) -> str:
         ("waiting for data, mean", [percent(_mean(run, "data_wait")) for run in runs]),
         ("peak memory, GB", [number(max(_series(run, "memory_gb").numbers, default=None)) for run in runs]),
         ("samples seen", [number(_last(run, "samples_seen")) for run in runs]),
+        ("draws of noise and time of each", [str(run.config.get(_DRAWS, NOTHING)) for run in runs]),
         ("epochs", [number(_last(run, "epoch")) for run in runs]),
         ("from first start to last sign", [duration(_lifetime(run)) for run in runs]),
         ("effective-training-time ratio (ETTR)", [percent(run.status.get("ettr")) for run in runs]),
