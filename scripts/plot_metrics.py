@@ -3,7 +3,6 @@
 uv run --with matplotlib python scripts/plot_metrics.py runs/pi0_demo docs/demo_curves.png
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,10 +11,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from agent.run_records import read_metrics  # noqa: E402
+
 
 def main(run: Path, target: Path) -> None:
     """Reads ``metrics.jsonl`` of a run folder and writes a picture."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in read_metrics(run / "metrics.jsonl").records if "loss" in line]
     validations = [line for line in lines if "val/loss" in line]
     left, right = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")[1]
     left.plot([line["step"] for line in lines], [line["loss"] for line in lines], color="#9bb7d4", label="training")

@@ -27,7 +27,8 @@ LEAVES = [
     "batch",
     "reproducibility",
     "run_folder",
-]  # import nothing of agent but history and locking; anyone may import the last two
+    "run_records",
+]  # import nothing of agent but history, locking and each other; anyone may import the last three
 TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state", "validation"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
@@ -80,7 +81,8 @@ MAY_IMPORT = {
         part: ["distributed", "checkpoint*", "host_snapshot", "manifest", "sharding", "tensor_file"]
         for part in ("checkpoint*", "host_snapshot", "manifest", "tensor_file", "tensor_reader")
     },
-    "metrics": ["wandb_sink"],
+    "metrics": ["wandb_follower", "wandb_sink"],
+    "wandb_follower": ["wandb_sink"],
     "wandb_sink": ["validation_record"],
     "export_source": [
         "data.episodes",
@@ -125,7 +127,8 @@ MAY_IMPORT = {
     "optim": ["low_memory_adamw", "sharding"],
     "low_memory_adamw": ["adamw8bit", "sharding", "stochastic_rounding"],
     **{name: [] for name in ("adamw8bit", "stochastic_rounding")},
-    "run_folder": ["history", "locking"],
+    "run_folder": ["history", "locking", "run_records"],
+    "run_records": [],
     **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video")},
     "simulation.results": ["locking"],
     "locking": [],

@@ -5,6 +5,7 @@ Run: pytest tests/test_metrics.py   (about fifteen seconds: wandb's own processe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -14,7 +15,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -107,30 +110,82 @@ def test_many_restarts_leave_every_step_once(tmp_path):
 # ── wandb ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 START = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from pathlib import Path
-from agent.metrics import Metrics
+from agent.metrics import Metrics, setup_logging
 from agent.wandb_sink import WandbConfig
 run_dir, after, first, last, attempt, end = Path(sys.argv[1]), *map(int, sys.argv[2:6]), sys.argv[6]
+setup_logging(0, debug=False)
 metrics = Metrics(run_dir, 12)
-print(metrics.open(after, WandbConfig(mode="offline", project="a project"), run_dir, "a run", {"seed": 3}), flush=True)
+print(metrics.open(after, WandbConfig(mode="offline", project="a project"), run_dir, "a run"), flush=True)
 for step in range(first, last + 1):
     metrics.write({"step": step, "loss": 1 / step, "attempt": attempt, "eta_s": 0.0})
+    while end == "disturbed" and step == last - 2 and not (run_dir / "disturbed").exists():
+        time.sleep(0.02)
 if end == "killed":
+    while not list((run_dir / "wandb").glob("offline-run-*")):
+        time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
-metrics.close(0)
+begin = time.monotonic()
+metrics.close(float(sys.argv[7]))
+print(f"closed within {time.monotonic() - begin:.0f} s")
 """
 
 
-def start(run_dir: Path, after: int, steps: range, attempt: int, end: str, **more: str) -> str:
-    """One start of a run in a process of its own; returns the wandb id."""
-    arguments = [str(run_dir), str(after), str(steps[0]), str(steps[-1]), str(attempt), end]
+def begin(run_dir: Path, after: int, steps: range, attempt: int, end: str, patience: int = 120, **more: str) -> Any:
+    """One start of a run in a process of its own."""
+    arguments = [str(run_dir), str(after), str(steps[0]), str(steps[-1]), str(attempt), end, str(patience)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | more
-    done = subprocess.run(
-        [sys.executable, "-c", START, *arguments], env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr
-    return done.stdout.splitlines()[0]
+    command = [sys.executable, "-c", START, *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def start(run_dir: Path, after: int, steps: range, attempt: int, end: str, **more: str) -> str:
+    """One start of a run to its end; returns the wandb id."""
+    process = begin(run_dir, after, steps, attempt, end, **more)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == (-signal.SIGKILL if end == "killed" else 0), said
+    return said.splitlines()[0]
+
+
+def wandb_process(run_dir: Path) -> psutil.Process:
+    """wandb's own process for a run, once there is one and it has the run."""
+    for _ in range(2400):
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                parent = process.parent() if process.name() == "wandb-core" else None
+                if (
+                    parent is not None
+                    and str(run_dir) in parent.cmdline()
+                    and list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+                ):
+                    return process
+        time.sleep(0.05)
+    raise AssertionError("wandb has no process")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_wandbs_process_ends_or_hangs_and_the_run_goes_on_and_is_whole(tmp_path: Path, number: signal.Signals) -> None:
+    hangs = number == signal.SIGSTOP
+    process = begin(tmp_path, 0, range(1, 7), 1, "disturbed", patience=1 if hangs else 120)
+    service = wandb_process(tmp_path)
+    try:
+        service.send_signal(number)
+        (tmp_path / "disturbed").touch()
+        said = process.communicate(timeout=240)[0]
+    finally:
+        if hangs:
+            service.kill()
+    assert process.returncode == 0 and [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == list(range(1, 7))
+    if hangs:
+        assert "wandb does not have the whole run" in said and f"python -m agent.sync_wandb {tmp_path}" in said
+        start(tmp_path, 6, range(7, 9), 2, "closed")
+    else:
+        assert said.count("training goes on, and it is tried again") == 1, said
+    newest, *others = tmp_path.glob("wandb/offline-run-*")
+    assert not others and len(list(tmp_path.glob("wandb/superseded/*"))) == 1
+    steps = [entry["_step"] for entry in offline_records(newest)[1]]
+    assert steps == list(range(1, 9 if hangs else 7))
 
 
 def offline_records(folder: Path) -> tuple[str, list[dict]]:
@@ -160,14 +215,13 @@ def offline_records(folder: Path) -> tuple[str, list[dict]]:
 )
 def test_the_newest_offline_folder_alone_holds_the_whole_run(tmp_path, end, more):
     first = start(tmp_path, 0, range(1, 11), attempt=1, end=end, **more)
-    (before,) = (tmp_path / "wandb").glob("offline-run-*")
-    time.sleep(max(0.0, 1.1 - time.time() % 1))  # wandb names its folders by the second
+    # wandb's process of a killed run may still be at work; that of the second waits for it.
     second = start(tmp_path, 6, range(7, 13), attempt=2, end="closed", **more)
     assert first == second and len(first) >= 8
 
     (newest,) = (tmp_path / "wandb").glob("offline-run-*")
     (superseded,) = (tmp_path / "wandb" / "superseded").iterdir()
-    assert superseded.name.endswith(before.name) and before.name != newest.name
+    assert superseded.name.endswith(first)
     run_id, history = offline_records(newest)
     assert run_id == first and newest.name.endswith(first)
     assert [entry["_step"] for entry in history] == list(range(1, 13))
@@ -272,7 +326,7 @@ def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
         if mode is not None:
             monkeypatch.setenv("WANDB_MODE", mode)
         metrics = Metrics(tmp_path, 10)
-        assert metrics.open(0, config, tmp_path, "name", {}) is None
+        assert metrics.open(0, config, tmp_path, "name") is None
         metrics.close(0)
     assert not (tmp_path / "wandb").exists()
 
@@ -288,7 +342,8 @@ from test_metrics import record
 setup_logging(0, debug=False)
 run_dir = Path(sys.argv[1])
 metrics = Metrics(run_dir, 12)
-metrics.open(6, None, run_dir, "name", {})
+(run_dir / "metrics.jsonl").write_text('{"step": 6}')
+metrics.open(6, None, run_dir, "name")
 metrics.write(record(8))
 metrics.write(record(12, **{"val/loss": 0.25, "val/acc_0.1": 0.75}))
 metrics.close(0)
@@ -342,7 +397,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path):
     assert any(" 8/12 [" in frame and "loss 0.125  lr 0.0001  grad 0.5" in frame for frame in frames)
     assert frames[-1].startswith("100%") and " 12/12 [" in frames[-1] and "val/acc_0.1 0.75" in frames[-1]
     assert shown.count("\n") == 1, "one bar on one line, left standing at the end"
-    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [8, 12]
+    assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [6, 8, 12]
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

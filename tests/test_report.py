@@ -349,7 +349,8 @@ def test_a_run_without_validation_or_status_says_so(tmp_path: Path) -> None:
         ({"per_step_l1": "many"}, "could not convert string to float"),
         ({"chunks": [{"dataset": "d", "episode": 0, "frame": 0, "recorded": [[1, 2, 3]], "predicted": [], "valid": [1]}]},
          "differ in their lengths"),
-        ({"baselines": {"last": {}}}, "it has no 'per_dimension_l1'"),
+        ({"baselines": {"last": {}}}, "it has no 'action_l1' in a part of 'baselines'"),
+        ({"baselines": {"last": {"action_l1": 0.5}}}, "it has no 'per_dimension_l1'"),
         ({"format": 2}, "its format is 2, this version reads 1"),
         ({"action_l1": 10**400}, "too large to convert"),
     ],
@@ -387,7 +388,9 @@ def test_torn_and_repeated_lines_are_left_out_and_said(tmp_path: Path) -> None:
     (run / "metrics.jsonl").write_text(lines + '[1]\n{"step": 8, "loss": 99}\n{"loss": 1}\n{"step": 42, "lo')
     assert report(run) == 0
     page = Page(run / "report.html")
-    assert "left out 4 torn or repeated lines (21, 22, 23, 24)" in page.text("")
+    said = page.text("")
+    assert "left out line 21 is not a JSON object; line 22 tells of update 8, out of order behind 40; " in said
+    assert "line 23 has no 'step'; line 24 is cut short; the next start mends it" in said
     assert page.row("updates") == ["40 of 40"] and "99" not in page.row("training loss, last logged")
     assert "2 logged updates have no finite number." in page.text("training")
     loss = page.charts()[0]

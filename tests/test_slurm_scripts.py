@@ -256,7 +256,8 @@ SLURM_JOB = {
         ({"state": "running"}, 0, "requeue", 1),
         (None, 137, "requeue", 1),
         (None, 0, "done", 0),  # --help
-        ({"state": "dancing"}, 1, "fail", 1),
+        ({"state": "preempued"}, 1, "requeue", 1),  # a bit has flipped; counted as a crash
+        ({"rtate": "preempted"}, 1, "requeue", 1),
     ],
 )
 def test_decision(written: dict[str, Any] | None, exit_code: int, action: str, leaves_with: int) -> None:
@@ -271,6 +272,7 @@ def attempt(state: str, at_start: int, saved: int | None = None, reason: str = "
     saved = at_start if saved is None else saved
     return {
         "attempt": f"4711-{at_start}-1",
+        "started": 1000.0,
         "state": state,
         "reason": reason,
         "first_step": at_start,

@@ -72,10 +72,28 @@ def test_a_picture_that_cannot_be_shown_costs_no_line(run_dir: Path, damage: str
         assert [entry["_step"] for entry in offline_records(folder)[1]] == list(range(1, 8))
 
 
+def test_damaged_records_cost_no_more_than_what_is_damaged(run_dir: Path) -> None:
+    content = (run_dir / "metrics.jsonl").read_text()
+    content = (
+        content.replace('"step": 2', '"stdp": 2').replace('"step": 5', '"step": 4').replace('{"step": 6', '["step": 6')
+    )
+    (run_dir / "metrics.jsonl").write_text(content)
+    (run_dir / "config.yaml").write_text("seed: [")
+    (run_dir / "status.json").write_text(
+        '{"restarts": 1, "ettr": "x", "attempts": [{"started": 1.0, "rtate": "x"}, 3]}'
+    )
+    code, said = sync(run_dir, "--mode", "offline")
+    assert code == 0 and "4 lines, steps 1 to 7, offline" in said, said
+    for problem in ("line 2 has no 'step'", "line 5 tells of update 4, out of order behind 4", "line 6 is not JSON"):
+        assert problem in said
+    (folder,) = (run_dir / "wandb").glob("offline-run-*")
+    assert [entry["_step"] for entry in offline_records(folder)[1]] == [1, 3, 4, 7]
+
+
 def test_the_id_of_the_run_is_kept_and_another_can_be_given(run_dir: Path) -> None:
     (run_dir / "wandb").mkdir()
     (run_dir / "wandb" / "run_id").write_text("kept1234")
-    assert "wandb run kept1234:" in sync(run_dir, WANDB_MODE="offline")[1]
+    assert "wandb run kept1234:" in sync(run_dir, "--mode", "offline")[1]
     assert "wandb run other:" in sync(run_dir, "--mode", "offline", "--id", "other")[1]
 
 
@@ -90,19 +108,21 @@ def test_a_live_run_is_refused_unless_forced(run_dir: Path) -> None:
     assert sync(run_dir, "--mode", "offline")[0] == 0
 
 
-def test_a_missing_key_is_refused_at_once(run_dir: Path) -> None:
-    code, said = sync(run_dir)
-    assert code == 2 and "no wandb key for api.wandb.ai" in said
+@pytest.mark.parametrize("mode", [None, "offline", "dryrun", "disabled"])  # of the training, as our own advice sets it
+def test_it_uploads_whatever_the_mode_or_says_what_to_do(run_dir: Path, mode: str | None) -> None:
+    variables = {} if mode is None else {"WANDB_MODE": mode}
+    code, said = sync(run_dir, **variables)
+    assert code == 2 and "nothing was uploaded: there is no wandb key for api.wandb.ai: run `wandb login`" in said
     assert not (run_dir / "wandb").exists()
 
 
-def test_a_server_that_is_not_there_is_said_and_the_lines_are_kept(run_dir: Path) -> None:
-    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    code, said = sync(run_dir, "--mode", "online", **nowhere)
-    assert code == 2 and "127.0.0.1:9: [Errno 111] Connection refused" in said and "could not be reached" in said
-    assert "wandb sync" in said and "7, online" not in said
-    (folder,) = (run_dir / "wandb").glob("offline-run-*")
-    assert [entry["_step"] for entry in offline_records(folder)[1]] == list(range(1, 8))
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_server_that_is_not_there_is_said(run_dir: Path, mode: str) -> None:
+    nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_MODE": mode}
+    code, said = sync(run_dir, **nowhere)
+    assert code == 2 and "it cannot be reached: 127.0.0.1:9: [Errno 111] Connection refused" in said
+    assert ("WANDB_MODE=offline is for the training; this command uploads" in said) == (mode == "offline")
+    assert not list((run_dir / "wandb").glob("*run-*"))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +131,6 @@ def test_a_server_that_is_not_there_is_said_and_the_lines_are_kept(run_dir: Path
         (None, "RUN_DIR is the folder of one run"),
         ("", "holds no update yet"),
         ('{"step": 1', "holds no update yet"),
-        ('{"step": 1}\n{"st\n{"step": 3}\n', "line 2 is not JSON"),
-        ('{"step": 2}\n{"step": 2}\n', "line 2: step 2 comes after step 2"),
     ],
 )
 def test_nothing_to_show_is_said(run_dir: Path, content: str | None, message: str) -> None:

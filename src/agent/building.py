@@ -95,7 +95,7 @@ def build(
     )
     if ema is not None and resumed is None:
         ema.begin()  # only now does every process have the weights, which DDP hands out
-    metrics = Metrics(config.run_dir, plan.n_updates) if processes.is_main else None
+    metrics = Metrics(config.run_dir, plan.n_updates, config.log_freq) if processes.is_main else None
     return Run(
         config=config,
         plan=plan,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+FIGURES = ("restarts", "updates_redone", "waited_s", "checkpoint_stall_s", "first_update_s", "ettr")
+"""What ``status.json`` says over all attempts: ``restarts``, and what :func:`summary` gives."""
+
 
 def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
     """Figures over all attempts so far.

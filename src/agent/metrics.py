@@ -8,12 +8,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from agent.run_folder import write_atomically
-from agent.wandb_sink import Wandb, WandbConfig
+from agent.run_records import MetricsLines, read_metrics
+from agent.wandb_follower import WandbFollower
+from agent.wandb_sink import WandbConfig
 
 log = logging.getLogger(__name__)
 
@@ -27,29 +28,47 @@ class JsonLines:
         self._size = 0
         self._pending = b""  # lines that a full disk did not take; they go first once there is room
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
+    def rewind(self, step: int, every: int = 0) -> list[dict[str, Any]]:
         """Opens the file for the updates after ``step``; lines beyond it, and a torn last line, are dropped.
+
+        Damaged lines are set aside. They and lines that should be there and are not, one every ``every`` updates, are
+        said in the log.
 
         Returns:
             The lines that stay.
         """
-        kept = [record for record in self._whole_lines() if record["step"] <= step]  # others will be done again
+        found = read_metrics(self.path)
+        kept = [record for record in found.records if record["step"] <= step]  # others will be done again
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if found.damaged:
+            self._set_aside(found)
+        last = kept[-1]["step"] if kept else 0
+        if (step and not found.there) or (every and last + every <= step):
+            what = f"ends at update {last}" if found.there else "is not there"
+            log.warning(
+                "%s %s, but the run continues after update %d: the lines between are lost, training loses nothing",
+                self.path, what, step,
+            )  # fmt: skip
         write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size
         return kept
 
+    def _set_aside(self, found: MetricsLines) -> None:
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        try:
+            with open(aside, "ab") as stream:
+                stream.write(b"".join(line.raw + b"\n" for line in found.damaged))
+        except OSError as error:
+            log.warning("%s cannot be written, what is damaged is lost: %s", aside, error)
+        log.warning(
+            "%s is damaged and its bad lines were moved to %s, training loses nothing: %s",
+            self.path, aside.name, "; ".join(found.problems()),
+        )  # fmt: skip
+
     def has(self, step: int) -> bool:
         """Whether there is a line of this update."""
-        return any(record["step"] == step for record in self._whole_lines())
-
-    def _whole_lines(self) -> Iterator[dict[str, Any]]:
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError):  # the process died in the middle of this line
-                yield json.loads(line)
+        return any(record["step"] == step for record in read_metrics(self.path).records)
 
     def write(self, record: dict[str, Any]) -> None:
         """Appends one line, whole. What a full disk does not take is kept and written later."""
@@ -95,9 +114,10 @@ class JsonLines:
 class Metrics:
     """All sinks of one run, on rank 0; the other ranks have none."""
 
-    def __init__(self, run_dir: Path, n_updates: int) -> None:
+    def __init__(self, run_dir: Path, n_updates: int, log_freq: int = 0) -> None:
+        self._log_freq = log_freq
         self._lines = JsonLines(run_dir / "metrics.jsonl")
-        self._wandb: Wandb | None = None
+        self._wandb: WandbFollower | None = None
         self._bar: Any = None
         self._above_bar = contextlib.ExitStack()
         self._n_updates = n_updates
@@ -106,11 +126,16 @@ class Metrics:
         """Whether an earlier start has reported this update."""
         return self._lines.has(step)
 
-    def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str, settings: dict) -> str | None:
+    def open(self, step: int, wandb: WandbConfig | None, run_dir: Path, name: str) -> str | None:
         """Starts after ``step``. Returns the wandb id, if there is one."""
-        earlier = self._lines.rewind(step)
+        self._lines.rewind(step, self._log_freq)
         if wandb is not None and "disabled" not in (wandb.mode, wandb.actual_mode()):
-            self._wandb = Wandb(wandb, run_dir, name, settings, earlier)
+            try:
+                self._wandb = WandbFollower(wandb, run_dir, name)
+            except OSError as error:
+                log.error(
+                    "nothing goes to wandb, training goes on; later: python -m agent.sync_wandb %s: %s", run_dir, error
+                )
         if sys.stderr.isatty():
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
@@ -122,9 +147,7 @@ class Metrics:
 
     def write(self, record: dict[str, Any]) -> None:
         """One logged update."""
-        self._lines.write(record)
-        if self._wandb is not None:
-            self._wandb.write(record)
+        self._lines.write(record)  # where wandb's process finds it
         text = "  ".join(
             f"{_short(key)} {_format(value)}" for key, value in record.items() if key in _SHOWN or "/" in key
         )
@@ -141,19 +164,14 @@ class Metrics:
         """Before a checkpoint: what was logged until now is on the disk."""
         self._lines.sync()
 
-    def summarize(self, facts: dict[str, Any]) -> None:
-        """Figures of the whole run for wandb's summary."""
-        if self._wandb is not None:
-            self._wandb.summarize(facts)
-
-    def close(self, exit_code: int) -> None:
-        """Closes every sink."""
+    def close(self, patience_s: float) -> None:
+        """Closes every sink, within so many seconds where wandb has more to send than that allows."""
         if self._bar is not None:
             self._bar.close()
             self._above_bar.close()
         self._lines.close()
         if self._wandb is not None:
-            self._wandb.close(exit_code)
+            self._wandb.close(patience_s)
 
 
 _SHOWN = ("loss", "lr", "grad_norm", "samples_per_s", "data_wait")

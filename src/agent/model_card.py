@@ -5,7 +5,7 @@ It names no folder of the machine that it was written on: of a path, the last pa
 
 from __future__ import annotations
 
-import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from agent.run_records import read_metrics
+
+log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 _MEANING = {
     "val/loss": "flow-matching loss",
@@ -215,24 +218,13 @@ def _without_roots(value: Any) -> Any:
 
 
 def last_validation(metrics: Path, step: int | None) -> dict[str, Any]:
-    """The last line of ``metrics.jsonl`` up to ``step`` with a validation; empty if there is none.
-
-    Raises:
-        ValueError: if a line other than the last, which a killed process may leave torn, is not JSON.
-    """
-    found: dict[str, Any] = {}
-    if not metrics.is_file():
-        return found
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            raise ValueError(f"{metrics}, line {number} is not JSON; the next start of the run mends it") from None
-        if step is not None and record["step"] > step:
-            break
-        if any(key.startswith("val/") for key in record):
-            found = record
-    return found
+    """The last line of ``metrics.jsonl`` up to ``step`` with a validation; empty if there is none."""
+    lines = read_metrics(metrics)
+    if lines.damaged:
+        log.warning("%s is damaged, without harm to the weights: %s", metrics, "; ".join(lines.problems()))
+    validated = [
+        record
+        for record in lines.records
+        if (step is None or record["step"] <= step) and any(key.startswith("val/") for key in record)
+    ]
+    return validated[-1] if validated else {}

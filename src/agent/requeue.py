@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from agent import run_records
 from agent.run_folder import write_atomically
 
 Action = Literal["done", "fail", "requeue", "hold"]
@@ -65,8 +66,8 @@ def decide(
             why = f"the run crashed with exit code {exit_code} after its start, without a word"
         elif state in ("preempted", "failed"):
             why = f"{state} at step {step}: {reason}"
-        else:
-            return Decision("fail", 1, f"the status has an unknown state, {state!r}")
+        else:  # damaged; what it was to say is not known
+            why = f"the run left with exit code {exit_code}, and its status has an unknown state, {state!r}"
 
     latest = attempts[-PATIENCE:]
     # What an attempt began from was saved before it.
@@ -95,13 +96,11 @@ def _describe(attempt: dict[str, Any]) -> str:
 def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The JSON object in ``path``, or None and what is wrong with the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None, "it wrote no status"
-    except (OSError, ValueError) as error:
-        return None, f"its status {path} cannot be read ({error})"
-    if not isinstance(content, dict):
-        return None, f"its status {path} is not a JSON object"
+        content, problem = run_records.read_object(path)
+    except OSError as error:
+        problem, content = str(error), None
+    if content is None:
+        return None, f"its status {path} cannot be read: {problem}" if problem else "it wrote no status"
     return content, ""
 
 
@@ -118,11 +117,12 @@ def read_status(path: Path, attempt: str) -> tuple[dict[str, Any] | None, str]:
 
 def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The attempts in the ``status.json`` of the run folder that the status names; none where it is not known."""
-    if not (status and status.get("run_dir")):
+    if not (status and isinstance(status.get("run_dir"), str) and status["run_dir"]):
         return []
-    content, _ = read_object(Path(status["run_dir"]) / "status.json")
-    found = (content or {}).get("attempts")
-    attempts = [dict(entry) for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    try:
+        attempts = run_records.read_status(Path(status["run_dir"]) / "status.json")[0].get("attempts", [])
+    except OSError:
+        attempts = []
     # Killed right after a checkpoint, an attempt had no time to enter it.
     last = Path(status["run_dir"]) / "checkpoints" / "last"
     newest = last.readlink().name.rpartition("_")[2] if last.is_symlink() else ""
@@ -139,8 +139,7 @@ def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashe
     Raises:
         OSError: if the file cannot be written.
     """
-    content, _ = read_object(crashes)
-    unlisted = [entry for entry in (content or {}).get("attempts", []) if isinstance(entry, dict)]
+    unlisted = run_records.read_status(crashes)[0].get("attempts", []) if crashes.is_file() else []
     if not any(entry.get("attempt") == attempt for entry in listed[-1:]):
         started = attempt.rpartition("-")[2]
         entry = {"attempt": attempt, "state": "running", "reason": reason, "step": None}

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
 
-_STORY = ("restarts", "updates_redone", "waited_s", "checkpoint_stall_s", "first_update_s", "ettr")
-
 log = logging.getLogger("agent")
 
 
@@ -111,7 +109,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         return _fail(folder, launch, config, reason, "runtime", run.state.step, alone=alone)
     finally:
         watchdog.close()
-        _close_metrics(run, folder, exit_code)
+        _close_metrics(run, exit_code)
         if folder is not None:
             RunReport(folder.path).write()
         if exit_code != EXIT_FAILED:
@@ -123,13 +121,12 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             folder.close()
 
 
-def _close_metrics(run: Run, folder: RunFolder | None, exit_code: int) -> None:
-    if run.metrics is None or folder is None:
+def _close_metrics(run: Run, exit_code: int) -> None:
+    if run.metrics is None:
         return
     try:
-        story = {"run/story": "\n".join(history.story([*folder.status["attempts"], {}]))}
-        run.metrics.summarize({f"run/{key}": folder.status[key] for key in _STORY} | story)
-        run.metrics.close(exit_code)
+        # wandb has half a minute for the end of a run, and less where the cluster may kill the job in half a minute.
+        run.metrics.close(60 if exit_code == EXIT_FINISHED else 10)
     except Exception:  # the outcome stands in status.json already; a log that cannot be closed does not change it
         log.exception("the metrics could not be closed")
 
@@ -152,7 +149,7 @@ def _report_hang(folder: RunFolder | None, config: TrainPipelineConfig, reason: 
 def _end(folder: RunFolder | None, state: str, step: int, reason: str) -> int:
     if folder is not None:
         folder.update(state, step, reason)  # type: ignore[arg-type]
-        figures = ", ".join(f"{key} {folder.status[key]}" for key in _STORY)
+        figures = ", ".join(f"{key} {folder.status[key]}" for key in history.FIGURES)
         log.info("over all attempts: %s", figures)
     log.info("%s at update %d%s", state, step, f": {reason}" if reason else "")
     return EXIT_FINISHED if state == "finished" else EXIT_PREEMPTED

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from agent import history
 from agent.locking import lock
+from agent.run_records import read_status, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -82,17 +83,40 @@ def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
     Returns:
         False if the attempt has ended already, with a reason of its own.
     """
-    status = json.loads((path / "status.json").read_text(encoding="utf-8"))
-    attempt = status["attempts"][-1]
-    if attempt["ended"] is not None:
-        return False
+    status = _sound_status(path / "status.json")
     now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": kind}
-    now["updated"] = time.time()
-    attempt.update({**now, "ended": now["updated"]})
-    status |= now | history.summary(status["attempts"])
-    write_atomically(path / "status.json", json.dumps(status, indent=1) + "\n")
-    report_attempt("failed", reason=now["reason"], error_kind=kind, step=status["step"], run_dir=str(path))
+    if "attempts" in status:
+        attempt = status["attempts"][-1]
+        if attempt.get("ended") is not None:
+            return False
+        now["updated"] = time.time()
+        attempt.update({**now, "ended": now["updated"]})
+        status |= now | history.summary(status["attempts"])
+        write_atomically(path / "status.json", json.dumps(status, indent=1) + "\n")
+    report_attempt("failed", reason=now["reason"], error_kind=kind, step=status.get("step", 0), run_dir=str(path))
     return True
+
+
+def _sound_status(path: Path) -> dict[str, Any]:
+    """What of ``status.json`` has the right form. It only reports: what a run continues from is in its checkpoints.
+
+    Raises:
+        OSError: if it cannot be read for the moment.
+    """
+    status, problems = read_status(path)
+    if not problems:
+        return status
+    try:
+        kept = f"was kept as {set_aside(path).name}"
+        write_atomically(path, json.dumps(status, indent=1) + "\n")  # so that it is said once
+    except OSError as error:
+        kept = f"could not be kept ({error})"
+    count = len(status.get("attempts", []))
+    log.warning(
+        "%s is damaged and %s; the run goes on, and the starts are counted from the %d that can be read: %s",
+        path, kept, count, "; ".join(problems),
+    )  # fmt: skip
+    return status
 
 
 class RunFolder:
@@ -102,7 +126,7 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
-        self._status = self._read_status()
+        self._status = _sound_status(path / "status.json")
 
     def _in_use(self, handle: int) -> str:
         return (
@@ -118,19 +142,6 @@ class RunFolder:
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())
         return handle
-
-    def _read_status(self) -> dict[str, Any]:
-        try:
-            status = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as error:
-            status = error
-        if isinstance(status, dict):
-            return status
-        # It only reports; what a run continues from is in its checkpoints.
-        log.warning("%s is damaged, the count of starts begins again: %s", self.path / "status.json", status)
-        return {}
 
     @property
     def status(self) -> dict[str, Any]:
@@ -158,7 +169,7 @@ class RunFolder:
             }
         )
         self._status["restarts"] = len(attempts) - 1
-        self.update("running", int(self._status.get("step", 0)), reason="starting")
+        self.update("running", self._status.get("step", 0), reason="starting")
 
     def note(self, **details: Any) -> None:
         """Adds facts to the present attempt; the next :meth:`update` writes them."""
@@ -171,7 +182,7 @@ class RunFolder:
         if self.attempt["ended"] is not None:
             return  # the watchdog has ended this attempt, and the training loop drew one more breath
         try:
-            recorded = self._read_status().get("attempts", [])[-1:]
+            recorded = _sound_status(self.path / "status.json").get("attempts", [])[-1:]
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path / "status.json", error)
             recorded = []

@@ -16,7 +16,7 @@ import torch
 
 from agent import optim
 from agent.batch import Batch, to_device
-from agent.configuration_pipeline import dump, dump_yaml
+from agent.configuration_pipeline import dump_yaml
 from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
 from agent.parallelize import accumulating, agree_on_compilation, forget_gradients
@@ -325,6 +325,6 @@ def start_reporting(run: Run) -> None:
             wandb = replace(wandb, run_id=run.state.wandb_run_id)
         assert run.config.name is not None
         reported = run.state.step - (run.state.unreported is not None)
-        return run.metrics.open(reported, wandb, run.config.run_dir, run.config.name, dump(run.config))
+        return run.metrics.open(reported, wandb, run.config.run_dir, run.config.name)
 
     run.state.wandb_run_id = run.processes.main_decides(on_main) or run.state.wandb_run_id

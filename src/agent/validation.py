@@ -106,7 +106,7 @@ def _names(source: Any) -> DatasetNames:
 
 
 def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, float]:
-    """Writes the record and its picture; a full disk costs these and not the run."""
+    """Writes the record and its picture; whatever becomes of these, the run goes on."""
     records, step = ValidationRecords(run.config.run_dir), run.state.step
     start = records.read(0) if step else None
     contents = document(step, raw, average, start)
@@ -115,6 +115,8 @@ def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, fl
         draw(records.path(step, ".png"), contents)
     except OSError as error:
         log.error("the details of the validation at update %d could not be kept: %s", step, error)
+    except Exception:  # of the drawing; the training is worth more than its picture
+        log.exception("the validation at update %d could not be drawn", step)
     baseline = contents["baselines"]["start"]
     if baseline is None:
         return {}

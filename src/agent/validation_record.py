@@ -7,21 +7,27 @@ that the run started from, the baseline of all later ones. Which checkpoint is t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
+import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent.run_folder import write_atomically
+from agent.run_records import free_name, read_object
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 _DIGITS = 7  # of a float32
+_CHECKSUM = "checksum"
+_told: set[Path] = set()  # damaged files that the log has named
 _ERRORS = ("action_l1", "per_dimension_l1", "per_step_l1", "acc")
 
 
@@ -105,8 +111,11 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
         ema: of their moving average, if the run has one.
         start: the file of update 0; None where there is none.
     """
-    if start is not None and start["validation_set"] != raw.validation_set:
+    if start is not None and start.get("validation_set") != raw.validation_set:
         start = None
+    starts = start.get("datasets", []) if start is not None else []
+    if len(starts) != len(raw.datasets):
+        starts = [None] * len(raw.datasets)
     return {
         "format": FORMAT,
         "step": step,
@@ -122,7 +131,7 @@ def document(step: int, raw: Evaluation, ema: Evaluation | None, start: Mapping[
         },
         # The samples are the same, and so are the data sets in their order.
         "datasets": [
-            _dataset(one, ema.datasets[place].errors if ema else None, start["datasets"][place] if start else None)
+            _dataset(one, ema.datasets[place].errors if ema else None, starts[place])
             for place, one in enumerate(raw.datasets)
         ],
         "ema": _policy(ema) if ema is not None else None,
@@ -190,6 +199,71 @@ def _rounded(values: Iterable[float]) -> list[float | None]:
     return [float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None for value in values]
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """The contents of a file.
+
+    Raises:
+        ValueError: if they are not what a validation has written; says what is wrong.
+        OSError: if there is no such file, or it cannot be read.
+    """
+    contents, problem = read_object(path)
+    if contents is None:
+        if not problem:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        raise ValueError(problem)
+    if contents.get("format") != FORMAT:
+        raise ValueError(
+            f"its format is {contents.get('format')}, this version reads {FORMAT}: read it with the version that trained "
+            "the run"
+        )
+    checksum = contents.pop(_CHECKSUM, None)  # older files have none
+    if checksum is not None and checksum != _checksum(contents):
+        raise ValueError("its checksum is another one")
+    if missing := [key for key in ("step", "loss", "action_l1", "acc", "baselines") if key not in contents]:
+        raise ValueError(f"it has no '{missing[0]}'")
+    if _step_of(path) not in (None, contents["step"]):
+        raise ValueError(f"its step is {contents['step']!r:.40}")
+    for key in ("loss", "action_l1"):
+        _check_number(key, contents[key])
+    blocks = [*_mapping(contents, "baselines").values(), *_list(contents, "datasets")]
+    for block in blocks:
+        if block is not None and not (isinstance(block, dict) and "action_l1" in block):
+            raise ValueError("it has no 'action_l1' in a part of 'baselines' or 'datasets'")
+    for threshold, value in _mapping(contents, "acc").items():
+        _check_number(f"acc {threshold}", value)
+    return contents
+
+
+def _mapping(contents: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    if not isinstance(contents[key], dict):
+        raise ValueError(f"its {key} is {contents[key]!r:.40}")
+    return contents[key]
+
+
+def _list(contents: Mapping[str, Any], key: str) -> list[Any]:
+    if not isinstance(contents.get(key, []), list):
+        raise ValueError(f"its {key} is {contents[key]!r:.40}")
+    return contents.get(key, [])
+
+
+def _check_number(key: str, value: Any) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError(f"its {key} is {value!r:.40}")
+
+
+def _checksum(contents: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(_dumps(contents).encode()):08x}"
+
+
+def _dumps(contents: Mapping[str, Any]) -> str:
+    return json.dumps(contents, separators=(",", ":"))
+
+
+def _step_of(path: Path) -> int | None:
+    found = re.fullmatch(r"step_(\d{8,})\.(json|png)", path.name)
+    return int(found[1]) if found is not None else None
+
+
 class ValidationRecords:
     """``<run>/validation``; rank 0 writes and reads it."""
 
@@ -207,28 +281,33 @@ class ValidationRecords:
             OSError: if it cannot be written.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path(contents["step"]), json.dumps(contents, separators=(",", ":")) + "\n")
+        checked = {**contents, _CHECKSUM: _checksum(contents)}
+        write_atomically(self.path(contents["step"]), _dumps(checked) + "\n")
 
     def read(self, step: int) -> dict[str, Any] | None:
-        """The record of an update; None if there is none, or none that can be read, which the log says."""
+        """The record of an update; None if there is none, or none that can be read, which the log says once."""
         path = self.path(step)
         try:
-            contents = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(contents, dict) or contents["format"] != FORMAT:
-                raise ValueError("not of this format")
-            return contents
+            return read_record(path)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError) as error:
-            log.warning("%s cannot be read and counts for nothing: %s", path, error)
+        except (OSError, ValueError) as error:
+            if path not in _told:
+                log.warning("%s is damaged, update %d counts as not validated: %s", path, step, error)
+            _told.add(path)
             return None
 
     def rewind(self, step: int) -> None:
-        """Removes what is of later updates, which will be done again."""
+        """Removes what is of later updates, which will be done again, and sets aside what is damaged."""
         for path in self.folder.glob("step_*"):
-            found = re.fullmatch(r"step_(\d{8,})\.(json|png)", path.name)
-            if found is not None and int(found[1]) > step:
-                path.unlink()
+            found = _step_of(path)
+            try:
+                if found is not None and found > step:
+                    path.unlink()
+                elif found is not None and path.suffix == ".json" and self.read(found) is None:
+                    path.rename(free_name(path))
+            except OSError as error:
+                log.warning("%s could not be put away, the run goes on: %s", path, error)
 
     def best(self, steps: Iterable[int]) -> int | None:
         """Of these updates the one with the lowest ``action_l1``, the earliest if several have it.
@@ -236,7 +315,8 @@ class ValidationRecords:
         Counted are those whose validation was on the same samples as that of the newest. None if none was validated.
         """
         found = [record for step in sorted(steps) if (record := self.read(step)) is not None]
-        alike = [r for r in found if r["validation_set"] == found[-1]["validation_set"] and r["action_l1"] is not None]
+        sets = [record.get("validation_set") for record in found]
+        alike = [r for r, its in zip(found, sets, strict=True) if its == sets[-1] and r["action_l1"] is not None]
         return min(alike, key=lambda record: (record["action_l1"], record["step"]))["step"] if alike else None
 
 

@@ -27,7 +27,7 @@ class WandbConfig:
     entity: str | None = None
     """User or team. Not set: `$VLA_WANDB_ENTITY`, else your default on wandb."""
     mode: Literal["online", "offline", "disabled"] = "online"
-    """`offline` writes to the run folder; `wandb sync` uploads it later."""
+    """`offline` stays in the run folder; `python -m agent.sync_wandb RUN_DIR` uploads it later."""
     run_id: str | None = None
     """Id of an existing wandb run to continue. Not set: made once per run folder and kept."""
 
@@ -45,25 +45,39 @@ class WandbConfig:
         mode = os.environ.get("WANDB_MODE", self.mode)
         if mode not in ("online", "offline", "disabled", "dryrun"):  # wandb itself refuses it, when the run has started
             raise ValueError(f"WANDB_MODE is '{mode}': export WANDB_MODE=offline, online or disabled, or unset it")
-        if mode != "online" or os.environ.get("WANDB_API_KEY"):
+        if mode != "online" or (missing := missing_key()) is None:
             return
         key = "WANDB_MODE" if "WANDB_MODE" in os.environ else "wandb.mode"
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        try:
-            if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
-                return
-        except (OSError, netrc.NetrcParseError):
-            pass
-        raise ValueError(
-            f"{key} is online but there is no wandb key for {host}: run `wandb login` once or `export WANDB_API_KEY=…`; "
-            "or write wandb.mode: offline, or use_wandb: false"
-        )
+        raise ValueError(f"{key} is online but {missing}; or write wandb.mode: offline, or use_wandb: false")
+
+
+def missing_key() -> str | None:
+    """What to do about a key that is found neither in the environment nor in the netrc file; None if there is one."""
+    if os.environ.get("WANDB_API_KEY"):
+        return None
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
+            return None
+    except (OSError, netrc.NetrcParseError):
+        pass
+    return f"there is no wandb key for {host}: run `wandb login` once or `export WANDB_API_KEY=…`"
+
+
+def kept_id(run_dir: Path) -> str:
+    """The id of the run on wandb, made once per run folder."""
+    path = run_dir / "wandb" / "run_id"
+    if path.exists() and (kept := path.read_text(encoding="utf-8", errors="replace").strip()).isalnum():
+        return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, uuid.uuid4().hex[:8])
+    return path.read_text(encoding="utf-8")
 
 
 def _unreachable() -> str | None:
     """Why wandb's server cannot be reached; None if it can, or if a proxy stands between, which would answer for it.
 
-    wandb itself tries for many minutes to reach a server that is not there, and training would wait for it.
+    wandb itself tries for many minutes to reach a server that is not there.
     """
     import socket
     import urllib.parse
@@ -82,61 +96,49 @@ def _unreachable() -> str | None:
 
 
 class Wandb:
-    """The same numbers on wandb, in one run across restarts."""
+    """A run on wandb, open for lines. Any call may raise anything or take long: no training process makes one.
 
-    def __init__(self, config: WandbConfig, run_dir: Path, name: str, settings: dict, earlier: list[dict]) -> None:
+    Args:
+        config: where to; its ``mode`` counts, not ``WANDB_MODE``.
+        run_dir: the run's folder.
+        name: of the run on wandb.
+        settings: the run's config.
+        pid: of the training process, whose use of the machine wandb shows; None where there is none any more.
+
+    Raises:
+        OSError: if wandb's server cannot be reached.
+    """
+
+    def __init__(self, config: WandbConfig, run_dir: Path, name: str, settings: dict, pid: int | None) -> None:
         import wandb
 
-        self.run_id = config.run_id or self._kept_id(run_dir)
+        self.run_id = config.run_id or kept_id(run_dir)
         self._validations = ValidationRecords(run_dir)
-        entity = config.entity or os.environ.get("VLA_WANDB_ENTITY") or None
-        mode: Any = config.actual_mode()
-        if mode == "offline":
+        online = config.mode == "online"
+        if online and (problem := _unreachable()) is not None:
+            raise OSError(f"it cannot be reached: {problem}")
+        if not online:
             self._set_aside_offline(run_dir)
-        keywords: dict[str, Any] = {
-            "project": config.project,
-            "entity": entity,
-            "name": name,
-            "id": self.run_id,
-            "dir": str(run_dir),
-            "config": settings,
-            # A run that has saved must not wait for wandb's servers until its job is killed.
-            "settings": wandb.Settings(console="off", quiet=True, finish_timeout=30),
-        }
-        problem = _unreachable() if mode == "online" else None
-        if problem is None:
-            try:
-                self._run = wandb.init(**keywords, mode=mode, resume="allow" if mode == "online" else None)
-            except wandb.errors.Error as error:
-                if mode != "online":
-                    raise
-                problem = str(error)
-        if problem is not None:
-            log.error("wandb cannot be reached, logging offline; `python -m agent.sync_wandb` uploads: %s", problem)
-            mode = "offline"
-            self._set_aside_offline(run_dir)
-            self._run = wandb.init(**keywords, mode=mode)
-        self.mode = mode
-        """As it came to be."""
-        log.info(
-            "wandb: %s",
-            self._run.url if mode == "online" else f"offline, in {run_dir / 'wandb'}; upload with `wandb sync`",
+        machine: dict[str, Any] = {"x_disable_stats": True} if pid is None else {"x_stats_pid": pid}
+        # A job that has saved must not wait for wandb's servers until it is killed.
+        patience: dict[str, Any] = {} if pid is None else {"finish_timeout": 30, "finish_timeout_raises": True}
+        self._run = wandb.init(
+            project=config.project,
+            entity=config.entity or os.environ.get("VLA_WANDB_ENTITY") or None,
+            name=name,
+            id=self.run_id,
+            dir=str(run_dir),
+            config=settings,
+            settings=wandb.Settings(console="off", quiet=True, **patience, **machine),
+            mode=config.mode,
+            resume="allow" if online else None,
         )
-        self._begun = self._run.starting_step > 0
-        # An offline folder knows nothing of the one before it, and syncing it replaces what was synced under the
-        # same id: each start therefore begins with every line so far, and the newest folder alone is complete.
-        if mode == "offline":
-            for record in earlier:
-                self.write(record)
-
-    @staticmethod
-    def _kept_id(run_dir: Path) -> str:
-        path = run_dir / "wandb" / "run_id"
-        if path.exists():
-            return path.read_text(encoding="utf-8").strip()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, uuid.uuid4().hex[:8])
-        return path.read_text(encoding="utf-8")
+        self.place = self._run.url if online else f"offline, in {run_dir / 'wandb'}"
+        """Where it can be looked at."""
+        # An offline folder knows nothing of the one before it, and uploading it replaces what was uploaded under the
+        # same id: each begins with the first line, and the newest folder alone is complete.
+        self.first_missing = self._run.starting_step
+        """The first update that wandb does not have: it ignores those before."""
 
     @staticmethod
     def _set_aside_offline(run_dir: Path) -> None:
@@ -149,11 +151,10 @@ class Wandb:
     def write(self, record: dict[str, Any]) -> None:
         """Logs one line at its own step, with the picture of a validation that was made at it.
 
-        Before the first line goes the validation of the starting weights, which has no line of its own. wandb ignores a
-        step it has already; a resume repeats them exactly.
+        Before the first line goes the validation of the starting weights, which has no line of its own.
         """
-        start = None if self._begun else self._validations.read(0)
-        self._begun = True
+        start = self._validations.read(0) if self.first_missing == 0 else None
+        self.first_missing = max(record["step"] + 1, self.first_missing)
         if start is not None:
             self._log(0, totals(start))
         self._log(record["step"], {key: value for key, value in record.items() if key != "step"})
@@ -164,7 +165,9 @@ class Wandb:
         picture = self._validations.path(step, ".png")
         try:
             self._run.log(values | self._shown(picture), step=step)
-        except OSError as error:  # damaged, or the disk has no room for wandb's copy: a picture is not worth the run
+        except ConnectionError:  # wandb's own process has gone
+            raise
+        except OSError as error:  # damaged, or the disk has no room for wandb's copy
             log.warning("wandb does not show %s: %s", picture, error)
             self._run.log(values, step=step)
 

@@ -14,6 +14,8 @@ from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
+from agent.run_records import read_metrics, read_status
+from agent.validation_record import read_record
 
 
 def check(context: Context) -> list[Row]:
@@ -51,7 +53,28 @@ def _own(context: Context) -> list[Row]:
     if damaged:
         text = "damaged, and passed over:\n" + "\n".join(f"{path}: {damage}" for path, damage in damaged.items())
         rows.append(Row("start", "warn", text, "look why: does the disk fail, or was a copy cut short?"))
+    if bad := _damaged_records(context.config.run_dir):
+        text = "the run goes on without what is damaged of its records:\n" + "\n".join(bad)
+        rows.append(
+            Row("start", "warn", text, "nothing has to be done; but does the disk fail, or was a copy cut short?")
+        )
     return rows
+
+
+def _damaged_records(run_dir: Path) -> list[str]:
+    """What the start would set aside of what the run has told of itself; each file with what is wrong."""
+    status, metrics = run_dir / "status.json", run_dir / "metrics.jsonl"
+    lines = read_metrics(metrics)
+    told = [f"{status}: {problem}" for problem in read_status(status)[1]]
+    told += [f"{metrics}: {problem}" for problem in lines.problems()]
+    if not lines.there:
+        told.append(f"{metrics} is not there")
+    for path in sorted((run_dir / "validation").glob("step_*.json")):
+        try:
+            read_record(path)
+        except ValueError as error:
+            told.append(f"{path}: {error}")
+    return told
 
 
 def _resume(context: Context, checkpoint: Path) -> Row:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from array import array
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,7 @@ from typing import Any
 import yaml
 
 from agent.reporting.evaluations import Evaluation, read_evaluation
-
-_OF_STATUS = ("step", "restarts", "updated", "updates_redone", "waited_s", "checkpoint_stall_s", "ettr")
-_OF_ATTEMPT = ("started", "updated", "first_step", "step", "busy_s", "first_update_s", "checkpoint_stall_s")
-_LARGEST = 1e11  # seconds of a date, and updates
+from agent.run_records import read_metrics, read_status
 
 
 @dataclass
@@ -86,7 +81,7 @@ def collect(path: Path) -> RunRecord:
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; RUN is the folder of one run, like runs/pi0_demo")
     problems: list[str] = []
-    status = _read_mapping(path / "status.json", problems)
+    status = _read_status(path / "status.json", problems)
     config_text, config = _read_config(path / "config.yaml", problems)
     series, lines = _read_metrics(path, status, problems)
     last_step = max(numbers.steps[-1] for numbers in series.values())
@@ -95,42 +90,14 @@ def collect(path: Path) -> RunRecord:
     return RunRecord(path, label, series, lines, last_step, status, config, config_text, evaluations, problems)
 
 
-def _read_mapping(path: Path, problems: list[str]) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read_status(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.exists():
         problems.append(f"{path.name} is not there: nothing is known of the run's state and restarts")
         return {}
-    except ValueError as error:
-        content = error
-    if isinstance(content, dict) and _is_status(content):
-        return content
-    problems.append(f"{path.name} is damaged ({content!s:.100}): nothing is known of the run's state and restarts")
-    return {}
-
-
-def _is_status(content: dict[str, Any]) -> bool:
-    attempts = content.get("attempts") or []
-    return (
-        _has_numbers(content, _OF_STATUS) and isinstance(attempts, list) and all(_is_attempt(one) for one in attempts)
-    )
-
-
-def _is_attempt(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and "started" in value
-        and ("first_step" not in value or "step" in value)
-        and _has_numbers(value, _OF_ATTEMPT)
-        and isinstance(value.get("state", ""), str)
-        and isinstance(value.get("environment", {}), dict)
-    )
-
-
-def _has_numbers(content: dict[str, Any], keys: Sequence[str]) -> bool:
-    """Whether what there is of these keys can be reckoned with and shown as a date."""
-    values = [content[key] for key in keys if key in content]
-    return all(isinstance(value, int | float) and abs(value) < _LARGEST for value in values)
+    status, damages = read_status(path)
+    if damages:
+        problems.append(f"{path.name} is damaged, and this is left out of it: {'; '.join(damages)}")
+    return status
 
 
 def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
@@ -150,42 +117,25 @@ def _read_config(path: Path, problems: list[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _read_metrics(path: Path, status: dict[str, Any], problems: list[str]) -> tuple[dict[str, Series], int]:
-    series: dict[str, Series] = {}
-    lines, before, bad = 0, -1, []
-    for number, record in _records(path, status):
-        step = record.get("step") if isinstance(record, dict) else None
-        if type(step) is not int or not before < step < _LARGEST:
-            bad.append(number)
-            continue
-        lines, before = lines + 1, step
-        for key, value in record.items():
-            if key != "step" and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
-                found = series.setdefault(key, Series())
-                found.steps.append(step)
-                # No float32 is as large, and sums of such numbers would not be finite.
-                found.values.append(value if value is not None and abs(value) < 1e100 else math.nan)
-    if not series:
-        raise ValueError(f"{path}/metrics.jsonl holds no update yet{_state(status)}")
-    if bad:
-        shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-        problems.append(f"metrics.jsonl: left out {len(bad)} torn or repeated lines ({shown}); the next start mends it")
-    return series, lines
-
-
-def _records(path: Path, status: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """Line number and contents; None for what is not JSON."""
-    try:
-        stream = open(path / "metrics.jsonl", encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    found = read_metrics(path / "metrics.jsonl")
+    if not found.there:
         raise ValueError(
             f"{path} has no metrics.jsonl: it is no run folder, or no update was logged yet{_state(status)}"
-        ) from None
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                yield number, json.loads(line)
-            except ValueError:  # the process died in the middle of this line
-                yield number, None
+        )
+    series: dict[str, Series] = {}
+    for record in found.records:
+        for key, value in record.items():
+            if key != "step" and (value is None or (isinstance(value, int | float) and not isinstance(value, bool))):
+                numbers = series.setdefault(key, Series())
+                numbers.steps.append(record["step"])
+                # No float32 is as large, and sums of such numbers would not be finite.
+                numbers.values.append(value if value is not None and abs(value) < 1e100 else math.nan)
+    if not series:
+        raise ValueError(f"{path}/metrics.jsonl holds no update yet{_state(status)}")
+    told = [*found.problems(), *([f"line {found.torn.number} is cut short"] if found.torn is not None else [])]
+    if told:
+        problems.append(f"metrics.jsonl: left out {'; '.join(told)}; the next start mends it")
+    return series, len(found.records)
 
 
 def _state(status: dict[str, Any]) -> str:

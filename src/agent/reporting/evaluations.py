@@ -5,13 +5,12 @@ The file can be of any age and from anywhere, so everything about it is checked;
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.validation_record import FORMAT, DatasetErrors, Errors
+from agent.validation_record import DatasetErrors, Errors, read_record
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,7 @@ def read_evaluation(path: Path) -> Evaluation:
         ValueError: if it is not what a validation writes; names the file and the key.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(
-                f"its format is {content['format']}, this version reads {FORMAT}: write the report with the version that "
-                "trained the run"
-            )
+        content = read_record(path)
         names = _names(content)
         ema = content.get("ema")
         chunks = content.get("chunks") or []
@@ -83,7 +77,7 @@ def read_evaluation(path: Path) -> Evaluation:
         )
     except KeyError as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: it has no {error}") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path.parent.name}/{path.name} cannot be read: {error}") from None
 
 

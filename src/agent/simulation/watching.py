@@ -16,6 +16,7 @@ import yaml
 
 from agent.locking import lock
 from agent.run_folder import write_atomically
+from agent.run_records import read_object, read_status
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request, digest_of, evaluate
 from agent.simulation.results import SUMMARY, table
@@ -120,10 +121,10 @@ def removed_before(run_dir: Path, every: int) -> list[int]:
 def is_training(run_dir: Path) -> bool:
     """Whether more checkpoints may come: the run says that it runs, and is alive or was a short time ago."""
     try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        status, _ = read_status(run_dir / "status.json")
+    except OSError:
         return False
-    if status.get("state") != "running":
+    if status.get("state", "running") != "running":  # where it is damaged, the lock tells
         return False
     if time.time() - status.get("updated", 0) < SILENCE_S:
         return True
@@ -155,9 +156,8 @@ def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None,
 
 def is_complete(out: Path, request: Request, checkpoint: Path) -> bool:
     """Whether the results cover the request, and are of this checkpoint: a run that went back has saved another one."""
-    try:
-        summary = _summary(out)
-    except (FileNotFoundError, ValueError):
+    summary = _summary(out)
+    if summary is None:
         return False
     done = {row["task"]: row["episodes"] for row in summary["tasks"]}
     videos = [request.video(task, episode, out) for task in request.tasks for episode in range(request.episodes)]
@@ -165,7 +165,7 @@ def is_complete(out: Path, request: Request, checkpoint: Path) -> bool:
         all(done.get(task, 0) >= request.episodes for task in request.tasks)
         and all(path is None or path.is_file() for path in videos)
         and _is_like(summary, request)
-        and summary["settings"]["checkpoint"] == digest_of(checkpoint / "pretrained_model")
+        and summary["settings"].get("checkpoint") == digest_of(checkpoint / "pretrained_model")
     )
 
 
@@ -176,17 +176,29 @@ def write_curve(folder: Path, request: Request) -> None:
     """
     lines = []
     for out in sorted(folder.glob("step_*")):
-        if (match := _STEP.fullmatch(out.name)) is None or not (out / SUMMARY).is_file():
+        if (match := _STEP.fullmatch(out.name)) is None:
             continue
         summary = _summary(out)
-        if _is_like(summary, request):
+        if summary is not None and _is_like(summary, request):
             lines += [json.dumps({"step": int(match[1]), **row}) for row in summary["tasks"]]
     write_atomically(folder / CURVE, "".join(f"{line}\n" for line in lines))
 
 
 def _is_like(summary: dict[str, Any], request: Request) -> bool:
-    return all(summary["settings"][key] == getattr(request, key) for key in ("seed", "max_steps"))
+    return all(summary["settings"].get(key) == getattr(request, key) for key in ("seed", "max_steps"))
 
 
-def _summary(out: Path) -> dict[str, Any]:
-    return json.loads((out / SUMMARY).read_text(encoding="utf-8"))
+def _summary(out: Path) -> dict[str, Any] | None:
+    """The results in a folder; None where there are none, or none of the right form, which the log says."""
+    content, problem = read_object(out / SUMMARY)
+    if content is not None:
+        tasks = content.get("tasks")
+        rows = isinstance(tasks, list) and all(
+            isinstance(row, dict) and {"task", "episodes"} <= set(row) for row in tasks
+        )
+        if rows and isinstance(content.get("settings"), dict):
+            return content
+        problem = "it has not the form of results"
+    if problem:
+        log.warning("%s is damaged and counts for nothing: %s", out / SUMMARY, problem)
+    return None
