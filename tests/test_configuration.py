@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.config_changes import changes_since, changes_since_checkpoint
+from agent.config_changes import changes_since, changes_since_checkpoint, settle
 from agent.config_files import ConfigError
 from agent.configuration_pipeline import (
     TrainPipelineConfig,
@@ -829,6 +829,35 @@ def test_keys_that_are_newer_than_the_checkpoint_are_no_changes(files: Files, tm
         "model_cfg.relative_exclude_joints.0: gripper → a",
         "the training data itself (states, actions, episodes or instructions as tokens): fingerprint x → y",
     ]
+
+
+@pytest.mark.parametrize("then", [None, "first_update", "after_warmup"])
+def test_a_run_under_way_keeps_the_form_of_its_schedule(files: Files, tmp_path: Path, then: str | None) -> None:
+    saved = dump(files.load())
+    saved["model_cfg"]["scheduler_decay_start"] = then
+    if then is None:  # as the code before wrote it
+        del saved["model_cfg"]["scheduler_decay_start"]
+    (tmp_path / "training_state").mkdir()
+    (tmp_path / "training_state" / "config.yaml").write_text(yaml.safe_dump(saved))
+    (tmp_path / "training_state" / "state.json").write_text('{"data_fingerprint": "x"}')
+    kept = then or "first_update"
+    config = files.load()
+    assert changes_since_checkpoint(tmp_path, config, "x") == []
+    lines = settle(config, tmp_path)
+    assert dump(config)["model_cfg"]["scheduler_decay_start"] == kept
+    assert lines == (
+        []
+        if kept == "after_warmup"
+        else [
+            "model_cfg.scheduler_decay_start: first_update, with which this run began; one that begins now has after_warmup"
+        ]
+    )
+    assert settle(config, None) == [] and changes_since_checkpoint(tmp_path, config, "x") == []
+    # What the config says itself is another matter.
+    for start in ("first_update", "after_warmup"):
+        stated = files.load("--model_cfg.scheduler_decay_start", start)
+        changes = [] if start == kept else [f"model_cfg.scheduler_decay_start: {kept} → {start}"]
+        assert settle(stated, tmp_path) == [] and changes_since_checkpoint(tmp_path, stated, "x") == changes
 
 
 @pytest.mark.parametrize(

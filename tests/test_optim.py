@@ -25,7 +25,7 @@ PEAK, FINAL = 5e-5, 2.5e-6
 def test_the_learning_rate_is_lerobots(warmup, decay, n_updates):
     from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 
-    ours = LearningRate.plan(PEAK, FINAL, warmup, decay, n_updates)
+    ours = LearningRate.plan(PEAK, FINAL, warmup, decay, n_updates, "first_update")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
     their_config = CosineDecayWithWarmupSchedulerConfig(
         num_warmup_steps=warmup, num_decay_steps=decay, peak_lr=PEAK, decay_lr=FINAL
@@ -39,9 +39,40 @@ def test_the_learning_rate_is_lerobots(warmup, decay, n_updates):
         assert ours.at(update) == pytest.approx(PEAK * theirs(update), rel=1e-12), update
 
 
+@pytest.mark.parametrize(
+    ("warmup", "decay", "n_updates"), [(0, 10, 10), (1, 30, 50), (200, 600, 600), (1000, 30_000, 100)]
+)
+def test_the_cosine_begins_at_the_peak_when_the_warm_up_ends(warmup, decay, n_updates):
+    """As openpi's: optax's ``warmup_cosine_decay_schedule`` is torch's linear and cosine schedule one after the other."""
+    from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+
+    ours = LearningRate.plan(PEAK, FINAL, warmup, decay, n_updates)
+    assert ours.at(ours.warmup_updates) == PEAK
+    if n_updates < decay:  # shortened to the run, in proportion
+        warmup, decay = warmup * n_updates // decay, n_updates
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    rising = [LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)] if warmup else []
+    falling = CosineAnnealingLR(optimizer, T_max=decay - warmup, eta_min=FINAL)
+    theirs = SequentialLR(optimizer, [*rising, falling], milestones=[warmup]) if rising else falling
+    for update in range(decay):
+        assert ours.at(update) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9), update
+        optimizer.step()
+        theirs.step()
+    assert ours.at(decay) == ours.at(decay + 100) == FINAL
+    steepest = max(abs(ours.at(update + 1) - ours.at(update)) for update in range(ours.warmup_updates, decay))
+    assert steepest <= PEAK * math.pi / 2 / (decay - ours.warmup_updates)
+
+
+def test_a_warm_up_that_leaves_nothing_to_the_decay_is_cut():
+    for warmup in (50, 80):
+        rate = LearningRate.plan(PEAK, FINAL, warmup, 50, 1000)
+        assert (rate.warmup_updates, rate.at(5), rate.at(50)) == (5, PEAK, FINAL)
+
+
+@pytest.mark.parametrize("start", ["after_warmup", "first_update"])
 @pytest.mark.parametrize(("warmup", "n_updates"), [(0, 1), (0, 10), (3, 10), (200, 1000), (1000, 100)])
-def test_without_a_decay_the_cosine_ends_with_the_run(warmup, n_updates):
-    rate = LearningRate.plan(PEAK, FINAL, warmup, None, n_updates)
+def test_without_a_decay_the_cosine_ends_with_the_run(warmup, n_updates, start):
+    rate = LearningRate.plan(PEAK, FINAL, warmup, None, n_updates, start)
     assert rate.at(n_updates) == FINAL == rate.at(10 * n_updates)
     rates = [rate.at(update) for update in range(n_updates + 1)]
     top = rate.warmup_updates
@@ -49,14 +80,18 @@ def test_without_a_decay_the_cosine_ends_with_the_run(warmup, n_updates):
     assert all(a < b for a, b in zip(rates[:top], rates[1:top], strict=False))
     assert all(a > b for a, b in zip(rates[top:], rates[top + 1 :], strict=False))
     # One update before the end: within what a cosine still has to go there.
-    assert rates[-2] - FINAL <= (PEAK - FINAL) * (math.pi / 2 / n_updates) ** 2 * 1.0001
-    same = LearningRate.plan(PEAK, FINAL, warmup, n_updates, n_updates)
+    assert rates[-2] - FINAL <= (PEAK - FINAL) * (math.pi / 2 / (n_updates - top)) ** 2 * 1.0001
+    same = LearningRate.plan(PEAK, FINAL, warmup, n_updates, n_updates, start)
     assert rates == [same.at(update) for update in range(n_updates + 1)]
 
 
 def test_the_schedule_is_described():
     assert LearningRate.plan(5e-5, 2.5e-6, 20, None, 100).describe() == (
-        "learning rate: 20 updates of warm-up to 5e-05, cosine to 2.5e-06 at update 100"
+        "learning rate: 20 updates of warm-up to 5e-05, cosine from there to 2.5e-06 at update 100"
+    )
+    assert LearningRate.plan(5e-5, 2.5e-6, 20, None, 100, "first_update").describe() == (
+        "learning rate: 20 updates of warm-up to 5e-05, where it falls to 4.55e-05 at once, cosine counted from the first "
+        "update to 2.5e-06 at update 100"
     )
     assert "2 updates of warm-up" in LearningRate.plan(5e-5, 2.5e-6, 20, 1000, 100).describe()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 from launching import Workplace, kill_all
 from make_dataset import write_dataset
+
+from agent.checkpoint import TRAINING
+from agent.manifest import MANIFEST, seal
 
 WORKERS = ("--data.train.num_workers", "1")  # elsewhere the samples are read in the training process: a faster start
 TIMES = ("step_s", "samples_per_s", "data_wait", "data_wait_max", "memory_gb", "eta_s")
@@ -94,6 +98,39 @@ def test_another_config_is_refused_on_resume(place: Workplace, through: str) -> 
     assert code == 0, output
     assert "n_updates: 20 → 22" in output and "per_device_batch_size" not in output
     assert place.status("longer")["step"] == 22
+
+
+def test_a_run_keeps_the_schedule_that_it_began_with(place: Workplace, through: str) -> None:
+    """One that begins now: at the peak when the warm-up of two updates ends, and cosine from there."""
+    expected = [1e-3 / 3, 2e-3 / 3, *(cosine(update, 1e-3, begin=2, end=20) for update in range(2, 20))]
+    assert [line["lr"] for line in place.metrics(through)] == pytest.approx(expected, rel=1e-12)
+    # A checkpoint of the code before, which had no such key: the cosine counted from the first update.
+    shutil.copytree(place.folder / "runs" / "through", place.folder / "runs" / "older", symlinks=True)
+    checkpoint = place.checkpoint("older")
+    saved = checkpoint / TRAINING / "config.yaml"
+    text = saved.read_text()
+    assert "  scheduler_decay_start: after_warmup\n" in text  # not null: later code may have another default
+    saved.write_text(text.replace("  scheduler_decay_start: after_warmup\n", ""))
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint, 20)
+    said = "model_cfg.scheduler_decay_start: first_update"
+    longer = ("--name", "older", "--n_updates", "22", "--resume_changes", "true")
+    code, output = place.run(*longer, "--check", "true")
+    report = json.loads((place.folder / "runs" / "older" / "check" / "report.json").read_text())
+    course = next(row["text"] for row in report["rows"] if row["name"] == "learning rate")
+    assert f"{said}, with which this run began; one that begins now has after_warmup" in course, output
+    code, output = place.run(*longer)
+    assert code == 0 and f"{said}, with which this run began" in output and "falls to" in output, output
+    rates = [line["lr"] for line in place.metrics("older")[20:]]
+    assert rates == pytest.approx([cosine(update, 1e-3, begin=0, end=22) for update in (20, 21)], rel=1e-12)
+    # Which stands in its checkpoints from then on.
+    assert (
+        "  scheduler_decay_start: first_update\n" in (place.checkpoint("older") / TRAINING / "config.yaml").read_text()
+    )
+
+
+def cosine(update: int, peak: float, begin: int, end: int, final: float = 2.5e-6) -> float:
+    return final + (peak - final) * (1 + math.cos(math.pi * (update - begin) / (end - begin))) / 2
 
 
 def test_moved_data_continues_and_other_data_does_not(place: Workplace, through: str) -> None:

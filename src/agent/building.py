@@ -12,6 +12,7 @@ import torch
 
 from agent import environment, history, optim, resuming, sharding, weights
 from agent.checkpoint import PRETRAINED, CheckpointStore
+from agent.config_changes import settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
@@ -69,19 +70,21 @@ def build(
         eight_bit=config.optimizer == "adamw8bit",
         seed=config.seed,
     )
+    ema = Ema(policy, config.ema_decay) if config.ema_decay is not None else None
+    resumed = resuming.resume(config, data, checkpoints, candidates, processes, policy, optimizer, ema)
+    if resumed is None:
+        _first_weights(config, processes, policy)
+        settle(config, None)
+    state = resumed or TrainState()
     learning_rate = optim.LearningRate.plan(
         model_config.optimizer_lr,
         model_config.scheduler_decay_lr,
         model_config.scheduler_warmup_steps,
         model_config.scheduler_decay_steps,
         plan.n_updates,
+        model_config.scheduler_decay_start,
     )
     log.info(learning_rate.describe())
-    ema = Ema(policy, config.ema_decay) if config.ema_decay is not None else None
-    resumed = resuming.resume(config, data, checkpoints, candidates, processes, policy, optimizer, ema)
-    if resumed is None:
-        _first_weights(config, processes, policy)
-    state = resumed or TrainState()
     if folder is not None:
         for line in history.story(folder.status["attempts"]):
             log.info(line)

@@ -64,6 +64,46 @@ _FREE_ON_RESUME = (
 )
 
 
+# Keys whose null leaves it to the run, which keeps to what it began with; and what that is for one that begins.
+_LEFT_OPEN = {"model_cfg.scheduler_decay_start": "after_warmup"}
+
+# Keys that are newer than some checkpoints, and what was done then, where that is not what their default does.
+_DONE_THEN = {"model_cfg.scheduler_decay_start": "first_update"}
+
+
+def settle(config: TrainPipelineConfig, checkpoint: Path | None) -> list[str]:
+    """Fills in the keys that the config leaves to the run, in place.
+
+    Args:
+        config: of the run.
+        checkpoint: that it continues from; None for a run that begins.
+
+    Returns:
+        For a run that continues, lines for the log: the keys and what it keeps to, where a run that begins now would not.
+    """
+    saved = _saved_config(checkpoint) if checkpoint is not None else {}
+    lines = []
+    for key, at_first in _LEFT_OPEN.items():
+        part, name = key.split(".")
+        section = getattr(config, part)
+        if getattr(section, name) is not None:
+            continue
+        kept = saved.get(part, {}).get(name) or at_first
+        setattr(section, name, kept)
+        if kept != at_first:
+            lines.append(f"{key}: {kept}, with which this run began; one that begins now has {at_first}")
+    return lines
+
+
+def _saved_config(checkpoint: Path) -> dict[str, Any]:
+    """The config that a checkpoint was made with; keys that are newer than it say what was done then."""
+    saved = yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
+    for key, then in _DONE_THEN.items():
+        part, name = key.split(".")
+        saved[part].setdefault(name, then)
+    return saved
+
+
 def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fingerprint: str | None) -> list[str]:
     """What a run with this config would silently do otherwise than the one that wrote the checkpoint, a line each.
 
@@ -73,7 +113,7 @@ def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fing
         fingerprint: of the data; None if it is not known.
     """
     training = checkpoint / TRAINING
-    saved = _completed(yaml.safe_load((training / "config.yaml").read_text(encoding="utf-8")), config)
+    saved = _completed(_saved_config(checkpoint), config)
     changes = changes_since(saved, dump(config))
     trained_on = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
     if fingerprint is not None and fingerprint != trained_on:
@@ -108,6 +148,8 @@ def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = 
         name = f"{prefix}{key}"
         old, new = saved.get(key), current.get(key)
         if old == new or re.sub(r"\.\d+\.", ".N.", name) in _FREE_ON_RESUME:
+            continue
+        if new is None and name in _LEFT_OPEN:
             continue
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))

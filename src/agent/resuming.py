@@ -11,7 +11,7 @@ import torch
 
 from agent import weights
 from agent.checkpoint import PRETRAINED_EMA, CheckpointStore
-from agent.config_changes import changes_since_checkpoint
+from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.distributed import Processes
@@ -88,6 +88,8 @@ def resume(
             told = (isinstance(problem, ValueError), f"{path}: {problem}") if problem is not None else None
             problems = [entry for entry in processes.gather(told) if entry is not None]
             if not problems:
+                for line in settle(config, path):
+                    log.info(line)
                 return state
             # The checkpoint is sound. What does not fit it is the user's to mend; a disk that fails may recover.
             if all(is_user_error for is_user_error, _ in problems):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
+from agent.config_changes import settle
 from agent.optim import LearningRate
 from agent.plan import Plan, accumulation_steps, make_plan
 from agent.preflight.context import Context
@@ -50,22 +53,30 @@ def _course(context: Context) -> list[Row]:
         f"{numbers.train_frames} training frames = {numbers.updates_per_epoch:.1f} updates per epoch; {numbers.n_updates} "
         f"updates = {epochs:.2f} epochs"
     )
+    whole, _ = context.own
+    settled = deepcopy(config)
+    kept = settle(settled, whole[0] if whole else None)
     rate = LearningRate.plan(
         model.optimizer_lr,
         model.scheduler_decay_lr,
         model.scheduler_warmup_steps,
         model.scheduler_decay_steps,
         numbers.n_updates,
+        settled.model_cfg.scheduler_decay_start,  # type: ignore[attr-defined]
     )
     last = numbers.n_updates - 1
     points = {update: rate.at(update) for update in (0, last // 4, last // 2, last * 3 // 4, last)}
     course = ", ".join(f"{value:.3g} at update {update + 1}" for update, value in points.items())
+    course += f"; {rate.warmup_updates} updates of warm-up{rate.fall()}"
     rows = [
         Row("epochs", "pass", text) if epochs <= 100 else Row("epochs", "warn", text, "fewer n_epochs or n_updates"),
-        Row("learning rate", "pass", f"{course}; {rate.warmup_updates} updates of warm-up", details={"lr": points}),
+        Row("learning rate", "pass", "; ".join([course, *kept]), details={"lr": points}),
     ]
     if rate.warmup_updates != model.scheduler_warmup_steps:
-        text = f"the run is shorter than its schedule: warm-up {model.scheduler_warmup_steps} → {rate.warmup_updates} updates"
+        text = (
+            f"the run is shorter than its warm-up or its decay: warm-up {model.scheduler_warmup_steps} → "
+            f"{rate.warmup_updates} updates"
+        )
         rows.append(
             Row("learning rate", "warn", text, "write a smaller model_cfg.scheduler_warmup_steps, or train longer")
         )

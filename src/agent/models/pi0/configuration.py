@@ -188,6 +188,10 @@ class PI0Config(ModelConfig):
     """Update at which the cosine reaches ``scheduler_decay_lr``; null: the run's last update."""
     scheduler_decay_lr: float = 2.5e-6
     """Learning rate at the end."""
+    scheduler_decay_start: Literal["after_warmup", "first_update"] | None = None
+    """Where the cosine begins: at the peak when the warm-up ends, as in openpi, or counted from the first update on, as in
+    LeRobot, where the rate falls at the end of the warm-up (not in LeRobot). null: what the run began with, `after_warmup`
+    for a run that begins."""
 
     push_to_hub: bool = True
     """Carried into the saved config.json; nothing is uploaded. So are the next four."""
@@ -371,7 +375,9 @@ class PI0Config(ModelConfig):
 
         ``last_update`` stands in for a null ``scheduler_decay_steps``, which LeRobot does not know.
         """
-        ours_alone = ("tokenizer_path", "paligemma_pretrained_path", "freeze_lm_head", "vision_variant")
+        ours_alone = (
+            "tokenizer_path paligemma_pretrained_path freeze_lm_head vision_variant scheduler_decay_start"
+        ).split()
         out = {"type": "pi0", **{key: value for key, value in asdict(self).items() if key not in ours_alone}}
         out |= {key: list(out[key]) for key in ("image_resolution", "optimizer_betas")}
         out["input_features"] = out["input_features"] or {}
