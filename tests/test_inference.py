@@ -233,7 +233,7 @@ def test_a_wrong_observation_is_refused(policy, key, value, message):
 def test_what_is_missing_is_refused(policy):
     (observation,) = observations(Recording((SIZE, SIZE), size=1))
     for key in observation:
-        with pytest.raises(ValueError, match=f"the observation has no {key}; it must hold"):
+        with pytest.raises(ValueError, match=f"the observation has no {key}; an observation holds"):
             policy.check({name: value for name, value in observation.items() if name != key})
     with pytest.raises(ValueError, match="got None, expected a picture of at least one camera"):
         policy.check({**observation, **dict.fromkeys(CAMERAS)})

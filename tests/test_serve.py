@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -214,6 +215,93 @@ def test_names_and_forms(server, policy, form):
     assert agree(server.client().infer(form(*request().values()))["actions"], expected(policy, request()))
 
 
+def test_openpis_own_robots_without_a_change(policy):
+    """Its clients for ALOHA send four cameras and, on the robot, no prompt; for DROID the state in two parts."""
+    seen: list[dict[str, Any]] = []
+    pictures = [np.full((3, 8, 8), n, np.uint8) for n in range(4)]
+    aloha: Any = SimpleNamespace(
+        cameras={"observation.images.top": (3, 8, 8), "observation.images.wrist": (3, 8, 8)},
+        check=seen.append,
+        renamed={},
+    )
+    renames = {"images/cam_high": "observation.images.top", "images/cam_left_wrist": "observation.images.wrist"}
+    names = ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist")
+    sent = {"state": np.ones(14), "images": dict(zip(names, pictures, strict=True))}
+    translation = Translation(aloha, renames, ["images/cam_low", "images.cam_right_wrist"], "do something")
+    assert (
+        translation.observation(sent)
+        == seen[0]
+        == {
+            "observation.state": sent["state"],
+            "observation.images.top": pictures[0],
+            "observation.images.wrist": pictures[2],
+            "task": "do something",
+        }
+    )
+    assert translation.observation({**sent, "prompt": "else"})["task"] == "else"
+
+    parts = "observation/joint_position,observation/gripper_position"
+    droid = {"observation/joint_position": np.arange(6.0), "observation/gripper_position": np.ones(1), "prompt": "x"}
+    cameras = {"observation/exterior_image_1_left": pictures[0].T, "observation/wrist_image_left": pictures[1].T}
+    joined = {parts: "observation.state", "observation/exterior_image_1_left": FRONT}
+    translation = Translation(policy, joined, ["observation/wrist_image_left"])
+    got = translation.observation({**droid, **cameras})
+    assert got["observation.state"].tolist() == [0, 1, 2, 3, 4, 5, 1] and set(got) == {
+        FRONT,
+        "observation.state",
+        "task",
+    }
+    assert (
+        translation.observation({**cameras, **droid, "observation/gripper_position": 1.0})["observation.state"][6] == 1
+    )
+    backwards = Translation(policy, {"observation.gripper_position,observation.joint_position": "observation.state"})
+    got = backwards.observation({**droid, FRONT: pictures[0]})
+    assert got["observation.state"].tolist() == [1, 0, 1, 2, 3, 4, 5]
+    for wrong, message in (
+        (
+            {**droid, "observation/gripper_position": "shut"},
+            "observation/gripper_position: got str, expected a part of",
+        ),
+        (
+            {**droid, "observation/joint_position": np.zeros(7)},
+            f"{parts} .observation.state.: got shape .8,., expected 7",
+        ),
+        (
+            {key: droid[key] for key in droid if "grip" not in key},
+            "the request has no observation.gripper_position; obs",
+        ),
+        ({**droid, "state": np.zeros(7)}, f"state and {parts} are both observation.state; give it once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            translation.observation({**cameras, **wrong})
+
+
+def test_a_refusal_names_the_options_that_openpis_clients_need(policy):
+    """What DROID's client sends to a policy of one camera; and these options are then enough."""
+    picture = np.zeros((8, 8, 3), np.uint8)
+    sent = {
+        "observation/exterior_image_1_left": picture,
+        "observation/wrist_image_left": picture,
+        "observation/joint_position": np.zeros(6),
+        "observation/gripper_position": np.zeros(1),
+        "prompt": "do something",
+    }
+    with pytest.raises(ValueError, match="Or start the server with what belongs together, for example ") as refusal:
+        Translation(policy, {}).observation(sent)
+    words = shlex.split(str(refusal.value).partition("for example ")[2])
+    options = list(zip(words[::2], words[1::2], strict=True))
+    assert options == [
+        ("--rename", f"observation/exterior_image_1_left={FRONT}"),
+        ("--rename", "observation/joint_position,observation/gripper_position=observation.state"),
+        ("--ignore", "observation/wrist_image_left"),
+    ]
+    renames = dict(value.split("=") for option, value in options if option == "--rename")
+    ignored = [value for option, value in options if option == "--ignore"]
+    assert set(Translation(policy, renames, ignored).observation(sent)) == {FRONT, "observation.state", "task"}
+    with pytest.raises(ValueError, match=r"has no prompt \(task\).*--ignore drops .*, prompt"):
+        Translation(policy, renames, [*ignored, "prompt"]).observation(sent)
+
+
 def test_concurrent_clients_form_a_batch(server, policy):
     clients = [server.client() for _ in range(5)]
     answers = together(5, lambda i: clients[i].infer(request(i)))
@@ -242,11 +330,34 @@ def without(key: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({}, "the observation has no observation.images.front, observation.state, task; it must hold"),
-        (without("prompt"), "the observation has no task; it must hold .*, task and has observation.images.front"),
+        ({}, r"the request has no observation.images.front, observation.state, prompt \(task\); a request holds"),
+        (
+            without("prompt"),
+            r"the request has no prompt \(task\); a request holds observation/images/front \(observation.images.front\), "
+            r"observation/state .*, prompt \(task\). Or start the server with --default_prompt 'what the robot is to do'$",
+        ),
+        (  # who uses the policy's own names
+            {FRONT: request()["observation/images/front"], "observation.state": np.zeros(7)},
+            "the request has no task; a request holds observation.images.front, observation.state, task. Or start",
+        ),
         ({**request(), "prompt": b"open"}, r"prompt \(task\): got b'open', expected an instruction"),
         ({**request(), "task": "open"}, "task and prompt are both task; give it once"),
-        ({**request(), "wrist": 1}, "the policy knows no 'wrist'; an observation holds observation.images.front, "),
+        (
+            {**request(), "wrist": 1},
+            r"the policy knows no 'wrist'; a request holds .*, prompt \(task\). Or start the server with --ignore wrist$",
+        ),
+        (
+            {"images": {"a": np.zeros((3, 8, 8), np.uint8)}, "qpos": np.zeros(6), "grip": 1.0, "prompt": "x", "t": 3.5},
+            "the request has no observation.images.front, observation.state, and the policy knows no 'images/a', 'qpos', "
+            "'grip', 't'; .*observation.images.front is given as None where the robot has no such camera. Or start the "
+            "server with what belongs together, for example --rename images/a=observation.images.front --ignore qpos "
+            "--ignore grip --ignore t$",
+        ),
+        (
+            {"a b": np.zeros((8, 8, 3), np.uint8), "arm": {"qpos": [0.5] * 6, "grip": 1.0}, "say": "x"},
+            "for example --rename 'a b'=observation.images.front --rename arm/qpos,arm/grip=observation.state "
+            "--rename say=task$",
+        ),
         (
             {**request(), "observation/state": np.array([0, 0, 0, 0, 0, 0, np.nan])},
             r"observation/state \(observation.state\): got nan at dimension 6, expected 7 finite numbers",
@@ -256,7 +367,10 @@ def without(key: str) -> dict[str, Any]:
             {**request(), "observation/images/front": np.zeros((3, 4, 4))},
             r"observation/images/front \(observation.images.front\): got float64 of shape \(3, 4, 4\), expected uint8",
         ),
-        ({**request(), "observation/images/front": None}, "got None, expected a picture of at least one camera"),
+        (
+            {**request(), "observation/images/front": None},
+            r"observation/images/front \(observation.images.front\): got None, expected a picture of at least one camera",
+        ),
     ],
 )
 def test_a_request_that_does_not_fit_is_refused_and_the_next_one_served(server, policy, bad, message):
@@ -283,6 +397,26 @@ def array(**changes: Any) -> bytes:
         (PACKED + b"\0", "is no whole msgpack .ExtraData"),
         (b"\xc1" * 40, "the message of 40 bytes is no whole msgpack"),
         (b"\x91" * 5000, "is no whole msgpack .StackError"),
+        # What unpacks for long, while nobody else is served.
+        (
+            b"\xdf\x00\x01\x86\xa0" + b"\xc0\xc0" * 100_000,
+            "has a map of 100000 entries, at most 256 are taken; pictures",
+        ),
+        (
+            msgpack.packb({"state": [0] * 100_000}),
+            "has a list of 100000 items, at most 4096 are taken; pictures and long",
+        ),
+        (
+            msgpack.packb([[{}] * 4096] * 30),
+            "the message has more than 100000 entries and items; pictures and long vectors",
+        ),
+        (msgpack.packb([[[{}] * 40] * 40] * 65), "the message has more than 100000 entries and items"),
+        (msgpack.packb({"prompt": "x" * 70_000}), "has a text of 70000 bytes, at most 65536 are taken"),
+        (
+            array(dtype="f4," * 20_000),
+            "an array of the message cannot be read: its type is 'f4,f4,.*, expected numbers",
+        ),
+        (b"\x82\xa1a\x01\xa1a\x02", "the message has the key 'a' twice in a map"),
         (b"\x81\xa1a" * 1010 + b"\x01", "refused: a/a/[a/]+: maps are nested more than 10 deep"),
         (msgpack.packb([1, 2]), "the message is a msgpack list, expected a map"),
         (msgpack.packb({b"a": 2}), "the message has a key b'a', expected texts"),
@@ -310,9 +444,13 @@ def test_a_bad_frame_is_answered_and_the_connection_stays(server, policy, frame,
 
 def test_a_refusal_is_short_whatever_it_names(server):
     connection = server.raw()
-    connection.send(msgpack.packb({"k" * 100_000: 1}))
+    connection.send(msgpack.packb({"k" * 50_000: 1}))
     answer = connection.recv(timeout=30)
-    assert answer.startswith("refused: the policy knows no 'kkk") and len(answer) < 2100
+    assert (
+        answer.startswith("refused: the request has no ")
+        and "the policy knows no 'kkk" in answer
+        and len(answer) < 2100
+    )
     assert max(map(len, server.said)) < 3000
 
 
@@ -403,6 +541,7 @@ def test_a_checkpoint_without_processors(run_folder, tmp_path):
         (["--host", "203.0.113.7"], {}, "error: --host, --port: cannot listen on 203.0.113.7, port 0: "),
         ([], {"VLA_SERVE_TOKEN": ""}, "error: VLA_SERVE_TOKEN: it must be printable ASCII"),
         (["--rename", "cam"], {}, "error: --rename: 'cam' is not of the form"),
+        (["--rename", "a,=observation.state"], {}, "error: --rename: 'a,=observation.state': a key is empty"),
         (["--max_batch", "0"], {}, "argument --max_batch: 0 is no whole number from 1 on"),
         (["--batch_window_ms", "nan"], {}, "argument --batch_window_ms: nan is no number above 0"),
     ],
@@ -419,9 +558,30 @@ def test_a_robot_that_the_policy_does_not_know(run_folder):
     assert "error: --statistics: " in output and "leave the option out" in output
 
 
-def test_a_rename_to_nothing(policy):
-    with pytest.raises(ValueError, match="--rename: cam=wrist: the policy has no wrist; it has observation.images.fro"):
-        Translation(policy, {"cam": "wrist"})
+@pytest.mark.parametrize(
+    ("renames", "ignored", "message"),
+    [
+        ({"cam": "wrist"}, [], "--rename: cam=wrist: the policy has no wrist; it has observation.images.fro"),
+        ({"a,b": FRONT}, [], f"--rename: a,b={FRONT}: only observation.state can be put together from several"),
+        (
+            {"a,b": "observation.state", "c,d": "observation.state"},
+            [],
+            "c,d=observation.state: it is put together already",
+        ),
+        (
+            {"a,b": "observation.state", "a": FRONT},
+            [],
+            "--rename: a is given twice; a key of the client has one meaning",
+        ),
+        ({"a,a": "observation.state"}, [], "--rename: a is given twice"),
+        ({"images/cam": FRONT}, ["images"], "--ignore: images.cam is also named by --rename; write one of them"),
+    ],
+)
+def test_options_that_lead_nowhere(policy, renames, ignored, message):
+    with pytest.raises(ValueError, match=message):
+        Translation(policy, renames, ignored)
+    with pytest.raises(ValueError, match="--default_prompt: got '', expected an instruction"):
+        Translation(policy, {}, [], "")
 
 
 # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -436,6 +596,7 @@ def test_short_names_of_two_cameras_that_are_alike_are_no_names():
             "observation.images.b": (3, 8, 8),
         },
         check=seen.append,
+        renamed={},
     )
     translation = Translation(fake, {})
     given = {"observation/image": 1, "observation/images/image": 2, "b": 3, "image": 4, "state": 5, "prompt": "x"}
@@ -493,8 +654,74 @@ def test_a_line_of_latencies_between_a_batch_and_its_answers():
     assert line is not None and "2 requests in 0 s; total ms p50 7.5" in line and "model" not in line
 
 
-def test_an_interrupt_ends_it_too():
-    policy: Any = SimpleNamespace(act_each=None, cameras={})
+def test_a_policy_that_does_not_return_holds_up_no_end(tmp_path):
+    """Python waits for its threads at the end; the process does not."""
+    program = """
+import os, signal, socket, threading, time
+from types import SimpleNamespace
+import agent.serve, agent.serving.server as module
+from agent.serving.requests import Translation
+from websockets.sync.client import connect
+module._PATIENCE_S = 0.5
+def hangs(observations, noise):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(3600)
+policy = SimpleNamespace(act_each=hangs, cameras={}, renamed={}, check=lambda o: None, noise=lambda *a: 0)
+server = module.Server(policy, Translation(policy, {}), {}, None, None, module.Limits(1, 1.0, 1.0, 60.0))
+listener = socket.create_server(("127.0.0.1", 0))
+def ask():
+    client = connect(f"ws://127.0.0.1:{listener.getsockname()[1]}")
+    client.recv()
+    client.send(b"\\x80")
+    client.recv()
+threading.Thread(target=ask, daemon=True).start()
+agent.serve.run(server, listener)
+print("not here: the policy's thread is waited for")
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
+    assert process.returncode == 0 and process.stdout == "", process.stdout + process.stderr
+
+
+@pytest.mark.parametrize("begun", ["nothing", "a handshake", "a frame", "a close"])
+def test_half_of_a_message_holds_up_no_end(monkeypatch, begun):
+    """A client that has begun something and does not go on; without a limit at the end these would be waited for."""
+    module = agent.serving.server
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.5)
+    for limit in ("_OPENING_S", "_CLOSING_S", "_TAKING_S"):
+        monkeypatch.setattr(module, limit, 3600.0)
+    policy: Any = SimpleNamespace(act_each=None, cameras={}, renamed={})
+    server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
+    listener = socket.create_server(("127.0.0.1", 0))
+    ended = threading.Event()
+
+    def begin_and_interrupt() -> None:
+        with socket.create_connection(listener.getsockname()) as client:  # by the answer the server listens to signals
+            client.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        with socket.create_connection(listener.getsockname()) as client:
+            client.sendall(b"" if begun == "nothing" else HANDSHAKE[:40] if begun == "a handshake" else HANDSHAKE)
+            if begun in ("a frame", "a close"):
+                assert client.recv(12) == b"HTTP/1.1 101"
+            if begun == "a frame":  # half a megabyte is announced, ten bytes come
+                client.sendall(b"\x82\xff" + struct.pack("!Q", 500_000) + bytes(4) + b"x" * 10)
+            if begun == "a close":  # two bytes and a mask are announced
+                client.sendall(b"\x88\x82\0\0")
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended.wait(120)
+
+    async def both() -> None:
+        client = asyncio.create_task(asyncio.to_thread(begin_and_interrupt))
+        assert await server.serve(listener)
+        ended.set()
+        await client
+
+    asyncio.run(asyncio.wait_for(both(), 120))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_an_interrupt_ends_it_too(number):
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # not as under nohup
+    policy: Any = SimpleNamespace(act_each=None, cameras={}, renamed={})
     server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
@@ -503,12 +730,15 @@ def test_an_interrupt_ends_it_too():
         serving = asyncio.create_task(server.serve(listener))
         async with asyncio.timeout(20), websockets.asyncio.client.connect(address) as connection:
             assert wire.unpack(await connection.recv()) == {"a": 1}
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             with pytest.raises(ConnectionClosed, match="the server is stopping"):
                 await connection.recv()
             await serving
 
-    asyncio.run(connected_and_interrupted())
+    try:
+        asyncio.run(connected_and_interrupted())
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 HANDSHAKE = (
@@ -522,7 +752,7 @@ BAD_FRAMES = (b"\x82\xe4" + bytes(4) + b"\xc1" * 100) * 50  # each is answered w
 def test_who_reads_nothing_is_dropped_and_holds_up_no_end(monkeypatch, caplog, taking_s, patience_s):
     monkeypatch.setattr(agent.serving.server, "_TAKING_S", taking_s)
     monkeypatch.setattr(agent.serving.server, "_PATIENCE_S", patience_s)
-    policy: Any = SimpleNamespace(act_each=None, cameras={})
+    policy: Any = SimpleNamespace(act_each=None, cameras={}, renamed={})
     server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -553,7 +783,7 @@ def test_an_error_of_the_server_itself_ends_one_connection(caplog):
     def check(observation: Any) -> None:
         raise KeyError("a mistake in the server")
 
-    policy: Any = SimpleNamespace(act_each=None, cameras={}, check=check)
+    policy: Any = SimpleNamespace(act_each=None, cameras={}, check=check, renamed={})
     server = Server(policy, Translation(policy, {}), {"a": 1}, None, None, Limits(1, 1.0, 1.0, 60.0))
     listener = socket.create_server(("127.0.0.1", 0))
     address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
@@ -596,7 +826,8 @@ def test_a_token_is_asked_for(server):
         assert status.value.response.status_code == 401
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"http://127.0.0.1:{server.port}/", timeout=10)
-    server.raw(f"Api-Key {TOKEN}")  # openpi's way
+    for form in (f"Api-Key {TOKEN}", f"bearer {TOKEN}", f"BEARER {TOKEN}"):  # openpi's way; the word has no case
+        server.raw(form)
     assert server.health()[0] == 200 and TOKEN not in server.log()
 
 

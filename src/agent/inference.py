@@ -64,6 +64,11 @@ class LoadedPolicy:
         return {slot: tuple(features[slot].shape) for slot in self.config.camera_slots if not is_empty(slot)}
 
     @property
+    def renamed(self) -> dict[str, str]:
+        """Other names of the policy's keys, by which its own processors know them → the policy's."""
+        return dict(self._processors.renamed)
+
+    @property
     def state_dim(self) -> int:
         """Numbers in ``observation.state``."""
         return self.config.state_dim

@@ -22,6 +22,23 @@ def is_empty(slot: str) -> bool:
     return slot.startswith(_EMPTY_CAMERA)
 
 
+class UnfitKeys(ValueError):
+    """An observation has keys that the policy does not know, or lacks some.
+
+    Args:
+        unknown: of the observation's keys.
+        missing: of the policy's.
+        expected: all of the policy's.
+    """
+
+    def __init__(self, unknown: Sequence[str], missing: Sequence[str], expected: Sequence[str]) -> None:
+        self.unknown, self.missing, self.expected = tuple(unknown), tuple(missing), tuple(expected)
+        wrong = [f"the policy knows no {', '.join(map(repr, unknown))}"] if unknown else []
+        wrong += [f"the observation has no {', '.join(missing)}"] if missing else []
+        hint = "; a camera that the robot does not have is given as None" if {*missing} - {STATE, TASK} else ""
+        super().__init__(f"{', and '.join(wrong)}; an observation holds {', '.join(expected)}{hint}")
+
+
 def check_observation(observation: Mapping[str, Any], slots: Sequence[str], state_dim: int) -> None:
     """Holds an observation against a policy's features.
 
@@ -31,27 +48,30 @@ def check_observation(observation: Mapping[str, Any], slots: Sequence[str], stat
         state_dim: numbers in the state.
 
     Raises:
-        ValueError: for the first thing that does not fit.
+        UnfitKeys: if keys are unknown or missing.
+        ValueError: for the first value that does not fit.
     """
     cameras = [slot for slot in slots if not is_empty(slot)]
     expected = [*cameras, STATE, TASK]
-    if unknown := [key for key in observation if key not in slots and key not in expected]:
-        raise ValueError(
-            f"the policy knows no {', '.join(map(repr, unknown))}; an observation holds {', '.join(expected)}"
-        )
-    if missing := [key for key in expected if key not in observation]:
-        hint = "; a camera that the robot does not have is given as None" if set(missing) & set(cameras) else ""
-        raise ValueError(
-            f"the observation has no {', '.join(missing)}; it must hold {', '.join(expected)} and has "
-            f"{', '.join(observation) or 'nothing'}{hint}"
-        )
+    unknown = [key for key in observation if key not in slots and key not in expected]
+    missing = [key for key in expected if key not in observation]
+    if unknown or missing:
+        raise UnfitKeys(unknown, missing, expected)
     for slot in slots:
         if observation.get(slot) is not None:
             _check_image(slot, observation[slot])
     if cameras and all(observation[slot] is None for slot in cameras):
         raise ValueError(f"{', '.join(cameras)}: got None, expected a picture of at least one camera")
     _check_state(observation[STATE], state_dim)
-    task = observation[TASK]
+    check_task(observation[TASK])
+
+
+def check_task(task: Any) -> None:
+    """Holds an instruction against what one is.
+
+    Raises:
+        ValueError: if it is none.
+    """
     if not isinstance(task, str) or not task.strip():
         raise ValueError(f"{TASK}: got {task!r:.60}, expected an instruction, a text that is not empty")
     if len(task) > _MOST_CHARACTERS:  # it would be tokenised before it is cut, and remembered

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from agent.inference import LoadedPolicy
+    from agent.serving.server import Server
 
 TOKEN = "VLA_SERVE_TOKEN"
 log = logging.getLogger("agent.serve")
@@ -45,18 +46,26 @@ def serve(options: argparse.Namespace) -> None:
     from agent.serving.server import Limits, Server
 
     policy = load_policy(options.checkpoint, options.device, options.dtype, options.tokenizer, options.statistics)
-    translation = Translation(policy, renames)
+    translation = Translation(policy, renames, options.ignore, options.default_prompt)
     metadata = _metadata(policy)
     log.info("%s on %s: %s", policy.pretrained, policy.device, metadata)
     _warm_up(policy, options.max_batch)
     limits = Limits(options.max_batch, options.batch_window_ms, options.max_message_mb, options.log_every)
     server = Server(policy, translation, metadata, token, options.seed, limits)
     try:
-        asyncio.run(server.serve(listener))
+        run(server, listener)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         raise _refusal(options.host, options.port, error) from None
+
+
+def run(server: Server, listener: socket.socket) -> None:
+    """Serves until a signal; ends the process if the policy is still busy then, for Python would wait for its thread."""
+    if not asyncio.run(server.serve(listener)):
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def _metadata(policy: LoadedPolicy) -> dict[str, Any]:
@@ -110,7 +119,13 @@ def _renames(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         theirs, equals, ours = pair.partition("=")
         if not (theirs and equals and ours):
-            raise ValueError(f"--rename: {pair!r} is not of the form CLIENT'S_KEY=KEY_OF_THE_POLICY")
+            raise ValueError(
+                f"--rename: {pair!r} is not of the form CLIENT'S_KEY=KEY_OF_THE_POLICY, or KEY,KEY=observation.state"
+            )
+        if not all(theirs.split(",")) or theirs in renames:
+            raise ValueError(
+                f"--rename: {pair!r}: {'a key is empty' if theirs not in renames else 'it is given twice'}"
+            )
         renames[theirs] = ours
     return renames
 
@@ -151,7 +166,11 @@ def main(arguments: list[str]) -> int:
     add(
         "--seed", type=_whole(0), help="same requests on a connection, same actions; default: drawn for each connection"
     )
-    add("--rename", action="append", default=[], metavar="THEIRS=OURS", help="a client's key for one of the policy's")
+    named = "a client's key for one of the policy's; KEY,KEY=observation.state puts a state together from parts"
+    add("--rename", action="append", default=[], metavar="THEIRS=OURS", help=named)
+    unused = "a client's key, or map of keys, that the policy has no use for; as often as needed"
+    add("--ignore", action="append", default=[], metavar="KEY", help=unused)
+    add("--default_prompt", metavar="TEXT", help="the instruction for requests without one")
     add("--log_every", type=_number, default=60.0, metavar="S", help="seconds between latency lines; default: 60")
     options = parser.parse_args(arguments)
     try:

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _STOPPING = 1001, "the server is stopping"
 _LONGEST = 2000  # characters of a refusal
-_PATIENCE_S = 60.0  # with the requests under way at the end
-_TAKING_S = 30.0  # a client may take for reading what it is sent
+_PATIENCE_S = 8.0  # at the end, with requests under way and with clients: `docker stop` kills after ten seconds
+_OPENING_S = 10.0  # a client may take for its handshake
+_CLOSING_S = 10.0  # and for closing its connection
+_TAKING_S = 30.0  # and for reading what it is sent
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,19 @@ class Server:
             policy.act_each, lambda: len(self._connections), self._latencies, limits.max_batch, limits.window_ms / 1000
         )
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serves on a bound socket until SIGTERM or SIGINT, then finishes the requests under way.
+    async def serve(self, listener: socket.socket) -> bool:
+        """Serves on a bound socket until SIGTERM, SIGINT or SIGHUP, then finishes the requests under way.
+
+        Returns:
+            False if the policy is still at work on one that was given up: only the end of the process ends that.
 
         Raises:
             OSError: if the socket cannot listen.
         """
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # nohup sets SIGHUP to be ignored, and means it.
+        numbers = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        for number in numbers:
             loop.add_signal_handler(number, stop.set)
         server = await websocket_server.serve(
             self._connection,
@@ -97,6 +104,8 @@ class Server:
             compression=None,
             max_size=int(self._limits.max_message_mb * 2**20),
             max_queue=1,  # a client waits for its answer
+            open_timeout=_OPENING_S,
+            close_timeout=_CLOSING_S,
         )
         host, port = listener.getsockname()[:2]
         log.info("serving on ws://%s:%d", f"[{host}]" if ":" in host else host, port)
@@ -104,7 +113,7 @@ class Server:
         report = asyncio.create_task(self._report())
         ended = asyncio.create_task(stop.wait())
         await asyncio.wait([ended, work, report], return_when=asyncio.FIRST_COMPLETED)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             loop.remove_signal_handler(number)  # a second one ends it at once
         if stop.is_set():
             await self._end(server)
@@ -113,16 +122,20 @@ class Server:
                 task.result()  # raises what ended it
             task.cancel()
         self._log_latencies()
+        return not self._batcher.at_work
 
     async def _end(self, server: websocket_server.Server) -> None:
         log.info("stopping, requests under way: %d", len(self._at_work))
         self._stopping = True  # whoever is at work closes its connection afterwards
         server.close(close_connections=False)
-        await asyncio.gather(*(c.close(*_STOPPING) for c in self._connections - self._at_work))
+        idle = self._connections - self._at_work
         try:
-            await asyncio.wait_for(server.wait_closed(), _PATIENCE_S)
-        except TimeoutError:
-            log.warning("gave up on %d requests after %.0f s", len(self._at_work), _PATIENCE_S)
+            async with asyncio.timeout(_PATIENCE_S):
+                await asyncio.gather(*(connection.close(*_STOPPING) for connection in idle))
+                await server.wait_closed()
+        except TimeoutError:  # clients that are in the middle of a message or of their handshake, and do not go on, too
+            text = "gave up on %d requests under way and %d silent clients after %.0f s"
+            log.warning(text, len(self._at_work), len(self._connections - self._at_work), _PATIENCE_S)
             for connection in self._connections:
                 connection.transport.abort()
         log.info("stopped")
@@ -134,8 +147,9 @@ class Server:
         if self._token is None:
             return None
         kind, _, given = (request.headers.get_all("Authorization") or [""])[0].partition(" ")
-        # "Api-Key" is what openpi's client sends. The comparison takes equally long wherever the first difference is.
-        if kind in ("Bearer", "Api-Key") and hmac.compare_digest(
+        # "Api-Key" is what openpi's client sends; the word has no case (RFC 9110). The comparison takes equally long
+        # wherever the first difference is.
+        if kind.lower() in ("bearer", "api-key") and hmac.compare_digest(
             given.strip().encode(errors="surrogateescape"), self._token.encode()
         ):
             return None

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from typing import Any
 
 import msgpack
 import numpy as np
 
 _KINDS = "biuf"  # truth values, whole and real numbers
+
+# What a message may have, far above what a robot sends. Pictures are arrays, whose bytes the largest message bounds; all
+# else is unpacked item by item, while every other client waits.
+_MOST_ENTRIES = 256  # of a map
+_MOST_ITEMS = 4096  # of a list
+_MOST_IN_ALL = 100_000  # entries and items of a message
+_LONGEST_TEXT = 65_536  # bytes, of a key too
+_LONGEST_TYPE = 16  # characters of an array's type
 
 
 def pack(message: dict[str, Any]) -> bytes:
@@ -22,11 +32,23 @@ def unpack(frame: bytes) -> dict[str, Any]:
     Raises:
         ValueError: if the frame is not a msgpack map, or an array in it is not what it says.
     """
+    count = _Count()
     try:
-        message = msgpack.unpackb(frame, object_hook=_array)
-    except _NotAnArray as error:
+        message = msgpack.unpackb(
+            frame,
+            object_pairs_hook=count.entries,
+            list_hook=count.items,
+            max_map_len=_MOST_ENTRIES,
+            max_array_len=_MOST_ITEMS,
+            max_str_len=_LONGEST_TEXT,
+        )
+    except _Refused as error:
         raise ValueError(str(error)) from None
     except (ValueError, TypeError, msgpack.UnpackException) as error:
+        if too_long := re.fullmatch(r"(\d+) exceeds max_(\w+)_len\((\d+)\)", str(error)):
+            number, kind, most = too_long.groups()
+            what = {"map": "a map of {} entries", "array": "a list of {} items", "str": "a text of {} bytes"}[kind]
+            raise ValueError(f"the message has {what.format(number)}, at most {most} are taken{_INSTEAD}") from None
         reason = f"{type(error).__name__}: {error}".rstrip(": ")
         raise ValueError(f"the message of {len(frame)} bytes is no whole msgpack ({reason})") from None
     if not isinstance(message, dict):
@@ -36,8 +58,35 @@ def unpack(frame: bytes) -> dict[str, Any]:
     return message
 
 
-class _NotAnArray(ValueError):
-    """A map that calls itself an array is none."""
+_INSTEAD = "; pictures and long vectors are sent as numpy arrays"
+
+
+class _Refused(ValueError):
+    """A message that is msgpack and is not taken."""
+
+
+class _Count:
+    """Counts what a message holds while it is unpacked, and makes arrays of the maps that are some."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def _add(self, number: int) -> None:
+        self._number += number + 1
+        if self._number > _MOST_IN_ALL:
+            raise _Refused(f"the message has more than {_MOST_IN_ALL} entries and items{_INSTEAD}")
+
+    def items(self, items: list[Any]) -> list[Any]:
+        self._add(len(items))
+        return items
+
+    def entries(self, pairs: list[tuple[Any, Any]]) -> Any:
+        self._add(len(pairs))
+        entry = dict(pairs)
+        if len(entry) < len(pairs):
+            key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise _Refused(f"the message has the key {key!r:.60} twice in a map")
+        return _array(entry)
 
 
 @functools.lru_cache(maxsize=1)
@@ -58,6 +107,8 @@ def _array(entry: dict[Any, Any]) -> Any:
     if b"__ndarray__" not in entry and b"__npgeneric__" not in entry:
         return entry
     try:
+        if len(entry[b"dtype"]) > _LONGEST_TYPE:  # one with fields, which takes long to read
+            raise ValueError(f"its type is {entry[b'dtype']!r:.60}, expected numbers")
         dtype = np.dtype(entry[b"dtype"])
         if dtype.kind not in _KINDS:  # above all, never objects
             raise ValueError(f"its type is {dtype}, expected numbers")
@@ -70,4 +121,4 @@ def _array(entry: dict[Any, Any]) -> Any:
         return np.frombuffer(data, dtype).reshape(shape)
     except (KeyError, TypeError, ValueError, OverflowError, SyntaxError) as error:  # the last: a type like "(2,f4"
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise _NotAnArray(f"an array of the message cannot be read: {reason}") from None
+        raise _Refused(f"an array of the message cannot be read: {reason}") from None
