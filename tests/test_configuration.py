@@ -428,6 +428,20 @@ def test_missing_keys(files: Files) -> None:
         ("parallel", "null", "nothing (null) is not one of ddp, fsdp"),
         ("model_cfg", "null", "expected a mapping with a key 'type' (pi0, magma, spatial-vla, octo), got nothing"),
         ("model_cfg.type", "pi_0", "'pi_0' is not known; did you mean 'pi0'?"),
+        (
+            "model_cfg.type",
+            "pi0fast",
+            "'pi0fast' is π0-FAST, which predicts tokens of actions one after the other: another m",
+        ),
+        ("model_cfg.type", "PI0-FAST", "'PI0-FAST' is π0-FAST"),
+        ("model_cfg.type", "pi05", "'pi05' is π0.5: another model, which cannot be trained here; pi0 can"),
+        ("model_cfg.type", "pi0_5", "'pi0_5' is π0.5"),
+        (
+            "model_cfg.type",
+            "smolvl",
+            "'smolvl' is not known; the nearest name is that of SmolVLA: another model, which",
+        ),
+        ("model_cfg.type", "spatialvla", "'spatialvla' is not known; did you mean 'spatial-vla'?"),
         ("model_cfg.type", "[1]", "[1] is not known; write one of pi0, magma, spatial-vla, octo"),
     ],
 )
@@ -705,6 +719,43 @@ def test_wandb_key_in_netrc(files: Files, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # ── placeholders ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("type_", ["magma", "octo", "spatial-vla"])
+def test_a_placeholder_of_another_tool(files: Files, type_: str) -> None:
+    """INT-ACT's own files have keys of LeRobot's base of all policies, and may have more."""
+    theirs = {
+        "type": type_,
+        "n_obs_steps": 2,
+        "device": "cpu",
+        "use_amp": True,
+        "chunk_size": 4,
+        "action_ensemble_temp": -0.8,
+    }
+    (files.json.parent / "theirs.json").write_text(json.dumps(theirs))
+    files.edit("small.json", "theirs.json")
+    message = files.refused()
+    assert f"model type '{type_}' is a placeholder, its config loads but it cannot be trained" in message
+    assert "unknown key" not in message and "\n" not in message
+
+
+def test_every_policy_of_lerobot_is_told_apart() -> None:
+    """LeRobot's own names, whatever version is installed: none of them is offered another model's name."""
+    import lerobot.policies
+    import lerobot.rewards
+
+    from agent.other_models import unknown_type
+
+    registered = re.compile(r'Config\.register_subclass\((?:name=)?"(\w+)"\)')
+    files = [
+        path
+        for room in (lerobot.policies, lerobot.rewards)
+        for path in Path(room.__path__[0]).rglob("configuration_*.py")
+    ]
+    names = {name for path in files for name in registered.findall(path.read_text(encoding="utf-8"))}
+    assert len(names) > 20 and "pi0_fast" in names
+    for name in names - {"pi0"}:
+        assert "another model, which cannot be trained here; pi0 can" in unknown_type(name, ["pi0", "magma"]), name
 
 
 @pytest.mark.parametrize(("name", "type_"), [("magma", "magma"), ("spatialvla", "spatial-vla"), ("octo", "octo")])

@@ -257,7 +257,7 @@ def mapping(state: str, action: str) -> dict:
 @pytest.mark.parametrize(
     ("target", "changes", "message"),
     [
-        ("lerobot", {"type": "act"}, "config.json is of a model of type 'act'; name a checkpoint of π0"),
+        ("lerobot", {"type": "act"}, "config.json is of a model of type 'act' (ACT); name a checkpoint of π0"),
         ("lerobot", {"type": None}, "config.json names no type of model; name a checkpoint of π0"),
         ("lerobot", {"use_peft": True}, "config.json: use_peft: low-rank adapters are not supported; write false"),
         ("lerobot", {"chunk_sise": 3}, "chunk_sise"),

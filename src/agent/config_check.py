@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import draccus
 
-from agent import older_keys
+from agent import older_keys, other_models
 
 UNKNOWN = "unknown key"
 MISSING = "missing; it has no default"
@@ -71,11 +71,10 @@ def _check_choice(value: Any, kind: Any, path: tuple[str, ...]) -> list[Mistake]
     if not isinstance(value, dict):
         return [_expected(f"a mapping with a key 'type' ({', '.join(choices)})", value, path)]
     name = value.get("type")
+    if "type" not in value:
+        return [Mistake((*path, "type"), f"missing; write one of {', '.join(choices)}")]
     if not isinstance(name, str) or name not in choices:
-        near = difflib.get_close_matches(str(name), choices, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"write one of {', '.join(choices)}"
-        given = f"{_show(name)} is not known" if "type" in value else "missing"
-        return [Mistake((*path, "type"), f"{given}; {hint}")]
+        return [Mistake((*path, "type"), f"{_show(name)} {other_models.unknown_type(str(name), choices)}")]
     return _check_dataclass({k: v for k, v in value.items() if k != "type"}, choices[name], path)
 
 

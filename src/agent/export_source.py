@@ -101,13 +101,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _model_config(pretrained: Path, written: dict[str, Any]) -> Any:
     import draccus
 
+    from agent import other_models
     from agent.models import registry as _registry  # noqa: F401  (registers "pi0")
     from agent.models.base import ModelConfig
 
     path, kind = pretrained / "config.json", written.get("type")
     if kind != "pi0":
         found = "names no type of model" if kind is None else f"is of a model of type {kind!r}"
-        raise ValueError(f'{path} {found}; name a checkpoint of π0, whose config.json has "type": "pi0"')
+        what = "" if kind is None else other_models.title(str(kind))
+        raise ValueError(f'{path} {found}{what}; name a checkpoint of π0, whose config.json has "type": "pi0"')
     try:
         return draccus.decode(ModelConfig, written)
     except draccus.utils.DecodingError as error:

@@ -6,12 +6,12 @@ Importing this module registers the config classes and nothing heavier.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from agent.models.base import ModelConfig
+from agent.models.base import ModelConfig, Reading
 from agent.models.pi0 import configuration as _pi0  # noqa: F401  (registers "pi0")
 
 # type → package that holds model.py, adapter.py and pretrained.py; name of the policy's class
@@ -20,7 +20,11 @@ _IMPLEMENTATIONS = {"pi0": ("agent.models.pi0", "PI0")}
 
 @dataclass
 class PlaceholderConfig(ModelConfig):
-    """A model that other tools of this family train; its config loads, so that they can share the file."""
+    """A model that other tools of this family run; its config loads, so that they can share the file.
+
+    What else such a tool has in its file (INT-ACT: `device`, `use_amp`) is its own business and is passed over: nothing
+    here would obey it, and the file is refused where it would have to.
+    """
 
     pretrained_path: str | None = None
     """Where its weights are published."""
@@ -34,6 +38,12 @@ class PlaceholderConfig(ModelConfig):
     """Its inputs."""
     output_features: dict[str, Any] = field(default_factory=dict)
     """Its outputs."""
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Reading:
+        """See ``ModelConfig``. Only what is known here; a tool's own keys are read by that tool alone."""
+        known = {"type", *(f.name for f in fields(cls))}
+        return Reading({key: value for key, value in values.items() if key in known})
 
     def cannot_train(self) -> str:
         """One line for the user who tries."""

@@ -1,0 +1,68 @@
+"""Policies that other programs of this field have and this one does not: what a config's ``type`` says then.
+
+Without such a list `pi0fast` would be taken for a misspelled `pi0`, which is another model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+# Name of the type, letters and digits alone → what it is. LeRobot 0.6.1's policies and reward models, names that it had
+# before, and the models of INT-ACT and openpi.
+_OTHERS = {
+    "act": "ACT",
+    "diffusion": "Diffusion Policy",
+    "eo1": "EO-1",
+    "evo1": "Evo-1",
+    "fastwam": "FastWAM",
+    "gaussianactor": "the actor of LeRobot's reinforcement learning",
+    "groot": "GR00T",
+    "lingbotva": "LingBot-VA",
+    "molmoact2": "MolmoAct 2",
+    "multitaskdit": "the multi-task diffusion transformer",
+    "openvla": "OpenVLA",
+    "openvlaoft": "OpenVLA-OFT",
+    "pi05": "π0.5",
+    "pi0fast": "π0-FAST, which predicts tokens of actions one after the other",
+    "rewardclassifier": "LeRobot's reward classifier, no policy",
+    "robometer": "Robometer, a reward model and no policy",
+    "sac": "SAC",
+    "sarm": "SARM, a reward model and no policy",
+    "smolvla": "SmolVLA",
+    "tdmpc": "TD-MPC",
+    "topreward": "TOPReward, a reward model and no policy",
+    "vlajepa": "VLA-JEPA",
+    "vqbet": "VQ-BeT",
+    "wallx": "WALL-X",
+    "xvla": "X-VLA",
+}
+
+
+def unknown_type(name: str, choices: Iterable[str]) -> str:
+    """What to say of a ``type`` that is none of the choices, beginning after the name.
+
+    Args:
+        name: as the config has it.
+        choices: the types that are known here.
+    """
+    here = {_plain(choice): choice for choice in choices}
+    plain = _plain(name)
+    if plain not in here and plain in _OTHERS:
+        return f"is {_OTHERS[plain]}: another model, which cannot be trained here; pi0 can"
+    near = difflib.get_close_matches(plain, [*here, *(other for other in _OTHERS if other not in here)], n=1)
+    if not near:
+        return f"is not known; write one of {', '.join(here.values())}"
+    if near[0] in here:
+        return f"is not known; did you mean '{here[near[0]]}'?"
+    return f"is not known; the nearest name is that of {_OTHERS[near[0]]}: another model, which cannot be trained here; pi0 can"
+
+
+def title(name: str) -> str:
+    """What a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
+    return f" ({_OTHERS[_plain(name)]})" if _plain(name) in _OTHERS else ""
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
