@@ -6,13 +6,36 @@
 # the outcome that the run wrote down whether the job is done, has failed for good, goes back into the queue, or is
 # held. What it needs from the site (paths, container) comes from set_path.sh. docs/reliability.md explains it all.
 
-set -u
-
 unset CDPATH # with it, cd may print where it went
-repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
-cd "$repository" || exit 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+
+# set_path.sh is the user's, and may do what a shell can. Where it makes this script impossible it is named.
+refuse_paths() {
+    trap - EXIT
+    echo "set_path.sh ${*//$'\n'/; }; not requeued" >&2
+    exit 2
+}
+problem=$(bash -O extglob -n ./set_path.sh 2>&1) || refuse_paths "cannot be read: $problem"
+! grep -q $'\r$' ./set_path.sh || refuse_paths "has the line ends of Windows; write: sed -i 's/\r\$//' set_path.sh"
+at_hand=("$@") at_home=$PWD at_first=$(set +o; shopt -p)
+trap 'refuse_paths "ended the script (exit code $?), with an exit or with the error above"' EXIT
 # shellcheck source=../set_path.sh
-source ./set_path.sh || exit 2
+source ./set_path.sh || echo "set_path.sh: its last command left with exit code $?; going on" >&2
+# Back as it was: the options of the shell (`set -e` would end this script at the first failure, whose answer it is),
+# traps, folder and arguments.
+eval "$at_first" 2>/dev/null
+trap - EXIT ERR DEBUG RETURN
+IFS=$' \t\n'
+set +e -u -- ${at_hand[@]+"${at_hand[@]}"}
+repository=$at_home
+cd "$repository" || exit 2
+
+# A variable that is set but not exported is meant for the run all the same. Left empty, as in a template, it would be
+# taken for a path or refused; unset, each program has a default of its own.
+for name in VLA_DATA_DIR VLA_LOG_DIR HF_HOME TRANSFORMERS_CACHE UV_CACHE_DIR UV_PYTHON_INSTALL_DIR TORCHINDUCTOR_CACHE_DIR; do
+    if [[ -n "${!name:-}" ]]; then export "${name?}"; else unset "$name"; fi
+done
+export VLA_LOG_DIR="${VLA_LOG_DIR:-$repository/runs}" VLA_WANDB_ENTITY="${VLA_WANDB_ENTITY:-}"
 
 say() { echo "[$(date '+%F %T')] $*"; }
 
@@ -71,9 +94,12 @@ count_cores() {
 # Fills `launcher`, which stands before every command that belongs to the run: the container, or nothing (`env`).
 choose_launcher() {
     launcher=(env)
-    [[ -n "$SINGULARITY_IMAGE" ]] || return 0
+    if [[ -z "${SINGULARITY_IMAGE:-}" ]]; then
+        [[ -z "${OVERLAY_EXT3:-}" ]] || say "no container: OVERLAY_EXT3 is set, SINGULARITY_IMAGE is not (set_path.sh)"
+        return 0
+    fi
     launcher=(singularity exec --nv)
-    [[ -z "$OVERLAY_EXT3" ]] || launcher+=(--overlay "$OVERLAY_EXT3:ro")
+    [[ -z "${OVERLAY_EXT3:-}" ]] || launcher+=(--overlay "$OVERLAY_EXT3:ro")
     # The image brings its own PATH; an overlay usually carries uv in /ext3/uv.
     # shellcheck disable=SC2016  # expanded inside the container
     launcher+=("$SINGULARITY_IMAGE" /bin/bash -c 'PATH="/ext3/uv:$PATH" exec "$@"' bash)

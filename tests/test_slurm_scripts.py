@@ -37,7 +37,11 @@ STEMS = {
     "pi0_demo",
     "pi0_metaworld",
 }
-SHELL_FILES = [ROOT / "set_path.sh", ROOT / "slurms" / "common.sh", *SCRIPTS]
+SHELL_FILES = [
+    *(ROOT / "set_path.sh", ROOT / "slurms" / "common.sh"),
+    *SCRIPTS,
+    *sorted((ROOT / "slurms" / "eval_scripts").glob("*.sh")),
+]
 
 # Every stand-in appends its name and arguments to $CALLS, one unit separator after each, one record separator at
 # the end; arguments may hold newlines.
@@ -888,6 +892,82 @@ def test_set_path_defaults() -> None:
 @pytest.mark.parametrize("name", VARIABLES)
 def test_set_path_keeps_what_is_set(name: str) -> None:
     assert paths(**{name: "/some where/else"})[name] == "/some where/else"
+
+
+INT_ACT = """
+export VLA_DATA_DIR=
+export VLA_LOG_DIR=
+export VLA_WANDB_ENTITY=
+export TRANSFORMERS_CACHE=
+export HF_HOME=
+export UV_CACHE_DIR=
+export UV_PYTHON_INSTALL_DIR=
+export OVERLAY_EXT3=/scratch/overlay.ext3
+"""
+SURVIVED = {
+    "errexit": "set -euo pipefail\n{shipped}",
+    "errexit-fails": "set -e\n{shipped}\nfalse\ntrue\n",
+    "last-is-false": "{shipped}\n[ -d /nowhere ] && export HF_HOME=/nowhere\n",
+    "returns": "{shipped}\nreturn 3\n",
+    "unset-variable": "{shipped}\nexport LD_LIBRARY_PATH=/opt/lib:$LD_LIBRARY_PATH\n",
+    "elsewhere": "{shipped}\ncd /\n",
+    "options": "{shipped}\nset -f; shopt -s nullglob failglob nocasematch; IFS=/; trap 'exit 9' EXIT ERR\n",
+    "arguments": "{shipped}\nset -- something else; repository=/nowhere root=/nowhere\n",
+    "template": INT_ACT,
+    "not-exported": "VLA_LOG_DIR=$HOME/logs; HF_HOME=/my/hub\n",
+    "nothing": "",
+}
+
+
+@pytest.fixture
+def checkout(shell: Shell) -> Path:
+    """A repository of scripts alone, whose set_path.sh is the test's own."""
+    shutil.copytree(ROOT / "slurms", shell.folder / "checkout" / "slurms")
+    return shell.folder / "checkout"
+
+
+@pytest.mark.parametrize("case", SURVIVED)
+def test_what_a_set_path_does_to_the_shell_changes_no_script(shell: Shell, checkout: Path, case: str) -> None:
+    shipped = (ROOT / "set_path.sh").read_text()
+    (checkout / "set_path.sh").write_text(SURVIVED[case].replace("{shipped}", shipped))
+    script = checkout / "slurms" / "train_scripts" / "pi0_demo.sh"
+    written = status("failed", "config", reason="n_updates")
+    ended = shell.run(script, "--name", "a b", FAKE_STATUS=written, FAKE_EXIT="1", VLA_LOG_DIR="", **SLURM_JOB)
+    assert ended.exit_code == 2 and "fail: the configuration has to be corrected first" in ended.text, ended.text
+    assert ended.requeued == [] and ended.torchrun[-2:] == ["--name", "a b"]
+    assert "unbound variable" not in ended.text
+    seen = ended.environment
+    assert seen["PWD"] == str(checkout)
+    assert seen["VLA_LOG_DIR"] == (f"{shell.folder}/home/logs" if case == "not-exported" else f"{checkout}/runs")
+    assert "" not in [seen.get(name) for name in ("HF_HOME", "UV_CACHE_DIR", "VLA_DATA_DIR", "TRANSFORMERS_CACHE")]
+    assert case != "not-exported" or seen["HF_HOME"] == "/my/hub"
+    told = {"last-is-false": "last command left with exit code 1", "returns": "last command left with exit code 3"}
+    told["template"] = "no container: OVERLAY_EXT3 is set, SINGULARITY_IMAGE is not"
+    assert told.get(case, "") in ended.text, ended.text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("exit 0\n", "set_path.sh ended the script (exit code 0), with an exit or with the error above"),
+        ("set -u\necho $NOTHING\n", "set_path.sh ended the script (exit code 1), with an exit or with the error above"),
+        ("if true\n", "set_path.sh cannot be read: ./set_path.sh: line"),
+        ("export HF_HOME=/scratch\r\n", "set_path.sh has the line ends of Windows; write: sed -i 's/\\r$//' set_path.sh"),
+        (None, "set_path.sh cannot be read: bash: ./set_path.sh: No such file"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["train", "eval"])
+def test_a_set_path_that_no_script_survives_is_named(
+    shell: Shell, checkout: Path, content: str | None, said: str, kind: str
+) -> None:
+    if content is not None:
+        (checkout / "set_path.sh").write_text(content)
+    script = checkout / "slurms" / f"{kind}_scripts" / ("pi0_demo.sh" if kind == "train" else "pi0_metaworld.sh")
+    outcome = shell.run(script, FAKE_STATUS=FINISHED, **SLURM_JOB)
+    assert outcome.exit_code == 2 and outcome.requeued == [], outcome.text
+    (line,) = [line for line in outcome.text.splitlines() if line.startswith("set_path.sh ")]
+    assert line.startswith(said) and line.endswith("; not requeued")
+    assert "no repository here" not in outcome.text and not [call for call in outcome.calls if call[0] == "uv"]
 
 
 # ---- the files -------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@
 
 # Under sbatch this file is a copy in SLURM's spool folder; the repository is then where sbatch was called.
 for root in "$(dirname "${BASH_SOURCE[0]}")/../.." "${SLURM_SUBMIT_DIR:-.}" "$PWD"; do
-    [[ ! -f "$root/set_path.sh" ]] || break
+    [[ ! -f "$root/slurms/common.sh" ]] || break
 done
 # shellcheck source=../common.sh
 source "$root/slurms/common.sh" || {
