@@ -255,6 +255,10 @@ conclude() {
         done | fail)
             exit "$exit_code"
             ;;
+        stop) # by a person, for whom it waits
+            say "to continue, run the same command again: ${same_command}" >&2
+            exit "$exit_code"
+            ;;
         requeue | hold)
             put_back "${decision%%:*}" "$job"
             ;;

@@ -58,7 +58,7 @@ def write_run(folder: Path, spec: RunFolderSpec) -> Path:
             stream.write(json.dumps(line | spec.changed_lines.get(step, {})) + "\n")
     attempts = spec.attempts or [attempt(0, spec.updates, 1.79e9)]
     state = {key: attempts[-1][key] for key in ("state", "updated")}
-    status = {"attempts": attempts, "restarts": len(attempts) - 1, "step": spec.updates, "reason": spec.reason, **state}
+    status = {"attempts": attempts, "step": spec.updates, "reason": spec.reason, **state}
     (folder / "status.json").write_text(json.dumps(status | history.summary(attempts)))
     config = {"name": spec.name, "n_updates": spec.updates, "seed": 42, **spec.config}
     (folder / "config.yaml").write_text(json.dumps(config), encoding="utf-8")  # which is YAML too

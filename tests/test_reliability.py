@@ -259,6 +259,21 @@ def test_g8_a_stop_request_at_an_awkward_moment(place: Workplace, server: ForkSe
     run.kill_all()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_save(place: Workplace, server: ForkServer) -> None:
+    run = server.start(
+        place, "twice", "--n_updates", "500", "--eval_freq", "0", hook=("hooks", "slow_save"), SAVE_S="60"
+    )
+    run.wait_for_output("save begins")
+    run.kill(0, signal.SIGINT)
+    run.wait_for_output("once more leaves at once")
+    time.sleep(0.6)  # nearer together they are one press, which torchrun or uv has doubled
+    run.kill(0, signal.SIGINT)
+    output = run.wait(timeout=60)
+    status = place.status("twice")
+    assert (status["state"], status["reason"]) == ("stopped", "Ctrl-C twice") and "Traceback" not in output, output
+    assert "Ctrl-C twice: left at once; " in output and "stopped at update" not in output
+
+
 VALIDATING = ("--eval_size", "12", "--ema_decay", "0.9")  # six batches of two samples, on two ranks
 
 

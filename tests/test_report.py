@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from forked import fork_server
 from launching import Workplace
 from run_folders import RunFolderSpec, attempt, write_run
 
+from agent.locking import lock
 from agent.report import main
 from agent.reporting.axes import linear_ticks, log_ticks, text_width, tick_text
 from agent.reporting.charts import SMALL, Frame, Line, dot_chart, line_chart
@@ -291,6 +293,66 @@ def test_restarts_and_their_cost(tmp_path: Path) -> None:
         one.findtext("title") for svg in page.charts()[:1] for one in svg.iter("line") if one.get("class") == "mark"
     ]
     assert marks == ["attempt 2 begins after update 12", "attempt 4 begins after update 30"]
+
+
+def test_a_run_is_called_running_only_while_a_process_holds_it(tmp_path: Path) -> None:
+    attempts = [attempt(0, 40, 1.79e9, state="running", ended=None, host="node7")]
+    run = write_run(tmp_path / "run", RunFolderSpec(attempts=attempts))
+
+    def shown() -> tuple[str, str, str]:
+        assert report(run) == 0
+        page = Page(run / "report.html")
+        (badge,) = [tag["class"] or "" for _, tag in page.tags if (tag.get("class") or "").startswith("badge ")]
+        return (
+            badge.removeprefix("badge "),
+            page.text(""),
+            next(row for row in page.rows if len(row) == 10 and row[0] == "1")[5],
+        )
+
+    badge, text, ended = shown()  # copied from another machine
+    assert badge == "unknown" and "running on node7; whether it still does is not known" in text
+    assert ended == "running, or killed since"
+    (run / ".lock").write_text("")
+    badge, text, ended = shown()
+    assert badge == "interrupted" and "It was running on node7, but no process holds the run folder" in text
+    assert ended == "without a word: killed, or its node failed"
+    handle = lock(run / ".lock", "job", str)
+    os.write(handle, b"host node7, process 4711")
+    badge, text, ended = shown()
+    assert badge == "running" and "It ran when this page was written: host node7, process 4711" in text
+    assert ended == "running"
+    os.close(handle)
+
+
+def test_a_refused_start_is_told_and_is_no_restart(tmp_path: Path) -> None:
+    refused = {"host": "node1", "started": 1500.0, "updated": 1501.0, "state": "failed", "error_kind": "config"}
+    attempts = [
+        attempt(0, 20, 1000.0, state="stopped", reason="Ctrl-C"),
+        refused | {"reason": "seed: 42 → 7"},
+        attempt(20, 40, 2000.0),
+    ]
+    run = write_run(tmp_path / "run", RunFolderSpec(attempts=attempts))
+    assert report(run) == 0
+    page = Page(run / "report.html")
+    ended = [row[5] for row in page.rows if len(row) == 10][1:]
+    assert ended == ["stopped: Ctrl-C", "refused: seed: 42 → 7", "finished"]
+    assert page.row("restarts") == ["1"]
+
+
+def test_before_the_first_validation_the_starting_weights_are_all_there_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", RunFolderSpec(evaluations=1, config={"eval_freq": 60}))
+    (run / "validation" / "step_00000040.json").rename(run / "validation" / "step_00000000.json")
+    started = json.loads((run / "validation" / "step_00000000.json").read_text()) | {"step": 0, "action_l1": 0.7}
+    (run / "validation" / "step_00000000.json").write_text(json.dumps(started))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    without = [{key: value for key, value in line.items() if not key.startswith("val/")} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in without))
+    assert report(run) == 0
+    page = Page(run / "report.html")
+    assert "No validation" not in page.text() and "no validation" not in page.text()
+    assert "0.7of the starting weights" in page.text("")
+    assert "The curves begin with the first validation in training, at update 60" in page.text("validation")
+    assert "Error by dimension at update 0" in page.text("validation")
 
 
 def test_the_best_evaluation_stands_beside_the_last(tmp_path: Path) -> None:

@@ -103,6 +103,16 @@ def test_starts_are_counted_over_restarts(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "status.json"]
 
 
+def test_a_start_refused_for_its_config_is_no_restart(tmp_path: Path) -> None:
+    for state, kind in (("preempted", None), ("failed", "config"), ("failed", "config"), ("finished", None)):
+        folder = RunFolder(tmp_path)
+        folder.begin_attempt()
+        folder.update(state, 10, error_kind=kind)  # type: ignore[arg-type]
+        folder.close()
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["restarts"], len(status["attempts"])) == (1, 4)
+
+
 def test_the_outcome_carries_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report_attempt("failed", reason="nobody asked")  # no variable, no file
     target = tmp_path / "new" / "status.json"

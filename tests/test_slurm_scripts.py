@@ -138,8 +138,10 @@ end = time.monotonic() + 20
 while not stop.exists() and time.monotonic() < end:
     time.sleep(0.02)
 time.sleep(float(os.environ["FAKE_SAVE_S"]))  # the update, and the checkpoint
-state = {"attempt": os.environ["VLA_ATTEMPT"], "state": "preempted", "error_kind": None, "step": 7}
-status.write_text(json.dumps(state | {"reason": stop.read_text().strip()}))
+reason = stop.read_text().strip()
+state = "stopped" if "Ctrl-C" in reason else "preempted"
+outcome = {"attempt": os.environ["VLA_ATTEMPT"], "state": state, "error_kind": None, "step": 7, "reason": reason}
+status.write_text(json.dumps(outcome))
 print("saved", file=notes)
 sys.exit(1)
 """
@@ -256,6 +258,7 @@ SLURM_JOB = {
         ({"state": "failed", "error_kind": "runtime", "reason": "CUDA"}, 1, "requeue", 1),
         ({"state": "failed"}, 1, "requeue", 1),
         ({"state": "preempted", "reason": "SIGUSR1"}, 0, "requeue", 1),
+        ({"state": "stopped", "reason": "Ctrl-C"}, 1, "stop", 1),
         ({"state": "running"}, 1, "requeue", 1),
         ({"state": "running"}, 0, "requeue", 1),
         (None, 137, "requeue", 1),
@@ -288,6 +291,7 @@ def attempt(state: str, at_start: int, saved: int | None = None, reason: str = "
 
 CRASH, FAILURE, STOP = attempt("running", 5), attempt("failed", 5, reason="CUDA"), attempt("preempted", 5, reason="T")
 PROGRESS = attempt("running", 5, 9)
+REFUSED, STOPPED = attempt("failed", 5) | {"error_kind": "config"}, attempt("stopped", 5)
 
 
 @pytest.mark.parametrize(
@@ -298,6 +302,8 @@ PROGRESS = attempt("running", 5, 9)
         ([CRASH, CRASH, CRASH], "hold"),
         ([CRASH, FAILURE, STOP], "hold"),  # whatever their state
         ([STOP, STOP, STOP], "hold"),  # preempted before the first update each time
+        ([CRASH, REFUSED, STOPPED, CRASH], "requeue"),  # a person's mistakes and stops are no failures of the job
+        ([CRASH, REFUSED, CRASH, STOPPED, CRASH], "hold"),
         ([PROGRESS, CRASH, CRASH], "requeue"),
         ([CRASH, PROGRESS, CRASH], "requeue"),
         ([CRASH, CRASH, PROGRESS], "requeue"),
@@ -576,15 +582,18 @@ def test_a_signal_becomes_a_stop_file_and_kills_nothing(
     assert script.notes == ["started", "saved"], outcome.text
     reason = {USR1: "SIGUSR1 (", TERM: "SIGTERM (", HUP: "SIGHUP (", INT: "Ctrl-C"}[signals[0]]
     assert outcome.text.count("the run saves at its next update and ends") == 1
-    assert f"requeue: preempted at step 7: {reason}" in outcome.text
-    assert outcome.requeued == (["4711"] if variables else [])
+    person = signals == [INT]  # whom the run waits for; no queue takes it back
+    assert f"{'stop: stopped' if person else 'requeue: preempted'} at step 7: {reason}" in outcome.text
+    assert outcome.requeued == (["4711"] if variables and not person else [])
     assert outcome.exit_code == 1
-    if variables:
+    if variables and person:
+        assert r"give the same command again to sbatch: slurms" in outcome.text and r"--name a\ b" in outcome.text
+    elif variables:
         assert outcome.calls[-1][:2] == ["scontrol", "requeue"]
     else:
         assert r"run the same command again: bash " in outcome.text and r"--name a\ b" in outcome.text
     left = [path.suffix for path in (shell.folder / "runs" / ".attempts").iterdir()]
-    assert left == ([".crashes"] if variables else [])  # the stand-in lists itself in no run folder
+    assert left == ([".crashes"] if variables and not person else [])  # the stand-in lists itself in no run folder
 
 
 def test_ctrl_c_twice_ends_the_run_through_torchrun(shell: Shell) -> None:
@@ -952,7 +961,10 @@ def test_what_a_set_path_does_to_the_shell_changes_no_script(shell: Shell, check
         ("exit 0\n", "set_path.sh ended the script (exit code 0), with an exit or with the error above"),
         ("set -u\necho $NOTHING\n", "set_path.sh ended the script (exit code 1), with an exit or with the error above"),
         ("if true\n", "set_path.sh cannot be read: ./set_path.sh: line"),
-        ("export HF_HOME=/scratch\r\n", "set_path.sh has the line ends of Windows; write: sed -i 's/\\r$//' set_path.sh"),
+        (
+            "export HF_HOME=/scratch\r\n",
+            "set_path.sh has the line ends of Windows; write: sed -i 's/\\r$//' set_path.sh",
+        ),
         (None, "set_path.sh cannot be read: bash: ./set_path.sh: No such file"),
     ],
 )

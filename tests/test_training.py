@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from launching import Workplace, kill_all
+from launching import RUN, Workplace, kill_all
 from make_dataset import write_dataset
 
 from agent.checkpoint import TRAINING
@@ -173,7 +175,7 @@ def test_a_second_job_is_refused_while_the_first_lives(place: Workplace) -> None
     kill_all(first)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: str, number: signal.Signals) -> None:
     name = f"stopped_{number.name}"
     process = place.start("--name", name, "--save_model_freq", "1000")
@@ -182,12 +184,65 @@ def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: s
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     status = place.status(name)
-    assert status["state"] == "preempted" and number.name in status["reason"]
+    by_person = number is signal.SIGINT
+    assert status["state"] == ("stopped" if by_person else "preempted"), output
+    assert status["reason"] == ("Ctrl-C" if by_person else "received SIGTERM")
     assert place.checkpoint(name).name == f"step_{status['step']:08d}"
+    assert f"to continue: python {RUN} --config_path {place.folder / 'tiny.yaml'} --name {name} " in last_line(output)
+    assert not by_person or "once more leaves at once" in output
     code, output = place.run("--name", name)
     assert code == 0, output
     losses = [line["loss"] for line in place.metrics(name)]
     assert losses == pytest.approx([line["loss"] for line in place.metrics(through)], rel=1e-5)
+
+
+def last_line(output: str) -> str:
+    """What a person sees last."""
+    return output.strip().splitlines()[-1]
+
+
+def test_ctrl_c_leaves_a_start_at_once(place: Workplace, tmp_path: Path) -> None:
+    told = tmp_path / "status.json"
+    process = place.start("--name", "left", VLA_STATUS_FILE=str(told), VLA_ATTEMPT="7")
+    while not told.exists():  # written before torch is imported
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in output, output
+    record = json.loads(told.read_text())
+    assert (record["attempt"], record["state"], record["reason"]) == ("7", "stopped", "Ctrl-C")
+    assert last_line(output).startswith("Ctrl-C: left at once; to continue: python ")
+
+
+def test_ranks_end_when_their_torchrun_is_killed(place: Workplace) -> None:
+    process = place.start("--name", "orphans", processes=2)  # while they import
+    while len(ranks := [p for p in psutil.Process(process.pid).children() if str(RUN) in p.cmdline()]) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    output = orphaned(process, ranks)
+    assert "torchrun, which started this process, is gone" in output
+    process = place.start(
+        "--name", "orphans", "--n_updates", "5000", "--eval_freq", "0", processes=2
+    )  # while they train
+    place.wait_for_step("orphans", 3, process)
+    output = orphaned(process, psutil.Process(process.pid).children())
+    status = place.status("orphans")
+    assert status["state"] == "preempted" and status["reason"] == "torchrun, which started this process, is gone", (
+        output
+    )
+    assert place.checkpoint("orphans").name == f"step_{status['step']:08d}"
+
+
+def orphaned(process: subprocess.Popen, ranks: list[psutil.Process]) -> str:
+    """Kills torchrun; the output of its ranks, which must end by themselves."""
+    process.kill()
+    _, left = psutil.wait_procs(ranks, timeout=120)
+    for rank in left:
+        rank.kill()
+    output, _ = process.communicate()
+    assert not left, output
+    return output
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace) -> None:

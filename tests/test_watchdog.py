@@ -19,7 +19,7 @@ from agent.watchdog import Watchdog
 def test_a_long_phase_is_over_with_its_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[str] = []
     monkeypatch.setattr(Watchdog, "_end", lambda self, reason: ended.append(reason))
-    dog = Watchdog(0.2, [], lambda reason: None)
+    dog = Watchdog(0.2, lambda reason: None)
     try:
         dog.alive("the start", patience=100)
         time.sleep(0.4)
@@ -52,7 +52,7 @@ def spin():
     while True:
         deep(900)
 
-Watchdog(0, [], print)
+Watchdog(0, print)
 for _ in range(3):
     threading.Thread(target=spin, daemon=True).start()
 sys.stdout.write("ready\\n")

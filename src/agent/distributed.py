@@ -21,9 +21,18 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+BY_HAND = "Ctrl-C"
+"""What a person's stop says, as the answer to SIGINT and in the stop file of slurms/common.sh; see :func:`by_hand`."""
+
 _WRITTEN_WITHIN_S = 0.2
+_ONE_PRESS_S = 0.5
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def by_hand(reason: str) -> bool:
+    """Whether a person has stopped the run, which then waits for that person, and no queue takes it back."""
+    return BY_HAND in reason
 
 
 def lost_a_peer(error: Exception) -> bool:
@@ -75,7 +84,13 @@ class Processes:
         if launch.under_torchrun:
             import torch.distributed as dist
 
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            # Where torchrun keeps the store, it was there before its ranks: one that does not answer never will.
+            kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            meeting = dist.rendezvous("env://", timeout=min(timeout, timedelta(minutes=1)) if kept else timeout)
+            store, rank, world_size = next(meeting)
+            store.set_timeout(timeout)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
             self._control = dist.new_group(backend="gloo", timeout=timeout)
 
     @property
@@ -221,16 +236,35 @@ def _text_of(stop_file: Path) -> str:
     return text
 
 
+def _say(line: str) -> None:
+    # Not a print and no log line: a signal's handler may have interrupted one.
+    begin = "\n" if os.isatty(2) else ""  # below the bar, or the ^C that the terminal shows
+    os.write(2, f"{begin}{line}\n".encode())
+
+
+def _leave(reason: str) -> None:
+    _say(f"{reason}: nothing was started")
+    os._exit(1)
+
+
 class StopRequest:
     """Remembers that somebody asked this process to stop; the training loop looks at every update boundary.
 
     Somebody is a signal to this process, or a file: ``$VLA_STOP_FILE``, which the launching script writes, or ``stop``
     in the run folder, which anybody may. A file reaches a run through torchrun, containers and nodes, where a signal
     to torchrun would end it or never arrive.
+
+    Args:
+        speaks: whether this process answers Ctrl-C with a line; rank 0 does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool = True) -> None:
         self.reason = ""
+        self.can_save = False
+        """Whether the loop has begun. Before, there is nothing to save, and Ctrl-C ends the start at once."""
+        self.leave: Callable[[str], None] = _leave
+        """Ends this process at once, without saving; called with the reason, from a signal's handler or a thread."""
+        self._speaks, self._pressed = speaks, 0.0
         self._files: list[Path] = []
 
     def watch_files(self, run_dir: Path) -> None:
@@ -248,10 +282,29 @@ class StopRequest:
                 self.reason = _text_of(path) or f"asked to by the file {path}"
         return bool(self.reason)
 
+    def abandoned(self, reason: str) -> None:
+        """Nobody waits for this process any more: it saves and stops, or leaves where there is nothing to save."""
+        if self.can_save and not self._pressed:
+            self.reason = self.reason or reason
+            _say(f"{reason}: saving at the next update, and stopping")
+        else:
+            self.leave(reason)
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt  # the second Ctrl-C means now
+        if number == signal.SIGINT:
+            self._on_interrupt()
         self.reason = self.reason or f"received {signal.Signals(number).name}"
+
+    def _on_interrupt(self) -> None:
+        now, first = time.monotonic(), not self._pressed
+        if not first and now - self._pressed < _ONE_PRESS_S:
+            return  # the terminal's and the launcher's, of one press
+        self._pressed = self._pressed or now
+        if not first or not self.can_save:
+            self.leave(BY_HAND if first else f"{BY_HAND} twice")
+        self.reason = BY_HAND
+        if self._speaks:
+            _say(f"{BY_HAND}: saving at the end of this update, and stopping; once more leaves at once")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:

@@ -16,23 +16,30 @@ def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
             ``busy_s``, the seconds that its updates took. An attempt that died before it trained lacks the last three.
 
     Returns:
-        ``updates_redone``: updates that were lost with a crash and done again. ``waited_s``: time between attempts, in
-        a queue for the most part. ``checkpoint_stall_s``: time that training waited for checkpoints.
-        ``first_update_s``: time from the last start to its first update. ``ettr``: the effective-training-time ratio,
-        seconds spent on updates that count over seconds since the first start (Kokolis et al., "Revisiting
-        Reliability in Large-Scale Machine Learning Research Clusters", HPCA 2025).
+        ``restarts``: starts after the first, without those that were refused. ``updates_redone``: updates that were lost
+        with a crash and done again. ``waited_s``: time between attempts, in a queue for the most part.
+        ``checkpoint_stall_s``: time that training waited for checkpoints. ``first_update_s``: time from the last start to
+        its first update. ``ettr``: the effective-training-time ratio, seconds spent on updates that count over seconds
+        since the first start (Kokolis et al., "Revisiting Reliability in Large-Scale Machine Learning Research
+        Clusters", HPCA 2025).
     """
     each = costs(attempts)
     effective = sum(cost["effective_s"] for cost in each)
     last = attempts[-1]
     total = last.get("updated", last["started"]) - attempts[0]["started"]
     return {
+        "restarts": max(sum(not refused(attempt) for attempt in attempts) - 1, 0),
         "updates_redone": int(sum(cost["redone"] for cost in each)),
         "waited_s": round(sum(cost["waited_s"] for cost in each), 1),
         "checkpoint_stall_s": round(sum(attempt.get("checkpoint_stall_s", 0.0) for attempt in attempts), 2),
         "first_update_s": last.get("first_update_s", 0.0),
         "ettr": round(effective / total, 4) if total > 0 else 0.0,
     }
+
+
+def refused(attempt: dict[str, Any]) -> bool:
+    """Whether this start found a mistake to correct (config, data, weights) before it trained."""
+    return attempt.get("state") == "failed" and attempt.get("error_kind") == "config"
 
 
 def costs(attempts: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -61,6 +68,7 @@ def story(attempts: list[dict[str, Any]]) -> list[str]:
     for number, attempt in enumerate(attempts[:-1], start=1):
         state = attempt.get("state", "running")
         ended = "ended without a word (killed, or its node failed)" if state == "running" else state
+        ended = "refused" if refused(attempt) else ended
         reason = f": {attempt['reason']}" if attempt.get("reason") and state != "running" else ""
         did = f"updates {attempt['first_step']} to {attempt['step']}" if "first_step" in attempt else "no update"
         lines.append(f"attempt {number} on {attempt.get('host', '?')}, {did}, {ended}{reason}")

@@ -1,4 +1,4 @@
-"""What becomes of a job whose training process has ended: done, fail, requeue or hold.
+"""What becomes of a job whose training process has ended: done, fail, stop, requeue or hold.
 
 ``slurms/common.sh`` asks this after every attempt::
 
@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent import run_records
+from agent.history import refused
 from agent.run_folder import write_atomically
 
-Action = Literal["done", "fail", "requeue", "hold"]
+Action = Literal["done", "fail", "stop", "requeue", "hold"]
 
 EXIT_CODE_CONFIG = 2
 PATIENCE = 3
@@ -62,6 +63,8 @@ def decide(
             return Decision("done", 0, f"finished at step {step}")
         if state == "failed" and status.get("error_kind") == "config":
             return Decision("fail", EXIT_CODE_CONFIG, f"the configuration has to be corrected first: {reason}")
+        if state == "stopped":
+            return Decision("stop", 1, f"stopped at step {step}: {reason}")
         if state == "running":
             why = f"the run crashed with exit code {exit_code} after its start, without a word"
         elif state in ("preempted", "failed"):
@@ -69,7 +72,8 @@ def decide(
         else:  # damaged; what it was to say is not known
             why = f"the run left with exit code {exit_code}, and its status has an unknown state, {state!r}"
 
-    latest = attempts[-PATIENCE:]
+    # A person's mistakes and stops say nothing of what an attempt can do.
+    latest = [attempt for attempt in attempts if attempt.get("state") != "stopped" and not refused(attempt)][-PATIENCE:]
     # What an attempt began from was saved before it.
     starts = {
         attempt.get("checkpoint_step_at_start") or 0 for attempt in latest if "checkpoint_step_at_start" in attempt
@@ -162,7 +166,7 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             # Uncounted it might start for ever; a disk that takes no line takes no checkpoint either.
             decision = Decision("hold", 1, f"{decision.reason}. This could not be counted: {error}")
-    if job and (decision.action in ("done", "fail") or (attempts and _brought_something(attempts[-1]))):
+    if job and (decision.action in ("done", "fail", "stop") or (attempts and _brought_something(attempts[-1]))):
         (path.parent / f"{job}.crashes").unlink(missing_ok=True)
     print(str(decision).replace("\n", " "))
     return decision.exit_code

@@ -1,33 +1,36 @@
 """Trains one policy: ``torchrun --standalone --nproc_per_node=N src/agent/run.py --config_path config/train/X.yaml``.
 
+One process needs no torchrun: ``python src/agent/run.py …``.
+
 With ``--check true`` nothing is trained; see ``agent.preflight``.
 
 Exit codes: 0 finished (now or earlier), 2 a mistake in the config, the data or the weights, 75 stopped on request
-with a checkpoint saved, 1 anything else.
+with a checkpoint saved, 130 left at once on Ctrl-C (the second one, or one before the first update), 1 anything else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shlex
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line, environment, history
-from agent.distributed import Launch, Processes, StopRequest, choose_device, lost_a_peer, read_launch
+from agent.distributed import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
 from agent.reporting.writing import RunReport
 from agent.run_folder import RunFolder, report_attempt, report_failure
 from agent.simulation import starting
-from agent.watchdog import Watchdog
+from agent.watchdog import Watchdog, watch_launcher
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.train_state import Run
 
-EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED = 0, 1, 2, 75
+EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
 log = logging.getLogger("agent")
 
@@ -37,6 +40,9 @@ def main(arguments: list[str]) -> int:
     launch = Launch()
     try:
         launch = read_launch()
+        stop = StopRequest(speaks=launch.rank == 0)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # other launchers may leave before their processes
+            watch_launcher(stop.abandoned)
         parsed = command_line.parse(arguments, launch.world_size)
     except ValueError as error:
         # torchrun ends all processes when the first one leaves. So every process reports, which rank 0 might not live
@@ -59,7 +65,7 @@ def main(arguments: list[str]) -> int:
         from agent.preflight.check import check
 
         return check(config, launch)
-    with StopRequest().listening() as stop:
+    with stop.listening():
         return execute(config, launch, stop)
 
 
@@ -67,30 +73,39 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
     """Builds and trains; whatever happens is in ``status.json`` and in the exit code."""
     folder: RunFolder | None = None
     opened = False  # by rank 0
-    try:
-        if launch.rank == 0:
-            # Known from here on: a crash while torch is imported or a GPU started is counted to this run.
-            report_attempt("running", reason="starting", run_dir=str(config.run_dir))
-        model_config: Any = config.model_cfg
-        # Longer than any phase may be silent: the watchdog, which prints the stacks, is to be the one that ends a hang.
-        hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
-        processes = Processes(launch, choose_device(launch, model_config.device), timedelta(hours=hours))
-        folder = processes.on_main(lambda: _open_folder(config, stop, processes))
-        opened = True
-        watchdog = Watchdog(
-            config.hang_timeout_minutes * 60, processes.gather(os.getpid()), partial(_report_hang, folder, config)
-        )
-        from agent.building import build
-        from agent.trainer import forget_reported, start_reporting, train
+    stop.leave = lambda reason: _leave(folder, launch, config, reason)
+    watchdog = Watchdog(config.hang_timeout_minutes * 60, lambda reason: _report_hang(folder, config, reason))
+    with contextlib.closing(watchdog):
+        try:
+            if launch.rank == 0:
+                # Known from here on: a crash while torch is imported or a GPU started is counted to this run.
+                report_attempt("running", reason="starting", run_dir=str(config.run_dir))
+            model_config: Any = config.model_cfg
+            # Longer than any phase may be silent: the watchdog, which prints the stacks, is to be what ends a hang.
+            hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
+            processes = Processes(launch, choose_device(launch, model_config.device), timedelta(hours=hours))
+            folder = processes.on_main(lambda: _open_folder(config, stop, processes))
+            opened = True
+            watchdog.neighbours = processes.gather(os.getpid())
+            from agent.building import build
 
-        run = build(config, launch, processes, folder, watchdog)
-    except ValueError as error:
-        return _fail(folder, launch, config, str(error), "config", alone=opened)
-    except Exception as error:
-        log.exception("the run could not be started")
-        alone = opened and not lost_a_peer(error)
-        return _fail(folder, launch, config, _describe(error, config, launch), "runtime", alone=alone)
-    exit_code = EXIT_FAILED
+            run = build(config, launch, processes, folder, watchdog)
+        except ValueError as error:
+            return _fail(folder, launch, config, str(error), "config", alone=opened)
+        except Exception as error:
+            log.exception("the run could not be started")
+            alone = opened and not lost_a_peer(error)
+            return _fail(folder, launch, config, _describe(error, config, launch), "runtime", alone=alone)
+        exit_code = _train(run, launch, stop, watchdog)
+    if folder is not None and exit_code == EXIT_PREEMPTED and "VLA_ATTEMPT" not in os.environ:
+        log.info("%s", _to_continue(launch))  # where a script has started the run, that says what comes next
+    return exit_code
+
+
+def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> int:
+    from agent.trainer import forget_reported, start_reporting, train
+
+    config, folder, processes, exit_code = run.config, run.folder, run.processes, EXIT_FAILED
     try:
         forget_reported(run)
         if run.state.step >= run.plan.n_updates and run.state.unreported is None:
@@ -101,7 +116,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         if launch.rank == 0:
             starting.start(config.eval_cfg, config.run_dir)
         reason = train(run, stop, watchdog)
-        exit_code = _end(folder, "preempted" if reason else "finished", run.state.step, reason)
+        state = "stopped" if by_hand(reason) else "preempted" if reason else "finished"
+        exit_code = _end(folder, state, run.state.step, reason)
         return exit_code
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
@@ -113,9 +129,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
         if folder is not None:
             RunReport(folder.path).write()
         if exit_code != EXIT_FAILED:
-            processes.any(
-                False
-            )  # torchrun ends all once one has left: nobody leaves before rank 0 has closed its files
+            # torchrun ends all once one has left: nobody leaves before rank 0 has closed its files
+            processes.any(False)
             processes.close()
         if folder is not None:
             folder.close()
@@ -155,6 +170,28 @@ def _end(folder: RunFolder | None, state: str, step: int, reason: str) -> int:
     return EXIT_FINISHED if state == "finished" else EXIT_PREEMPTED
 
 
+def _to_continue(launch: Launch) -> str:
+    arguments = sys.orig_argv[1:] if launch.world_size == 1 and not launch.under_torchrun else sys.argv
+    launcher = f"torchrun --standalone --nproc_per_node={launch.world_size}" if launch.under_torchrun else "python"
+    return f"to continue: {'uv run ' if 'UV' in os.environ else ''}{launcher} {shlex.join(arguments)}"
+
+
+def _leave(folder: RunFolder | None, launch: Launch, config: TrainPipelineConfig, reason: str) -> None:
+    """Ends this process at once, with nothing saved, as a kill does. The run's other processes are told on their own."""
+    person = by_hand(reason)
+    if launch.rank == 0:
+        state: Any = "stopped" if person else "failed"
+        kind = None if person else "runtime"
+        if folder is not None:
+            folder.update(state, folder.status["step"], reason, kind)
+        else:
+            report_attempt(state, reason=reason, error_kind=kind, run_dir=str(config.run_dir))
+        step = folder.status["checkpoint_step"] if folder is not None else 0
+        where = f"from the checkpoint at update {step}, " if step else ""
+        os.write(2, f"\n{reason}: left at once; {where}{_to_continue(launch)}\n".encode())
+    os._exit(EXIT_INTERRUPTED if person else EXIT_FAILED)
+
+
 def _fail(
     folder: RunFolder | None,
     launch: Launch,
@@ -189,4 +226,8 @@ def _describe(error: Exception, config: TrainPipelineConfig, launch: Launch) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # while the config is read, or in a check
+        print("\nCtrl-C: stopped; nothing was started", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

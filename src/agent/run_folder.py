@@ -17,7 +17,8 @@ from agent.run_records import read_status, set_aside
 
 log = logging.getLogger(__name__)
 
-State = Literal["running", "preempted", "finished", "failed"]
+State = Literal["running", "stopped", "preempted", "finished", "failed"]
+"""``stopped`` by a person (Ctrl-C), ``preempted`` by a cluster or another program, which starts it again."""
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -54,20 +55,25 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
 
 def holder(path: Path) -> str | None:
     """Who runs in this folder now, None if nobody does or it cannot be told; asks in nobody's way."""
+    return is_held(path)[1]
+
+
+def is_held(path: Path) -> tuple[bool | None, str | None]:
+    """Whether a process runs in this folder, None where that cannot be told, and who it is."""
     try:
         handle = os.open(path / ".lock", os.O_RDONLY)
     except OSError:
-        return None
+        return None, None
     try:
         # Shared, and given back at once: a run that starts in this moment tries again.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return _described_holder(handle)
+        return True, _described_holder(handle)
     except OSError:
-        return None
+        return None, None
     finally:
         os.close(handle)
-    return None
+    return False, None
 
 
 def _described_holder(handle: int) -> str:
@@ -168,7 +174,6 @@ class RunFolder:
                 "checkpoint_step_at_start": self._status.get("checkpoint_step", 0),
             }
         )
-        self._status["restarts"] = len(attempts) - 1
         self.update("running", self._status.get("step", 0), reason="starting")
 
     def note(self, **details: Any) -> None:

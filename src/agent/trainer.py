@@ -60,6 +60,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         batches = _warmed_up(run, iter(loader))
         if not _validated_before(run, stop, watchdog, clock, saver):
             return stop.reasons(processes)
+        stop.can_save = True
         while state.step < run.plan.n_updates:
             watchdog.alive(f"update {state.step + 1}")
             with clock.updating():

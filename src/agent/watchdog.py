@@ -1,4 +1,4 @@
-"""Ends a run that hangs, with every process's stack in the log.
+"""Ends a run that hangs, with every process's stack in the log, and tells a process that nobody waits for it any more.
 
 A collective whose partner is stuck, or a file system that does not answer, blocks for ever and burns GPU hours. Each
 process has a thread that expects a sign of life; when none comes for too long, it prints the stacks of its process and
@@ -14,10 +14,11 @@ import faulthandler
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -27,17 +28,49 @@ _GRACE_S = 3.0  # for the neighbours to print their stacks before the first of u
 EXIT_HUNG = 70
 
 
+def watch_launcher(gone: Callable[[str], None]) -> None:
+    """Calls ``gone``, from a thread, once the process that started this one has ended.
+
+    A rank whose torchrun was killed would train on unseen, or look for torchrun's store for hours, and hold GPU, memory
+    and run folder meanwhile.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        # Where torchrun ended before we asked, the parent is another already; but its store answers no more.
+        refused = _refuses(os.environ)
+        while os.getppid() == parent and not refused:
+            time.sleep(1.0)
+        gone("torchrun, which started this process, is gone")
+
+    threading.Thread(target=watch, name="watch_launcher", daemon=True).start()
+
+
+def _refuses(environment: Mapping[str, str]) -> bool:
+    """Whether nothing listens where torchrun said that it keeps its store."""
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    try:
+        socket.create_connection((environment["MASTER_ADDR"], int(environment["MASTER_PORT"])), timeout=10).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # says nothing about torchrun
+        return False
+    return False
+
+
 class Watchdog:
     """Watches this process from a thread.
 
     Args:
         timeout_s: seconds without a sign of life that end the run; 0 turns the watchdog off.
-        neighbours: process ids of all processes of the run on this node.
         report: called with the reason before the process ends.
     """
 
-    def __init__(self, timeout_s: float, neighbours: list[int], report: Callable[[str], None]) -> None:
-        self._timeout_s, self._neighbours, self._report = timeout_s, neighbours, report
+    def __init__(self, timeout_s: float, report: Callable[[str], None]) -> None:
+        self._timeout_s, self._report = timeout_s, report
+        self.neighbours: list[int] = []
+        """Process ids of the run's processes on this node, once they are known."""
         self._sign = ("", 0.0, timeout_s)
         """What came last: the phase, when it began and how long it may take; one object, which the thread reads whole."""
         self._closed = threading.Event()
@@ -73,7 +106,7 @@ class Watchdog:
         print(f"--- process {os.getpid()}: stacks ---", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         self._report(reason)
-        for pid in self._neighbours:
+        for pid in self.neighbours:
             if pid != os.getpid() and _is_stopped(pid):
                 print(f"--- process {pid} is stopped; its main thread's stack ---", file=sys.stderr, flush=True)
                 _wake_to_dump(pid)

@@ -117,7 +117,7 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
     from agent.saving import Saver
     from agent.watchdog import Watchdog
 
-    watchdog = Watchdog(0, [], lambda _: None)
+    watchdog = Watchdog(0, lambda _: None)
     run = build(config, Launch(), Processes(Launch(), device), None, watchdog)
     saver = Saver(run)
     loader = TrainLoader(

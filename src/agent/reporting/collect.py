@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from agent.reporting.evaluations import Evaluation, read_evaluation
+from agent.run_folder import is_held
 from agent.run_records import read_metrics, read_status
 
 
@@ -54,6 +55,11 @@ class RunRecord:
     """The validation's arrays at the last evaluation, and before it at the best one where that is another."""
     problems: list[str]
     """What could not be read, for the reader of the page."""
+    state: str
+    """What ``status.json`` says, but ``running`` only where a process holds the folder; else ``interrupted``, or
+    ``unknown`` where that cannot be told."""
+    about_state: str
+    """What is known of it besides, a sentence or empty."""
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -87,7 +93,23 @@ def collect(path: Path) -> RunRecord:
     last_step = max(numbers.steps[-1] for numbers in series.values())
     evaluations = _read_evaluations(path / "validation", series, last_step, problems)
     label = str(config.get("name") or path.resolve().name)
-    return RunRecord(path, label, series, lines, last_step, status, config, config_text, evaluations, problems)
+    state = _present_state(path, status)
+    return RunRecord(path, label, series, lines, last_step, status, config, config_text, evaluations, problems, *state)
+
+
+def _present_state(path: Path, status: dict[str, Any]) -> tuple[str, str]:
+    said, reason = str(status.get("state", "unknown")), str(status.get("reason") or "").strip()
+    if said != "running":
+        return said, reason.splitlines()[-1] if reason else ""
+    held, by = is_held(path)
+    if held:
+        return "running", f"It ran when this page was written: {by}."
+    host = (status.get("attempts") or [{}])[-1].get("host", "an unknown host")
+    if held is None:
+        why = "there is no lock that could tell (a copy of the run folder, or a file system without locks)"
+        return "unknown", f"It was running on {host}; whether it still does is not known: {why}."
+    killed = "no process holds the run folder any more: it was killed, or its node failed"
+    return "interrupted", f"It was running on {host}, but {killed}. The same command continues it."
 
 
 def _read_status(path: Path, problems: list[str]) -> dict[str, Any]:

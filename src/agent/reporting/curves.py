@@ -68,6 +68,13 @@ def frame_for(runs: Sequence[RunRecord]) -> Frame:
 def validation_charts(runs: Sequence[RunRecord]) -> str:
     """Loss, action error beside the baselines and fractions within thresholds, over the updates."""
     if not any(key.startswith("val/") for run in runs for key in run.series):
+        if any(run.evaluations for run in runs):
+            due = runs[0].config.get("eval_freq")
+            first = f", at update {due}" if len(runs) == 1 and isinstance(due, int) and due else ""
+            return missing(
+                "Until now only the starting weights were validated; their errors stand below. The curves begin with the "
+                f"first validation in training{first}."
+            )
         return missing(
             "No validation was logged: eval_freq is 0, nothing was held out (data.val), or no evaluation came yet."
         )

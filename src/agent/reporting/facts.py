@@ -30,15 +30,21 @@ def tiles(run: RunRecord) -> str:
     """The few numbers that one looks for first."""
     best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
     lowest = "never finite" if "val/action_l1" in run.series else "no validation"
+    error = best[1] if best else None
     lowest = f"the lowest, at update {best[0]:,}" if best else lowest
     if best and mean and mean[-1]:
         lowest += f"; {best[1] / mean[-1]:.2g} × the mean action's"
+    elif "val/action_l1" not in run.series and run.evaluations:
+        error, lowest = (
+            run.evaluations[-1].policy.action_l1,
+            "of the starting weights; in training none was validated yet",
+        )
     of = f"of {run.planned:,}" if run.planned else ""
     memory = _series(run, "memory_gb").numbers
     shown = [
         ("Updates", number(run.last_step), of),
         ("Training loss", number(_last(run, "loss")), "at the last logged update"),
-        ("Action error", number(best[1] if best else None), lowest),
+        ("Action error", number(error), lowest),
         ("Throughput", number(_median(run, "samples_per_s")), "samples/s, median"),
         ("Waiting for data", percent(_mean(run, "data_wait")), "of the updates' time, mean"),
         ("Peak memory", number(max(memory) if memory else None, "GB"), "of a process"),
@@ -59,7 +65,7 @@ def tiles(run: RunRecord) -> str:
 def numbers(runs: Sequence[RunRecord]) -> str:
     """The final numbers, a column for each run."""
     rows: list[tuple[str, list[str]]] = [
-        ("state", [_state(run) for run in runs]),
+        ("state", [run.state for run in runs]),
         ("updates", [f"{run.last_step:,}" + (f" of {run.planned:,}" if run.planned else "") for run in runs]),
         ("training loss, last logged", [number(_last(run, "loss")) for run in runs]),
         ("training loss, mean of the last tenth", [number(_last_tenth(run)) for run in runs]),
@@ -105,7 +111,7 @@ def _attempts(run: RunRecord, total: int) -> str:
             [
                 str(place), f"{attempt.get('host', '?')}{job}", moment(attempt["started"]),
                 duration(attempt.get("updated", attempt["started"]) - attempt["started"]), did,
-                _end(attempt, is_last=place == len(run.attempts)), number(cost["redone"]),
+                _end(attempt, run.state if place == len(run.attempts) else "interrupted"), number(cost["redone"]),
                 duration(cost["waited_s"]) if place > 1 else NOTHING,
                 duration(attempt.get("first_update_s")), duration(attempt.get("checkpoint_stall_s")),
             ]
@@ -129,15 +135,13 @@ def _span(attempt: dict[str, Any]) -> str:
     return f"{attempt['first_step']:,} to {attempt['step']:,}"
 
 
-def _end(attempt: dict[str, Any], *, is_last: bool) -> str:
+def _end(attempt: dict[str, Any], state_of_run: str) -> str:
     if attempt.get("state", "running") == "running":
-        return "running, or killed since" if is_last else "without a word: killed, or its node failed"
+        found = {"running": "running", "interrupted": "without a word: killed, or its node failed"}
+        return found.get(state_of_run, "running, or killed since")
+    ended = "refused" if history.refused(attempt) else attempt["state"]
     reason = attempt.get("reason")
-    return f"{attempt['state']}: {reason}" if reason else attempt["state"]
-
-
-def _state(run: RunRecord) -> str:
-    return str(run.status.get("state", "unknown"))
+    return f"{ended}: {reason}" if reason else ended
 
 
 def _series(run: RunRecord, key: str) -> Series:

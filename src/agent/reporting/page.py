@@ -70,8 +70,8 @@ def _label_apart(runs: Sequence[RunRecord]) -> None:
 
 
 def _about(run: RunRecord, label: str = "") -> str:
-    state = str(run.status.get("state", "unknown"))
-    known = state if state in ("running", "preempted", "finished", "failed") else "unknown"
+    state = run.state
+    known = state if state in ("running", "stopped", "preempted", "interrupted", "finished", "failed") else "unknown"
     step = run.status.get("step", run.last_step)
     of = f" of {run.planned:,}" if run.planned else ""
     name = f"<b>{breakable(label)}</b> " if label else ""
@@ -80,7 +80,6 @@ def _about(run: RunRecord, label: str = "") -> str:
         when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.status["updated"]))
         parts.append(f", {when}")
     parts.append("</p>")
-    reason = str(run.status.get("reason") or "").strip()
-    if reason:
-        parts.append(paragraph(reason.splitlines()[-1][:300], "note"))
+    if run.about_state:
+        parts.append(paragraph(run.about_state[:300], "note"))
     return "".join(parts) + "".join(missing(problem) for problem in run.problems)
