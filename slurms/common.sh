@@ -256,6 +256,7 @@ conclude() {
             exit "$exit_code"
             ;;
         stop) # by a person, for whom it waits
+            [[ -z "$job" ]] || same_command="sbatch, with the same script and arguments"
             say "to continue, run the same command again: ${same_command}" >&2
             exit "$exit_code"
             ;;

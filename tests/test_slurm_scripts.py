@@ -587,7 +587,7 @@ def test_a_signal_becomes_a_stop_file_and_kills_nothing(
     assert outcome.requeued == (["4711"] if variables and not person else [])
     assert outcome.exit_code == 1
     if variables and person:
-        assert r"run the same command again: bash " in outcome.text and r"--name a\ b" in outcome.text
+        assert "run the same command again: sbatch, with the same script" in outcome.text
     elif variables:
         assert outcome.calls[-1][:2] == ["scontrol", "requeue"]
     else:
