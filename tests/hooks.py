@@ -116,6 +116,24 @@ def memory_exhausted() -> None:
     trainer.train_step = exhausted
 
 
+def report_determinism() -> None:
+    """Before training it is said what kernels torch will choose."""
+    import torch
+
+    from agent import trainer
+
+    train = trainer.train
+    torch.backends.cudnn.benchmark = True
+
+    def reporting(*arguments: Any, **keywords: Any) -> Any:
+        chosen, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+        workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+        print(f"deterministic: {chosen}, benchmark: {benchmark}, workspace: {workspace}", flush=True)
+        return train(*arguments, **keywords)
+
+    trainer.train = reporting
+
+
 def fail_while_ending() -> None:
     """The third update hangs, and fails when the watchdog ends the run, as when the peer of a collective is gone."""
     from agent import trainer

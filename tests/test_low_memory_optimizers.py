@@ -215,6 +215,14 @@ def test_the_norm_is_that_of_float32_and_clipping_rounds_nothing() -> None:
     apply_update(optimizer, 1e-3, 0)
     moment = optimizer.state[model.first.bias]["exp_avg"]
     assert torch.allclose(moment, 0.1 * gradients[1].float() * (0.5 / (norm + 1e-6)), rtol=1e-5)
+    # As torch's clip_grad_norm_ scales where there is hardly a gradient; one below the norm is left as it is.
+    for size, most, scale in ((0.0, 1.0, 1.0), (0.0, 5e-7, 0.5), (1e-6, 5e-7, 0.25), (1e-6, 1e-5, 1.0)):
+        parameter = model.first.bias
+        optimizer.zero_grad(set_to_none=True)
+        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad[0] = size
+        clip_gradients(optimizer, most)
+        assert float(optimizer.gradient_scale) == pytest.approx(scale, rel=0.01)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -124,6 +124,8 @@ def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str
             run.wait_for_step(kill_at)
             run.kill_all()
             assert len(place.status("g5")["attempts"]) == attempt + 1
+            if kill_at > 10:  # since the validation at update 10
+                assert (place.folder / "runs" / "g5" / "report.html").exists()
     assert place.status("g5")["state"] == "finished", output
     for rank in range(4):
         found = records(place, "g5", rank)
@@ -447,6 +449,12 @@ def test_g12_every_step_is_logged_once_after_any_history(place: Workplace, serve
     lines = place.metrics("g12")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert [line["loss"] for line in lines] == pytest.approx([x["loss"] for x in place.metrics(through)], rel=1e-5)
+
+
+def test_deterministic_kernels_are_asked_for(place: Workplace, server: ForkServer) -> None:
+    brief = ("--n_updates", "1", "--eval_freq", "0", "--deterministic", "true")
+    output = server.start(place, "deterministic", *brief, hook=("hooks", "report_determinism")).wait()
+    assert "deterministic: True, benchmark: False, workspace: :4096:8" in output
 
 
 @pytest.mark.parametrize("most", [0.0, 0.25])
