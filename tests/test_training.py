@@ -41,6 +41,12 @@ def test_a_run_leaves_what_the_design_says(place: Workplace, through: str) -> No
     assert [line["samples_seen"] for line in lines] == list(range(8, 168, 8))
     names = set(TIMES) | {"step", "loss", "lr", "grad_norm", "epoch", "samples_seen"}
     assert all(names <= set(line) for line in lines)
+    for line in lines:
+        assert line["samples_per_s"] == pytest.approx(8 / line["step_s"])
+        assert line["eta_s"] == pytest.approx((20 - line["step"]) * line["step_s"])
+        assert 0 <= line["data_wait"] <= line["data_wait_max"] <= 1
+        assert 0.1 < line["memory_gb"] < 10
+        assert line["epoch"] == pytest.approx(line["samples_seen"] / 60)  # one of six episodes of 12 frames is held out
     validated = [line["step"] for line in lines if "val/loss" in line]
     assert validated == [10, 20]
     assert {"val/action_l1", "val/baseline_last_l1", "val/baseline_mean_l1", "val/acc_0.05"} <= set(lines[-1])
