@@ -47,6 +47,13 @@ def record() -> None:
     trainer.train_step = recording
 
 
+def first_narrow_rule() -> None:
+    """A run begins as runs did whose statistics took deviations below 1e-4 for none."""
+    from agent import resuming
+
+    resuming.NARROW_RULE = 1
+
+
 def processor_without_bfloat16() -> None:
     """As PyTorch sees a Xeon before Sapphire Rapids, and most desktop processors."""
     import torch

@@ -179,7 +179,7 @@ def test_a_split_that_reaches_beyond_the_episodes(video, tmp_path):
     info = tmp_path / "copy" / "meta" / "info.json"
     info.write_text(json.dumps({**json.loads(info.read_text()), "splits": {"train": "0:9"}}))
     with pytest.raises(
-        ValueError, match=r"'train' is the episodes 0:9, of which there are 4: correct it there, or name"
+        ValueError, match=r"'train' is the episodes 0:9, of which there are 4: correct it there to FIRST:END"
     ):
         opened(tmp_path / "copy", split="train[:50%]")
 
@@ -294,6 +294,32 @@ def set_episodes(path, name, values):
             r"action as .*, which needs a dtype and",
         ),
         ("meta/info.json", lambda path: set_info(path, video_path=None), r"front is a video and has no video_path"),
+        (
+            "meta/info.json",
+            lambda path: set_info(path, fps=float("nan")),
+            r"info.json has fps nan; copy the file again",
+        ),
+        ("meta/info.json", lambda path: set_info(path, robot_type=["so100"]), r"has robot_type \['so100'\]"),
+        (
+            "meta/info.json",
+            lambda path: set_info(path, data_path="data/chunk-{episode_chunk:03d}/{episode_index}.parquet"),
+            r"info.json has data_path 'data/chunk-\{episode_chunk:03d\}.*cannot be filled in with chunk_index, file_index",
+        ),
+        (
+            "meta/info.json",
+            lambda path: set_info(path, video_path="videos/{camera}.mp4"),
+            r"has video_path 'videos/\{camera\}.mp4', which cannot be filled in with .*video_key \(KeyError: 'camera'\)",
+        ),
+        (
+            "meta/info.json",
+            lambda path: set_feature(path, {"dtype": "float32", "shape": [7], "info": "arm"}),
+            r"has features.action.info 'arm', which must be an object or null",
+        ),
+        (
+            "meta/episodes/*/*.parquet",
+            lambda path: set_episodes(path, "length", [12, 12, 11.5, 12]),
+            r"test/data: length in row 2 of meta/episodes is 11.5, which must be a whole number",
+        ),
         ("meta/tasks.parquet", Path.unlink, r"lacks its episodes/ or tasks.parquet"),
     ],
 )
@@ -303,6 +329,40 @@ def test_damaged_files(video, tmp_path, pattern, damage, message):
     damage(path)
     with pytest.raises(ValueError, match=message):
         opened(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("value", ["all", "0-2", [0, 1], None, "-1:3", "3:1"])
+def test_a_split_that_is_no_pair_of_numbers(video, tmp_path, value):
+    shutil.copytree(video, tmp_path / "copy")
+    info = tmp_path / "copy" / "meta" / "info.json"
+    set_info(info, splits={"train": value})
+    assert len(opened(tmp_path / "copy").episodes) == 4  # it is not asked for
+    said = value if isinstance(value, str) else json.dumps(value)
+    with pytest.raises(
+        ValueError, match=rf"data set test/data: {info} says that split 'train' is the episodes "
+    ) as error:
+        opened(tmp_path / "copy", split="train[:50%]")
+    assert f" {said}, of which there are 4" in str(error.value)
+    set_info(info, splits=["train"])
+    with pytest.raises(ValueError, match=rf"data set test/data: {info} has splits \['train'\]"):
+        opened(tmp_path / "copy", split="train")
+
+
+def test_the_table_of_episodes_counts_by_their_numbers(video, tmp_path):
+    """A merge leaves its rows in any order, and pandas makes floats of their numbers where one was missing."""
+    import pandas as pd
+
+    shutil.copytree(video, tmp_path / "copy")
+    (path,) = (tmp_path / "copy").glob("meta/episodes/*/*.parquet")
+    table = pd.read_parquet(path).iloc[[2, 0, 3, 1]]
+    table = table.astype({"data/file_index": float, "length": "uint32"})
+    table.to_parquet(path)
+    expected, found = opened(video), opened(tmp_path / "copy")
+    for position in (0, 13, 26, 47):
+        one, other = expected.read(position), found.read(position)
+        assert (one.episode, one.frame, one.task) == (other.episode, other.frame, other.task)
+        np.testing.assert_array_equal(one.actions, other.actions)
+        assert one.images[FRONT].equal(other.images[FRONT])
 
 
 def test_a_file_of_the_table_of_episodes_that_lacks_a_column(video, tmp_path):
@@ -439,6 +499,73 @@ def test_empty_instruction(video, tmp_path, tokenizer):
     tasks.to_parquet(path)
     with pytest.raises(ValueError, match=r"instruction of episode 1, frame 0 is empty"):
         built(dataset_config(tmp_path / "copy"), tokenizer=tokenizer, val=ValDataConfig(fraction=0))
+
+
+def numbered(root, numbers, tasks=DEFAULT_TASKS, wanted=(0, 1)):
+    """Writes the table of tasks with these numbers, row by row; the data files have ``wanted`` for the two instructions."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    frame = pd.DataFrame({"task_index": numbers}, index=pd.Index(list(tasks), name="task"))
+    frame.to_parquet(root / "meta" / "tasks.parquet")
+    for path in root.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        number = np.asarray(wanted)[table["episode_index"].to_numpy() % 2]
+        at = table.column_names.index("task_index")
+        pq.write_table(table.set_column(at, "task_index", pa.array(number)), path)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "tasks", "wanted"),
+    [
+        ([1, 0], DEFAULT_TASKS[::-1], (0, 1)),  # rows in another order
+        ([1, 2], DEFAULT_TASKS, (1, 2)),  # from 1
+        ([9, 4, 7], [DEFAULT_TASKS[1], "what no frame has", DEFAULT_TASKS[0]], (7, 9)),  # a subset of a larger one
+        ([0.0, 1.0], DEFAULT_TASKS, (0, 1)),
+    ],
+)
+def test_an_instruction_is_that_of_its_number_and_not_of_its_row(video, tmp_path, tokenizer, numbers, tasks, wanted):
+    from agent.preflight.survey import Survey, _look_at_numbers
+
+    root = tmp_path / "copy"
+    shutil.copytree(video, root)
+    numbered(root, numbers, tasks, wanted)
+    source = opened(root)
+    assert [source.read(position).task for position in (0, 12, 24, 36)] == [*DEFAULT_TASKS, *DEFAULT_TASKS]
+    one, other = (
+        built(dataset_config(path), tokenizer=tokenizer, val=ValDataConfig(fraction=0)) for path in (root, video)
+    )
+    assert one.fingerprint == other.fingerprint
+    np.testing.assert_array_equal(one.reader.sample(0, 0, 12).tokens, other.reader.sample(0, 0, 12).tokens)
+    found = Survey("data", dataset_config(root), chosen=source.chosen)
+    _look_at_numbers(found, source.metadata)
+    assert found.bad == {}
+
+
+@pytest.mark.parametrize(
+    ("numbers", "wanted", "message"),
+    [
+        ([1, 2], (0, 1), r"episode 0, frame 0 is missing \(task 0 in meta/tasks.parquet\)"),
+        (
+            [3, 3],
+            (3, 3),
+            r"test/data: task_index 3 of .*tasks.parquet is both 'push the red button' and 'open the drawer'",
+        ),
+        (
+            [0.5, 1.0],
+            (0, 1),
+            r"test/data: the column task_index of .*tasks.parquet must hold a whole number in each row",
+        ),
+        (["0", None], (0, 1), r"needs one column of instructions|must hold a whole number in each row"),
+    ],
+)
+def test_numbers_of_instructions_that_tell_nothing(video, tmp_path, tokenizer, numbers, wanted, message):
+    root = tmp_path / "copy"
+    shutil.copytree(video, root)
+    numbered(root, numbers, wanted=wanted)
+    with pytest.raises(ValueError, match=message):
+        built(dataset_config(root), tokenizer=tokenizer, val=ValDataConfig(fraction=0))
 
 
 def test_the_fingerprint_knows_which_frame_has_which_instruction(video, tmp_path, tokenizer):

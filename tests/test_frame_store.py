@@ -427,8 +427,9 @@ def test_rows_of_pictures_in_another_order(place, tmp_path):
     table = pq.read_table(path)
     pq.write_table(table.take(np.random.default_rng(0).permutation(len(table))), path)
     assert prepared(place, root, "--data.train.frame_store", "raw", workers=1) == []
-    source = source_of(root, "raw")
-    assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(expected))
+    for kind in ("raw", "none"):
+        source = source_of(root, kind)
+        assert all(source.read(position).images[FRONT].equal(picture) for position, picture in enumerate(expected))
 
 
 def test_transparent_and_missing_pictures(tmp_path):
@@ -438,11 +439,10 @@ def test_transparent_and_missing_pictures(tmp_path):
 
     import pyarrow as pa
     import pyarrow.parquet as pq
-    import torch
     from PIL import Image
 
     from agent.data.frame_parts import Part, _from_data_file
-    from agent.data.source import _as_uint8
+    from agent.data.pictures import stored_picture
 
     picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 4), dtype=np.uint8)
     Image.fromarray(picture).save(file := io.BytesIO(), "png")
@@ -453,8 +453,9 @@ def test_transparent_and_missing_pictures(tmp_path):
     writer = SimpleNamespace(add=lambda episode, _, data: stored.update({episode: np.frombuffer(data, np.uint8)}))
     _from_data_file(part, writer, bad)
     assert list(bad) == [1] and "the picture of frame 0 in" in bad[1]
-    read = _as_uint8(torch.from_numpy(picture).permute(2, 0, 1) / 255)
-    assert stored[0].reshape(3, *SIZE).tolist() == read.tolist() == picture[:, :, :3].transpose(2, 0, 1).tolist()
+    read = stored_picture(rows[0])  # type: ignore[arg-type]
+    assert stored[0].reshape(3, *SIZE).tolist() == read.transpose(2, 0, 1).tolist()
+    assert read.tolist() == picture[:, :, :3].tolist()
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -219,6 +219,60 @@ def test_what_an_earlier_conversion_left_is_not_put_in_its_place(tmp_path, versi
         open_source(DatasetConfig("test/old", root=str(root)), 4, None, 1e-4)
 
 
+@pytest.mark.parametrize("version", ["v2.0", "v2.1"])
+def test_an_empty_line_is_named_before_anything_is_converted(tmp_path, version, capsys):
+    from agent.data import from_v20
+
+    root = write_v2(tmp_path / "data", version)
+    path = root / "meta" / "episodes.jsonl"
+    path.write_text(path.read_text() + "\n")
+    said = f"line {len(LENGTHS) + 1} of {path} is empty"
+    with pytest.raises(ValueError, match=rf"first mend its metadata: {said}.*; then convert it in place"):
+        open_source(DatasetConfig("test/old", root=str(root)), 4, None, 1e-4)
+    if version == "v2.0":
+        assert from_v20.main(["--root", str(root)]) == 2
+        assert said in (told := capsys.readouterr().err)
+        (command,) = re.findall(r"with (sed .*)", told)
+        subprocess.run(shlex.split(command), check=True)
+        assert path.read_text().count("\n") == len(LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "episodes.jsonl",
+            lambda text: text.replace('"length"', '"length'),
+            r"line 1 of .*episodes.jsonl is not valid JSON",
+        ),
+        (
+            "episodes.jsonl",
+            lambda text: "[]\n" + text,
+            r"line 1 of .*episodes.jsonl needs a int `episode_index`, it is \[\]",
+        ),
+        ("tasks.jsonl", lambda text: text.replace('"task"', '"text"'), r"line 1 of .*tasks.jsonl needs a str `task`"),
+        (
+            "info.json",
+            lambda text: text.replace('"chunks_size"', '"chunk_size"'),
+            r"info.json has chunks_size None; copy",
+        ),
+        (
+            "info.json",
+            lambda text: text.replace("{episode_chunk:03d}", "{chunk}"),
+            r"data_path .*cannot be filled in with",
+        ),
+    ],
+)
+def test_metadata_that_cannot_be_converted_are_named(tmp_path, file, change, message, capsys):
+    from agent.data import from_v20
+
+    root = write_v2(tmp_path / "data", "v2.0")
+    path = root / "meta" / file
+    path.write_text(change(path.read_text()))
+    assert from_v20.main(["--root", str(root)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_still_older(tmp_path):
     root = write_v2(tmp_path / "old", "v1.6")
     with pytest.raises(

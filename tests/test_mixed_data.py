@@ -10,6 +10,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two robots, three data sets; the hand's camera and one data set's columns have other names."""
     folder = tmp_path_factory.mktemp("data")
     write_dataset(folder / "arm", episodes=5, length=12)
+    info = json.loads((folder / "arm" / "meta" / "info.json").read_text())
+    info["features"]["observation.state"]["names"] = list("stuvwxy")
+    (folder / "arm" / "meta" / "info.json").write_text(json.dumps(info))
     write_dataset(folder / "arm2", episodes=4, length=9, seed=1)
     wrist = {"observation.images.wrist": (48, 32)}
     write_dataset(folder / "hand", episodes=5, length=14, state_dim=9, action_dim=5, cameras=wrist, seed=2)
@@ -54,7 +58,9 @@ def hand(folder: Path, **settings) -> DatasetConfig:
     return DatasetConfig("lab/hand", str(folder / "hand"), cameras={FRONT: "observation.images.wrist"}, **settings)
 
 
-def built(*datasets: DatasetConfig, val: ValDataConfig | None = None, spec: SampleSpec = SPEC, **settings) -> Data:
+def built(
+    *datasets: DatasetConfig, val: ValDataConfig | None = None, spec: SampleSpec = SPEC, given: Any = None, **settings
+) -> Data:
     return build_data(
         DataConfig(TrainDataConfig(list(datasets), num_workers=0, **settings), val or ValDataConfig()),
         spec,
@@ -63,6 +69,7 @@ def built(*datasets: DatasetConfig, val: ValDataConfig | None = None, spec: Samp
         validation_draw=partial(draw, "validation"),
         normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"},
         tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
+        given=given,
     )
 
 
@@ -134,6 +141,54 @@ def test_data_sets_of_one_robot_share_their_statistics(folder: Path) -> None:
     both = np.concatenate([named.reader.sources[number].columns("action") for number in (0, 2)])
     np.testing.assert_array_equal(named.robots[0].action_statistics.q99, compute_statistics(both).q99)
     assert [robot.name for robot in named.validation.robots] == ["arm", "lab/hand"]
+
+
+def test_states_of_one_robot_are_in_one_order(folder: Path, tmp_path: Path) -> None:
+    joints = [f"joint_{number}" for number in range(7)]
+
+    def both(one: list[str] | None, other: list[str] | None, **settings) -> Data:
+        for name, names in (("arm", one), ("arm2", other)):
+            shutil.copytree(folder / name, tmp_path / name, dirs_exist_ok=True)
+            path = tmp_path / name / "meta" / "info.json"
+            info = json.loads(path.read_text())
+            info["features"]["observation.state"]["names"] = names
+            path.write_text(json.dumps(info))
+        return built(arm(tmp_path), arm(tmp_path, "arm2"), val=ValDataConfig(fraction=0), **settings)
+
+    turned = [joints[1], joints[0], *joints[2:]]
+    said = r"the states of data set lab/arm and data set lab/arm2 are not of the same things: dimension 0 of observation.state "
+    with pytest.raises(
+        ValueError, match=rf"{said}is 'joint_0' in one and 'joint_1' in the other \(the same names in another"
+    ):
+        both(joints, turned)
+    with pytest.raises(ValueError, match=rf"{said}is 'joint_0' in one and 'joint_1.pos' in the other.*`state:`"):
+        both(joints, [f"{name}.pos" for name in turned])
+    apart = both(joints, turned, normalization="per_dataset")
+    assert len(apart.robots) == 2 and apart.robots[1].state_names == tuple(turned)
+    for other in (None, joints, [f"{name}.pos" for name in joints], {"motors": joints}):
+        assert not any("taken for the same" in line for line in both(joints, other).report)  # type: ignore[arg-type]
+    (line,) = [line for line in both(joints, list("abcdefg")).report if "taken for the same" in line]
+    assert line.startswith("WARNING: dimension 0 of observation.state of data set lab/arm is 'joint_0', that of")
+
+
+def test_given_statistics_are_of_the_same_dimensions(folder: Path, tmp_path: Path) -> None:
+    from agent.data.robot_statistics import GivenStatistics
+
+    shutil.copytree(folder / "arm", tmp_path / "arm")
+    path = tmp_path / "arm" / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    info["features"]["observation.state"]["names"] = list("abcdefg")
+    path.write_text(json.dumps(info))
+    values = {name: np.ones(7, np.float32) for name in STATISTIC_NAMES} | {"q01": -np.ones(7, np.float32)}
+    for names, fits in ({}, True), ({"state": list("ABCDEFG")}, True), ({"state": list("bacdefg")}, False):
+        given = GivenStatistics("weights", {"state": values, "action": values}, names)
+        if fits:
+            assert built(arm(tmp_path), given=given).robots[0].state.statistics.std.tolist() == [1] * 7
+            continue
+        with pytest.raises(
+            ValueError, match=r"data.statistics: dimension 0 of observation.state is 'a' in data set lab/arm, and in"
+        ):
+            built(arm(tmp_path), given=given)
 
 
 def test_one_set_of_statistics_is_refused_for_different_robots(folder: Path, tmp_path: Path) -> None:
@@ -335,6 +390,8 @@ def test_a_checkpoint_is_exported_for_either_robot(
     assert export.main([*arguments, "--out", str(tmp_path / "hand"), "--statistics", "lab/hand"]) == 0
     assert "it acts on lab/hand; --statistics exports it for lab/arm" in capsys.readouterr().out
     policies = [load_policy(str(tmp_path / name)) for name in ("arm", "hand")]
+    assert [policy.dimension_names for policy in policies] == [{"observation.state": list("stuvwxy")}, {}]
+    assert load_policy(str(place.folder / "runs" / through), statistics="lab/hand").dimension_names == {}
     assert [(policy.state_dim, policy.action_dim) for policy in policies] == [(7, 7), (9, 5)]
 
     image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)

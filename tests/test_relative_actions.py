@@ -234,6 +234,68 @@ def test_what_cannot_be_relative_is_refused(
         built(root, relative, **settings)
 
 
+def named(root: Path, **names: list[str]) -> None:
+    path = root / "meta" / "info.json"
+    info = json.loads(path.read_text())
+    for key, some in names.items():
+        info["features"]["observation.state" if key == "state" else key]["names"] = some
+    path.write_text(json.dumps(info))
+
+
+MOVED = ["elbow", "shoulder", "wrist", "Gripper_left", "base"]
+
+
+@pytest.mark.parametrize(
+    ("state", "exclude", "message"),
+    [
+        (
+            MOVED,
+            [],
+            r"dimension 0 is 'shoulder' in action, 'elbow' in observation.state \('shoulder' is dimension 1 there\)",
+        ),
+        (
+            [f"{name}.pos" for name in MOVED],
+            [],
+            "dimension 0 is 'shoulder' in action, 'elbow.pos' in observation.state",
+        ),
+        ([f"state.{name}" for name in MOVED], ["gripper"], "dimension 0 is 'shoulder' in action, 'state.elbow' in"),
+        (
+            ["shoulder", "elbow", "wrist", "base", "Gripper_left"],
+            [],
+            r"dimension 3 is 'Gripper_left' in action, 'base' in",
+        ),
+        (["shoulder", "shoulder.vel", "elbow", "elbow.vel", "wrist"], ["gripper"], "dimension 1 is 'elbow' in action"),
+        (["shoulder", "elbow", "wrist", "base", "Gripper_left"], ["gripper"], None),  # which stays absolute
+        ([f"{name}.pos" for name in [*NAMES, "base"]], [], None),
+        ([f"state_{number}" for number in range(5)], [], None),  # no name of an action among them
+        (["x", "y", "z", "gripper", "pad"], [], None),
+        (["one name"], [], None),
+    ],
+)
+def test_an_action_is_relative_to_the_state_of_its_own_joint(
+    root: Path, tmp_path: Path, state: list[str], exclude: list[str], message: str | None
+) -> None:
+    import shutil
+
+    shutil.copytree(root, tmp_path / "arm")
+    named(tmp_path / "arm", state=state)
+    if message is None:
+        data = built(tmp_path / "arm", RelativeActions(exclude, None))
+        assert data.fingerprint == built(root, RelativeActions(exclude, None)).fingerprint
+        return
+    with pytest.raises(ValueError, match=message):
+        built(tmp_path / "arm", RelativeActions(exclude, None))
+    built(tmp_path / "arm", None)  # absolute actions are of no state
+
+
+def test_names_of_the_config_are_not_those_of_the_data_set_in_another_order(root: Path) -> None:
+    built(root, RelativeActions([], ["a", "b", "c", "d"]))
+    with pytest.raises(
+        ValueError, match=r"is 'shoulder', and in model_cfg.action_feature_names 'elbow'.*leave that out"
+    ):
+        built(root, RelativeActions([], MOVED[:4]))
+
+
 def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -169,6 +169,7 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes, own: Seque
             relative=RelativeActions(model.relative_exclude_joints, model.action_feature_names)
             if model.use_relative_actions
             else None,
+            narrow_rule=resuming.narrow_rule(own),
         )
     )
     for line in data.report:
@@ -196,7 +197,9 @@ def _given_statistics(config: TrainPipelineConfig, own: Sequence[Path]) -> Given
         log.info("statistics from %s, for load_from_checkpoint is not there any more (%s)", own[0], error)
         files = weights.find_weights(str(own[0] / PRETRAINED), "resume")
     try:
-        return GivenStatistics(reference, registry.adapter(config.model_cfg).read_statistics(files, config.model_cfg))
+        names = registry.deployment(config.model_cfg).dimension_names(files[0].parent)
+        values = registry.adapter(config.model_cfg).read_statistics(files, config.model_cfg)
+        return GivenStatistics(reference, values, {key.rpartition(".")[2]: some for key, some in names.items()})
     except ValueError as error:
         raise ValueError(
             f"data.statistics: checkpoint: {error}; write dataset, or another load_from_checkpoint"

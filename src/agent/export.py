@@ -131,7 +131,7 @@ def _small_files(
         documents["config.json"] = dict(documents["config.json"])
         if not is_hub_id(documents["config.json"].get("pretrained_path") or ""):
             documents["config.json"]["pretrained_path"] = None  # a folder of this machine
-        for path in sorted(source.pretrained.glob("policy_*")):
+        for path in sorted([*source.pretrained.glob("policy_*"), *source.pretrained.glob("dimension_names.json")]):
             files[path.name] = path.read_bytes()
         files |= deployed.processors if deployed is not None else {}
         if PREPROCESSOR in files:

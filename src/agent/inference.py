@@ -44,6 +44,7 @@ class LoadedPolicy:
         device: torch.device,
         source: Source,
         robot: str | None,
+        names: Mapping[str, list[str]] | None = None,
     ) -> None:
         self._policy, self._processors, self._tokens = policy, processors, tokens
         self.config = policy.config
@@ -56,6 +57,8 @@ class LoadedPolicy:
         """For people."""
         self.robot = robot
         """Of a policy that was trained on several robots, each with statistics of its own: the one it acts on."""
+        self.dimension_names = dict(names or {})
+        """``observation.state`` and ``action`` → names of their dimensions, where the training data had them."""
 
     @property
     def cameras(self) -> dict[str, tuple[int, ...]]:
@@ -218,6 +221,7 @@ def load_policy(
             f"{source.pretrained / 'config.json'}: input_features has no {STATE}, or output_features no {ACTION}, so that "
             "nobody knows what the policy sees; it needs both"
         )
+    names = deployment.dimension_names(source.pretrained, instead)
     processors = read_processors(source.pretrained, config.state_dim, config.action_dim, instead)
 
     import torch  # after what is quickly found to be wrong
@@ -232,7 +236,7 @@ def load_policy(
     policy.to_empty(device=target)
     adapter = registry.adapter(config)
     load_into(policy.state_dict(), source.files, partial(adapter.from_lerobot, config=config), adapter.fit)
-    return LoadedPolicy(policy.eval().requires_grad_(False), processors, tokens, target, source, robot)
+    return LoadedPolicy(policy.eval().requires_grad_(False), processors, tokens, target, source, robot, names)
 
 
 def _device(name: str | None) -> torch.device:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from typing import Any
 import torch
 
 from agent import weights
-from agent.checkpoint import PRETRAINED_EMA, CheckpointStore
+from agent.checkpoint import PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
+from agent.data.normalization import NARROW_RULE
 from agent.distributed import Processes
 from agent.ema import Ema
 from agent.manifest import Verification
@@ -133,7 +136,31 @@ def _load(
     return restore(path, optimizer, policy, checksums)
 
 
+def narrow_rule(found: Sequence[Path]) -> int:
+    """What the statistics of a run take for narrow: what its checkpoints say, the newest that can be read; else the rule of now.
+
+    Raises:
+        ValueError: if it is a rule that is not known here.
+    """
+    for path in found:
+        try:
+            rule = json.loads((path / TRAINING / "state.json").read_text(encoding="utf-8")).get("narrow_rule", 1)
+        except (OSError, ValueError, AttributeError):  # damaged, which is found out where it is loaded
+            continue
+        if rule not in range(1, NARROW_RULE + 1):
+            raise ValueError(
+                f"{path / TRAINING / 'state.json'} has narrow_rule {rule!r}, and this program knows rules 1 to {NARROW_RULE}: "
+                "continue the run with the version of this program that wrote it, or copy the checkpoint again"
+            )
+        return rule
+    return NARROW_RULE
+
+
 def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> None:
+    if (rule := narrow_rule([checkpoint])) != data.narrow_rule:  # a newer checkpoint said otherwise and was damaged
+        raise RuntimeError(
+            f"the data were normalised by rule {data.narrow_rule}, the checkpoint has {rule}; start again"
+        )
     changes = changes_since_checkpoint(checkpoint, config, data.fingerprint)
     if changes and not config.resume_changes:
         raise ValueError(

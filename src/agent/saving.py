@@ -20,7 +20,7 @@ from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING
 from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
-from agent.data.robot import robots_document
+from agent.data.robot import names_document, robots_document
 from agent.models import registry
 from agent.parallelize import is_sharded_module
 from agent.replicas import check_replicas
@@ -158,7 +158,8 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     """The tensor files of a checkpoint, and a function that writes its small files, with the values of now."""
     robot = run.data.robots[0]
     statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
-    contents = partial(registry.pretrained_contents(run.config.model_cfg), robots=robots_document(run.data.robots))
+    further = {"robots": robots_document(run.data.robots), "names": names_document(robot)}
+    contents = partial(registry.pretrained_contents(run.config.model_cfg), **further)
     weights = run.policy.state_dict()
     versions = {PRETRAINED: weights} | ({PRETRAINED_EMA: run.ema.state(weights)} if run.ema is not None else {})
     files: dict[str, dict[str, Tensor]] = {}
@@ -171,6 +172,7 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optim.optimizer_tensors(run.optimizer, run.policy)
     details = {
         "data_fingerprint": run.data.fingerprint,
+        "narrow_rule": run.data.narrow_rule,
         "world_size": run.processes.world_size,
         "torch": torch.__version__,
     }

@@ -71,8 +71,10 @@ def run(server: Server, listener: socket.socket) -> None:
 def _metadata(policy: LoadedPolicy) -> dict[str, Any]:
     """What a client is told when it connects."""
     robot = {} if policy.robot is None else {"robot": policy.robot}
+    names = {f"{feature.rpartition('.')[2]}_names": some for feature, some in policy.dimension_names.items()}
     return {
         **robot,
+        **names,
         "policy": policy.config.type,
         "checkpoint": policy.name,
         "cameras": {slot: list(shape) for slot, shape in policy.cameras.items()},

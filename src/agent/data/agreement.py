@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.data.robot_statistics import names_of_action
+from agent.data.dimension_names import alike, misplaced
+from agent.data.robot_statistics import names_of_action, names_of_state
 from agent.data.source import Source
 
 
 def check_agreement(sources: Sequence[Source], robots: Sequence[str]) -> list[str]:
-    """Compares frame rates and names of the action dimensions of the data sets that are normalised together.
+    """Compares frame rates and names of the dimensions of state and action of the data sets that are normalised together.
 
     Args:
         sources: all data sets, of training and validation.
@@ -22,15 +23,20 @@ def check_agreement(sources: Sequence[Source], robots: Sequence[str]) -> list[st
         ValueError: naming two data sets of one robot that differ, and what to write.
     """
     first: dict[str, Source] = {}
+    notes: list[str] = []
     for source, robot in zip(sources, robots, strict=True):
         other = first.setdefault(robot, source)
         _check_rates(other, source)
-        _check_names(other, source)
+        if (note := _check_names(other, source)) is not None and note not in notes:
+            notes.append(note)
     rates = {robot: _rate(source) for robot, source in first.items()}
     if len(set(rates.values())) < 2:
-        return []
+        return notes
     listed = ", ".join(f"{robot} {rate:g}" for robot, rate in rates.items())
-    return [f"WARNING: the robots' frames a second differ ({listed}): a chunk of actions lasts longer for some of them"]
+    return [
+        *notes,
+        f"WARNING: the robots' frames a second differ ({listed}): a chunk of actions lasts longer for some of them",
+    ]
 
 
 _APART = "or, if each is to keep its own, let them be robots apart: data.train.normalization: per_dataset"
@@ -51,15 +57,24 @@ def _check_rates(one: Source, other: Source) -> None:
     )
 
 
-def _check_names(one: Source, other: Source) -> None:
-    mine, theirs = names_of_action(one), names_of_action(other)
-    if mine is None or theirs is None or mine == theirs:
-        return
-    assert len(mine) == len(theirs), "checked with the features"
-    dim = next(dim for dim, pair in enumerate(zip(mine, theirs, strict=True)) if pair[0] != pair[1])
-    order = " (the same names in another order)" if sorted(mine) == sorted(theirs) else ""
-    raise ValueError(
-        f"the actions of {one} and {other} are not of the same things: dimension {dim} of {one.config.action} is "
-        f"{mine[dim]!r} in one and {theirs[dim]!r} in the other{order}. Correct the names in meta/info.json if they mean the "
-        f"same, or name another column with `action:`; {_APART}"
-    )
+def _check_names(one: Source, other: Source) -> str | None:
+    """What is to be said of names of the state that have nothing in common; an action's must be the same."""
+    for what, names in (("action", names_of_action), ("state", names_of_state)):
+        mine, theirs = names(one), names(other)
+        if mine is None or theirs is None or all(same := alike(mine, theirs)):
+            continue
+        assert len(mine) == len(theirs), "checked with the features"
+        dim, where = misplaced(mine, theirs, range(len(mine))) or (same.index(False), "")
+        keys = [getattr(source.config, what) for source in (one, other)]
+        if not where and what == "state":  # poses and joints, say, or x and state_0, which may be the same
+            return (
+                f"WARNING: dimension {dim} of {keys[0]} of {one} is {mine[dim]!r}, that of {other} {theirs[dim]!r}: they are "
+                "taken for the same"
+            )
+        order = " (the same names in another order)" if sorted(mine) == sorted(theirs) else ""
+        raise ValueError(
+            f"the {what}s of {one} and {other} are not of the same things: dimension {dim} of {keys[0]} is "
+            f"{mine[dim]!r} in one and {theirs[dim]!r} in the other{order}. Correct the names in meta/info.json if they mean the "
+            f"same, or name another column with `{what}:`; {_APART}"
+        )
+    return None

@@ -17,6 +17,7 @@ from agent.data.frame_store import WantedStore
 from agent.data.loader import DataConfig, start_fork_server
 from agent.data.metadata import spelled
 from agent.data.mixture import Mixture
+from agent.data.normalization import NARROW_RULE
 from agent.data.reader import Draw, SampleReader
 from agent.data.robot import Robot
 from agent.data.robot_names import assign_robots
@@ -47,6 +48,8 @@ class Data:
     """How states and actions are normalised. The first is the one that a checkpoint's processors are made for."""
     fingerprint: str
     """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
+    narrow_rule: int
+    """What the statistics take for narrow, see ``agent.data.normalization.made_safe``."""
     report: list[str]
     """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
 
@@ -81,6 +84,7 @@ def build_data(
     task_paraphrase: str | None = None,
     given: GivenStatistics | None = None,
     relative: RelativeActions | None = None,
+    narrow_rule: int = NARROW_RULE,
 ) -> Data:
     """Opens and verifies all data of a run.
 
@@ -95,6 +99,7 @@ def build_data(
         task_paraphrase: a JSON of instruction → paraphrases, for training samples.
         given: statistics to normalise with, instead of those of the training frames.
         relative: that actions are learnt relative to the state; None for absolute ones.
+        narrow_rule: what the statistics take for narrow; of a run that is continued, the one that it began with.
 
     Raises:
         ValueError: on anything wrong with the data or its config, before a sample is read.
@@ -114,7 +119,7 @@ def build_data(
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
     digest = xxhash.xxh3_128()
     robots, notes = make_robots(
-        training, names[: len(training)], mixture.shares, normalization_mapping, given, relative, digest
+        training, names[: len(training)], mixture.shares, normalization_mapping, given, relative, digest, narrow_rule
     )
     report += notes
     if len(robots) > 1:
@@ -133,9 +138,10 @@ def build_data(
     order = {task: number for number, task in enumerate(tasks)}
     for source in training:
         # which frame has which instruction, whatever its number is in meta/tasks.parquet
-        number = np.asarray([order.get(task, -1) for task in source.metadata.tasks])
+        known = np.asarray(sorted(source.metadata.tasks))
+        number = np.asarray([order.get(source.metadata.tasks[index], -1) for index in known.tolist()])
         for block in source.blocks("task_index"):
-            digest.update(number[block[:, 0].astype(np.int64)])
+            digest.update(number[np.searchsorted(known, block[:, 0].astype(np.int64))])
     for source in [*training, *validation]:
         source.table.release()  # every page was touched
     texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
@@ -163,6 +169,7 @@ def build_data(
         else None,
         robots=[robots.pop(deployed), *robots.values()],
         fingerprint=digest.hexdigest(),
+        narrow_rule=narrow_rule,
         report=report,
     )
 

@@ -36,18 +36,13 @@ def choose_episodes(metadata: Metadata, numbers: Sequence[int] | None, split: st
 
 def _slice_of(split: str, metadata: Metadata, name: str) -> np.ndarray:
     match = re.fullmatch(r"(\w+)(?:\[(-?[\d.]+%?)?:(-?[\d.]+%?)?\])?", split.replace(" ", ""))
-    splits = metadata.info.get("splits") or {"train": f"0:{metadata.total_episodes}"}
+    splits = metadata.splits()
     if match is None or match[1] not in splits:
         raise ValueError(
             f"{name}: split {split!r} is not understood; write one of {', '.join(sorted(splits))}, whole or as a "
             "slice of its episodes: train[:95%], train[5%:], train[10:200]"
         )
-    first, last = (int(end) for end in splits[match[1]].split(":"))
-    if not 0 <= first <= last <= metadata.total_episodes:
-        raise ValueError(
-            f"{name}: meta/info.json says that split {match[1]!r} is the episodes {splits[match[1]]}, of which there are "
-            f"{metadata.total_episodes}: correct it there, or name `episodes` instead of `split`"
-        )
+    first, last = metadata.split(match[1])
     episodes = np.arange(first, last)
     try:
         chosen = episodes[slice(*(_bound(text, len(episodes)) for text in match.groups()[1:]))]

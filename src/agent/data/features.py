@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from agent.data.pictures import check_pictures
 from agent.data.source import Source
 from agent.data.transforms import SampleSpec
 
@@ -59,6 +60,8 @@ def check_features(
             notes.append(f"{source}: `cameras` leaves out {', '.join(left_out)}")
     if tables:
         raise ValueError("\n\n".join(dict.fromkeys(tables)))  # a held-out part has those of its data set
+    for source in sources:
+        check_pictures(source)
     return spec, notes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
 from agent.data.orphans import end_with_parent
+from agent.data.pictures import NoColours, check_frame, stored_picture
 from agent.data.transforms import fitted_size
 
 if TYPE_CHECKING:
@@ -144,7 +144,12 @@ class _Writer:
 
 
 def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
-    """A decoded frame as the part keeps it."""
+    """A decoded frame as the part keeps it.
+
+    Raises:
+        NoColours: if it has no colours of 8 bits.
+    """
+    check_frame(frame)
     plane = _converter().reformat(frame, format="rgb24").planes[0]
     # ``to_ndarray`` would copy it.
     rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
@@ -211,7 +216,7 @@ def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
                 writer.add(*owners[done], encoded(part, picture))
                 done += 1
             return
-        except (av.FFmpegError, FrameMissing) as error:
+        except (av.FFmpegError, FrameMissing, NoColours) as error:
             episode, frame = owners[done]
             bad[episode] = f"{part.source} cannot be decoded at frame {frame} of the episode ({error})"
             episodes = episodes[episodes.index(episode) + 1 :]  # what is behind the damage may be whole
@@ -260,7 +265,6 @@ def decode(path: Path, times: np.ndarray) -> Iterator[av.VideoFrame]:
 def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from PIL import Image, UnidentifiedImageError
 
     try:
         column = pq.read_table(part.source, columns=[part.camera])[part.camera]
@@ -270,16 +274,10 @@ def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
     for episode, rows in part.episodes.items():
         for frame, row in enumerate(rows.tolist()):
             try:
-                picture = column[row].as_py()
-                data = io.BytesIO(picture["bytes"]) if picture["bytes"] is not None else picture["path"]
-                with Image.open(data) as image:
-                    pixels = np.array(image)
-            except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:  # the last where there is none
+                pixels = stored_picture(column[row].as_py())
+            except (NoColours, OSError, SyntaxError, TypeError) as error:  # the last where there is none
                 bad[episode] = f"the picture of frame {frame} in {part.source} cannot be read ({error})"
                 break
-            if pixels.ndim == 2:
-                pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-            pixels = pixels[:, :, :3]  # without transparency, as the reader takes it
             writer.add(episode, frame, _resized(part, pixels, halved_colours=False))
 
 

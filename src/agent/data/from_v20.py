@@ -7,7 +7,6 @@ LeRobot's functions, and its converter does the rest. The data set as it was sta
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -20,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from agent.data.info_file import check_v2_info, read_json_object, read_lines
 from agent.data.orphans import end_with_parent
+from agent.data.pictures import NoColours, raw_picture, stored_picture
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     root = options.root.expanduser().absolute()
     try:
         _to_v21(root, options.processes)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         print(f"{root} cannot be converted: {error}", file=sys.stderr)
         return 2
     from lerobot.scripts.convert_dataset_v21_to_v30 import convert_dataset
@@ -44,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _to_v21(root: Path, processes: int) -> None:
     from tqdm import tqdm
 
+    name = f"data set {root.name}"
     info_file = root / "meta" / "info.json"
-    info = json.loads(info_file.read_text())
+    info = read_json_object(name, info_file)
     if info.get("codebase_version") != "v2.0":
         raise ValueError(f"{info_file} says {info.get('codebase_version')}, not v2.0")
     old = root.with_name(f"{root.name}_old")
@@ -53,9 +55,12 @@ def _to_v21(root: Path, processes: int) -> None:
         raise ValueError(
             f"LeRobot's converter would replace it by {old}, of an earlier conversion: move that away, or delete it"
         )
-    episodes = [
-        json.loads(line)["episode_index"] for line in (root / "meta" / "episodes.jsonl").read_text().splitlines()
-    ]
+    check_v2_info(name, info_file, info)
+    episodes = [row["episode_index"] for row in read_lines(name, root / "meta" / "episodes.jsonl", episode_index=int)]
+    for _ in read_lines(
+        name, root / "meta" / "tasks.jsonl", task_index=int, task=str
+    ):  # which LeRobot's converter reads
+        pass
     target = root / "meta" / "episodes_stats.jsonl"
     unfinished = target.with_suffix(".partial")
     with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool, unfinished.open("w") as file:
@@ -70,11 +75,20 @@ def _to_v21(root: Path, processes: int) -> None:
 
 def _statistics(root: Path, info: dict[str, Any], episode: int) -> dict[str, dict[str, list]]:
     """Of every feature of one episode, as LeRobot computes them."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
     from lerobot.datasets.compute_stats import get_feature_stats
 
     place = {"episode_chunk": episode // info["chunks_size"], "episode_index": episode}
-    table = pq.ParquetFile(root / info["data_path"].format(**place)).read()
+    path = root / info["data_path"].format(**place)
+    try:
+        table = pq.ParquetFile(path).read()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy it again") from error
+    if missing := [
+        key for key, feature in info["features"].items() if _in_table(feature) and key not in table.column_names
+    ]:
+        raise ValueError(f"{path} has no column {', '.join(missing)}, which meta/info.json describes; copy it again")
     stats: dict[str, dict[str, np.ndarray]] = {}
     for key, feature in info["features"].items():
         if feature["dtype"] == "string":
@@ -88,6 +102,10 @@ def _statistics(root: Path, info: dict[str, Any], episode: int) -> dict[str, dic
             values = np.asarray(table[key].to_pylist())
             stats[key] = get_feature_stats(values, axis=0, keepdims=values.ndim == 1)
     return {key: {name: value.tolist() for name, value in values.items()} for key, values in stats.items()}
+
+
+def _in_table(feature: dict[str, Any]) -> bool:
+    return feature["dtype"] not in ("string", "video")
 
 
 def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
@@ -105,11 +123,14 @@ def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
 def _stored_pictures(column: Any) -> Iterator[np.ndarray]:
     """The same of pictures in a data file."""
     from lerobot.datasets.compute_stats import auto_downsample_height_width, sample_indices
-    from PIL import Image
 
     for number in sample_indices(len(column)):
-        picture = Image.open(io.BytesIO(column[number].as_py()["bytes"])).convert("RGB")
-        yield auto_downsample_height_width(np.asarray(picture).transpose(2, 0, 1))
+        entry = column[number].as_py()
+        try:
+            picture = stored_picture(entry)
+        except NoColours:  # depths, say, in their own unit, which is not divided by 255 with the others
+            picture = 255.0 * np.repeat(np.atleast_3d(raw_picture(entry))[:, :, :1], 3, axis=2)
+        yield auto_downsample_height_width(picture.transpose(2, 0, 1))
 
 
 if __name__ == "__main__":

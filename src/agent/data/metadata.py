@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import numpy as np
 
 from agent import hub
 from agent.data.episode_table import read_episodes
+from agent.data.info_file import check_info, first_empty_line, read_json_object, split_bounds, splits_of
+from agent.data.task_table import read_tasks
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Metadata:
     info: dict[str, Any]
     episodes: dict[str, np.ndarray]
     """Column → (episodes,): lengths, places in files, video time stamps; row e is episode e."""
-    tasks: list[str]
-    """The instruction of each task index."""
+    tasks: dict[int, str]
+    """``task_index`` → instruction."""
 
     @property
     def total_episodes(self) -> int:
@@ -47,6 +48,27 @@ class Metadata:
             for key, feature in self.features.items()
             if feature["dtype"] in ("video", "image") and not _is_depth(feature)
         ]
+
+    def splits(self) -> dict[str, Any]:
+        """What ``meta/info.json`` says of each split; see ``split``.
+
+        Raises:
+            ValueError: if it says nothing that could be a split.
+        """
+        return splits_of(f"data set {self.repo_id}", self._info_file, self.info, self.total_episodes)
+
+    def split(self, name: str) -> tuple[int, int]:
+        """The first episode of a split, and the one behind its last.
+
+        Raises:
+            ValueError: if that is not what stands there.
+        """
+        of, path = f"data set {self.repo_id}", self._info_file
+        return split_bounds(of, path, name, self.splits()[name], self.total_episodes)
+
+    @property
+    def _info_file(self) -> Path:
+        return self.root / "meta" / "info.json"
 
     def data_places(self) -> np.ndarray:
         """(episodes,) a number for each one's parquet file, the same for episodes in one file."""
@@ -87,43 +109,19 @@ def read_metadata(repo_id: str, root: Path) -> Metadata:
     Raises:
         ValueError: if a file there is missing or damaged, or the format is not v3.
     """
+    name = f"data set {repo_id}"
     info_file, tasks_file = root / "meta" / "info.json", root / "meta" / "tasks.parquet"
-    try:
-        info = json.loads(info_file.read_text())
-    except ValueError as error:
-        raise ValueError(f"data set {repo_id}: {info_file} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"data set {repo_id}: {info_file} holds a {type(info).__name__}, not an object; copy it again")
+    info = read_json_object(name, info_file)
     _check_version(repo_id, root, str(info.get("codebase_version")))
-    _check_info(repo_id, info_file, info)
+    check_info(name, info_file, info)
     episode_files = sorted((root / "meta" / "episodes").glob("*/*.parquet"))
     if not episode_files or not tasks_file.is_file():
         raise ValueError(
             f"data set {repo_id}: {root / 'meta'} lacks its episodes/ or tasks.parquet. A recording that was not "
             "closed with finalize() looks like this; otherwise copy the folder again."
         )
-    episodes = read_episodes(repo_id, root, episode_files)
-    _check_episodes(repo_id, info, episodes)
-    return Metadata(repo_id, root, info, episodes, _read_tasks(repo_id, tasks_file))
-
-
-def _read_tasks(repo_id: str, path: Path) -> list[str]:
-    """The instructions in the order of the rows, which is LeRobot's order; pandas stores them as an index."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path).read()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"data set {repo_id}: {path} is damaged ({error}); copy it again") from error
-    texts = [
-        name
-        for name in table.column_names
-        if pa.types.is_string(kind := table.schema.field(name).type) or pa.types.is_large_string(kind)
-    ]
-    if len(texts) != 1:
-        raise ValueError(f"data set {repo_id}: {path} needs one column of instructions, it has {texts}")
-    return [text or "" for text in table[texts[0]].to_pylist()]
+    episodes = _by_number(repo_id, info, read_episodes(repo_id, root, episode_files))
+    return Metadata(repo_id, root, info, episodes, read_tasks(name, tasks_file))
 
 
 def _check_version(repo_id: str, root: Path, version: str) -> None:
@@ -144,6 +142,10 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
         f"--repo-id={shlex.quote(repo_id)} --root={folder} --push-to-hub=false`",
     }
     advice = f"convert it in place, which needs no network, with {commands.get(version)}; what it was stays as {root.name}_old"
+    for path in sorted((root / "meta").glob("*.jsonl")):
+        if (trouble := first_empty_line(path)) is not None and version in commands:
+            advice = f"first mend its metadata: {trouble}; then {advice}"
+            break
     old = root.absolute().with_name(f"{root.name}_old")
     if old.exists():
         advice = f"first move {old} away, by which the converter would replace it, or delete it; then {advice}"
@@ -152,52 +154,42 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
     raise ValueError(f"data set {repo_id} has format {version}, this program reads v3: {advice}.")
 
 
-def _check_info(repo_id: str, path: Path, info: dict[str, Any]) -> None:
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "fps": (int, float),
-        "total_episodes": int,
-        "features": dict,
-        "data_path": str,
-    }
-    wrong = [name for name, kind in kinds.items() if not isinstance(info.get(name), kind) or info[name] == 0]
-    if wrong:
-        found = ", ".join(f"{name} {info.get(name)!r:.40}" for name in wrong)
-        raise ValueError(f"data set {repo_id}: {path} has {found}; copy the file again, or write what was recorded")
-    for key, feature in info["features"].items():
-        known = feature if isinstance(feature, dict) else {}
-        shape = known.get("shape")
-        sizes = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
-        if not sizes or not isinstance(known.get("dtype"), str):
-            raise ValueError(
-                f"data set {repo_id}: {path} describes {key} as {json.dumps(feature):.60}, which needs a dtype and a shape, "
-                'such as {"dtype": "float32", "shape": [7], "names": null}; copy the file again, or write what was recorded'
-            )
-        if known["dtype"] == "video" and not isinstance(info.get("video_path"), str):
-            raise ValueError(
-                f"data set {repo_id}: {path} says that {key} is a video and has no video_path; copy the file again"
-            )
-
-
-def _check_episodes(repo_id: str, info: dict[str, Any], episodes: dict[str, np.ndarray]) -> None:
+def _by_number(repo_id: str, info: dict[str, Any], episodes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns, checked, with episode n in row n."""
     places = ("chunk_index", "file_index")
-    needed = ["episode_index", "length", *(f"data/{name}" for name in places)]
+    whole, seconds = ["episode_index", "length", *(f"data/{name}" for name in places)], []
     for key in (key for key, feature in info["features"].items() if feature["dtype"] == "video"):
-        needed += [f"videos/{key}/{name}" for name in (*places, "from_timestamp", "to_timestamp")]
+        whole += [f"videos/{key}/{name}" for name in places]
+        seconds += [f"videos/{key}/{name}" for name in ("from_timestamp", "to_timestamp")]
     rows = max(len(column) for column in episodes.values())  # a file may lack what others have
+    needed = [*whole, *seconds]
     lacking = [name for name in needed if len(episodes.get(name, ())) < rows or not np.isfinite(episodes[name]).all()]
     if lacking:
         raise ValueError(
             f"data set {repo_id}: meta/episodes lacks {', '.join(lacking[:4])}, for all episodes or for some; copy the folder "
             "again, or take what was not recorded out of the features in meta/info.json"
         )
+    for name in whole:  # pandas makes floats of integers where one was missing, and others write unsigned ones
+        values = episodes[name]
+        if len(odd := np.flatnonzero((values != np.floor(values)) | (values < 0))):
+            raise ValueError(
+                f"data set {repo_id}: {name} in row {odd[0]} of meta/episodes is {values[odd[0]]}, which must be a whole number "
+                "from 0 on; copy the folder again"
+            )
+    episodes = {**episodes, **{name: episodes[name].astype(np.int64) for name in whole}}
     numbers, count = episodes["episode_index"], info["total_episodes"]
     if len(numbers) != count:
         raise ValueError(
             f"data set {repo_id}: meta/info.json counts {count} episodes, meta/episodes holds {len(numbers)} "
             f"({spelled(numbers)}); copy the folder again"
         )
-    if len(wrong := np.flatnonzero(numbers != np.arange(count))):
+    order = np.argsort(numbers, kind="stable")
+    if (numbers[order] != np.arange(count)).any():
+        row = np.flatnonzero(numbers != np.arange(count))[0]
         raise ValueError(
-            f"data set {repo_id}: row {wrong[0]} of meta/episodes is episode {numbers[wrong[0]]}, and LeRobot takes the n-th for "
+            f"data set {repo_id}: row {row} of meta/episodes is episode {numbers[row]}, and LeRobot takes the n-th for "
             f"episode n: number the episodes from 0 to {count - 1}, there in this order and in the data files alike"
         )
+    if (numbers != np.arange(count)).any():  # else they stay as they are, which may be mapped into memory
+        episodes = {name: column[order] for name, column in episodes.items() if len(column) == count}
+    return episodes

@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 _EPSILON = 1e-8  # LeRobot's, in NormalizerProcessorStep
 _NARROW = 1e-4
+_STEPS = 4  # of a number's type; what varies less is its rounding
+NARROW_RULE = 2
+"""Which rule tells what is narrow, see ``made_safe``. A run keeps the one that it began with; rule 1 is that of runs whose
+checkpoints name none."""
+RESOLUTION = "resolution"
 STATISTIC_NAMES = ("mean", "std", "min", "max", "q01", "q10", "q90", "q99")
 MODES = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 _BOUNDS = {"MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90")}
@@ -42,6 +47,8 @@ class FeatureStatistics:
     q99: np.ndarray
     clamped: tuple[int, ...] = ()
     """The dimensions of which at least one statistic was replaced by a safe one."""
+    constant: tuple[int, ...] = ()
+    """Those among them that stay unnormalised: the standard deviation, or minimum and maximum, is not the data's."""
     known: tuple[str, ...] = STATISTIC_NAMES
     """The other ones are NaN: a policy that was made elsewhere brings those only that it needs."""
 
@@ -94,7 +101,7 @@ def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:
     return row, int(bad[row].argmax())
 
 
-def compute_statistics(columns: np.ndarray) -> FeatureStatistics:
+def compute_statistics(columns: np.ndarray, rule: int = NARROW_RULE) -> FeatureStatistics:
     """Exact statistics of (frames, dims), in float64; see ``merge_statistics``.
 
     Raises:
@@ -105,10 +112,12 @@ def compute_statistics(columns: np.ndarray) -> FeatureStatistics:
     if (bad := first_non_finite(columns)) is not None:
         row, dim = bad
         raise ValueError(f"dimension {dim} is {columns[row, dim]} at row {row}: every value must be finite")
-    return merge_statistics([[columns]], [1.0])
+    return merge_statistics([[columns]], [1.0], rule)
 
 
-def merge_statistics(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float]) -> FeatureStatistics:
+def merge_statistics(
+    columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], rule: int = NARROW_RULE
+) -> FeatureStatistics:
     """Exact statistics of several data sets pooled, each one's frames together weighing its share of the stream.
 
     Every frame counts. Quantiles are values that occur: the smallest one at which the (weighted) share of the frames
@@ -119,6 +128,7 @@ def merge_statistics(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[f
         columns: for each data set the pieces, each (frames, dims) of any finite numbers, all of the same dims. How they
             are cut makes no difference.
         shares: each data set's fraction of the samples (``Mixture.shares``).
+        rule: what is narrow, see ``made_safe``.
     """
     counts = np.asarray([sum(len(block) for block in blocks) for blocks in columns])
     weights = None
@@ -127,7 +137,13 @@ def merge_statistics(columns: Sequence[Sequence[np.ndarray]], shares: Sequence[f
     pieces = [block for blocks in columns for block in blocks]
     dims = pieces[0].shape[1]
     each = [_of_dimension(np.concatenate([piece[:, dim] for piece in pieces]), weights) for dim in range(dims)]
-    return made_safe({name: np.asarray([values[name] for values in each]) for name in STATISTIC_NAMES})
+    return made_safe(each, rule)
+
+
+def resolution(kind: np.dtype, largest: float) -> float:
+    """How far apart two numbers of a type are, of this size and as float32, in which they are trained on."""
+    step = np.finfo(kind).eps if kind.kind == "f" else 0.0
+    return largest * float(max(step, np.finfo(np.float32).eps))
 
 
 def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, float]:
@@ -139,28 +155,46 @@ def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, f
     values -= mean
     values *= values
     deviation = np.sqrt(np.average(values, weights=weights))
-    return dict(zip(STATISTIC_NAMES, (mean, deviation, low, high, *quantiles), strict=True))
+    found = dict(zip(STATISTIC_NAMES, (mean, deviation, low, high, *quantiles), strict=True))
+    return {**found, RESOLUTION: resolution(column.dtype, max(abs(low), abs(high)))}
 
 
-def made_safe(raw: dict[str, np.ndarray]) -> FeatureStatistics:
+def made_safe(each: Sequence[Mapping[str, float]], rule: int = NARROW_RULE) -> FeatureStatistics:
     """Replaces what would blow up a near-constant dimension.
 
-    Narrow means below 1e-4 × max(1, |mean|). A narrow std becomes 1. A narrow min..max becomes mean ± 1. A
-    narrow pair of quantiles becomes min..max, which is the right scale for a gripper that hardly ever moves.
+    A narrow std becomes 1. A narrow min..max becomes mean ± 1. A narrow pair of quantiles becomes min..max, which is the
+    right scale for a gripper that hardly ever moves. Narrow is below 1e-4 of the mean's size, whatever the unit; below four
+    steps of the numbers' type; or so small that LeRobot's own epsilon flattens it. Quantiles are narrow below 1e-4 of
+    min..max, too.
+
+    Args:
+        each: for each dimension every statistic, and ``RESOLUTION``.
+        rule: 2 for the above; 1 for narrow below 1e-4 × max(1, |mean|), which depends on the unit.
     """
-    safe = {name: value.copy() for name, value in raw.items()}
-    narrow = _NARROW * np.maximum(1.0, np.abs(raw["mean"]))
-    clamped = raw["std"] < narrow
-    safe["std"][clamped] = 1.0
+    raw = {name: np.asarray([values[name] for values in each]) for name in (*STATISTIC_NAMES, RESOLUTION)}
+    steps, safe = raw.pop(RESOLUTION), {name: value.copy() for name, value in raw.items()}
+    if rule == 1:
+        narrow = narrow_quantiles = _NARROW * np.maximum(1.0, np.abs(raw["mean"]))
+    else:
+        least = np.maximum(_STEPS * steps, 10 * _EPSILON)
+        narrow = np.maximum(_NARROW * np.abs(raw["mean"]), least)
+        narrow_quantiles = np.maximum(_NARROW * (raw["max"] - raw["min"]), narrow)
+    constant = raw["std"] < narrow
+    safe["std"][constant] = 1.0
     flat = (raw["max"] - raw["min"]) < narrow
     safe["min"][flat], safe["max"][flat] = raw["mean"][flat] - 1.0, raw["mean"][flat] + 1.0
-    clamped |= flat
+    constant = constant | flat
+    clamped = constant.copy()
     for low, high in (("q01", "q99"), ("q10", "q90")):
-        tight = (raw[high] - raw[low]) < narrow
+        tight = (raw[high] - raw[low]) < narrow_quantiles
         safe[low][tight], safe[high][tight] = safe["min"][tight], safe["max"][tight]
         clamped |= tight
     stored: dict[str, Any] = {name: value.astype(np.float32) for name, value in safe.items()}
-    return FeatureStatistics(**stored, clamped=tuple(int(dim) for dim in np.flatnonzero(clamped)))
+    return FeatureStatistics(**stored, clamped=_dims(clamped), constant=_dims(constant))
+
+
+def _dims(mask: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(dim) for dim in np.flatnonzero(mask))
 
 
 class Normalizer:

@@ -30,6 +30,7 @@ from agent.data.frame_preparation import Preparation, note_of
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
+from agent.data.pictures import NoColours, check_pictures
 from agent.locking import alone
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
     Raises:
         ValueError: if a file is missing, the disk is too small or full, or an episode cannot be read.
     """
+    check_pictures(source)
     folder = wanted.folder(frames_folder(source.metadata, source.config.frames))
     try:
         work = Preparation(source, wanted)
@@ -148,7 +150,7 @@ def _sampled(part: Part, count: int) -> list[int]:
     times = times[: min(count, len(times))]
     try:
         return [len(encoded(part, picture)) for picture in decode(part.source, times)]
-    except (av.FFmpegError, FrameMissing):
+    except (av.FFmpegError, FrameMissing, NoColours):
         return []
 
 

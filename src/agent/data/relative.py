@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from agent.data.normalization import STATISTIC_NAMES, FeatureStatistics, made_safe
+from agent.data.normalization import NARROW_RULE, RESOLUTION, FeatureStatistics, made_safe, resolution
 
 _QUANTILES = {"q01": Fraction(1, 100), "q10": Fraction(1, 10), "q90": Fraction(9, 10), "q99": Fraction(99, 100)}
 _AT_ONCE = 1 << 18  # numbers, so that they stay in a core's cache
@@ -88,13 +88,19 @@ class Chunks:
             for ahead in range(self.chunk_size):
                 yield actions[starts + ahead] - at
 
+    def resolution(self, dim: int) -> float:
+        """How far apart two numbers of a dimension are: a difference is as coarse as what it is a difference of."""
+        columns = [*self.actions, *(self.states if self.relative[dim] else ())]
+        return max(resolution(piece.dtype, float(np.abs(piece[:, dim]).max(initial=0.0))) for piece in columns)
 
-def chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float]) -> FeatureStatistics:
+
+def chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float], rule: int = NARROW_RULE) -> FeatureStatistics:
     """Exact statistics of the actions of all chunks, each data set's together weighing its share.
 
     Args:
         parts: one per data set, each with at least one chunk.
         shares: each data set's fraction of the samples.
+        rule: what is narrow, see ``made_safe``.
     """
     counts = np.asarray([len(part) for part in parts], dtype=np.float64)
     weights: list[float] = [1.0] * len(parts)  # whole numbers where they can be, so that counting stays exact
@@ -103,7 +109,7 @@ def chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float]) -> Featur
     dims = parts[0].actions[0].shape[1]
     with ThreadPoolExecutor(min(dims, 4, os.cpu_count() or 1)) as pool:  # numpy computes without Python's lock
         each = list(pool.map(lambda dim: _of_dimension(parts, weights, dim), range(dims)))
-    return made_safe({name: np.asarray([values[name] for values in each]) for name in STATISTIC_NAMES})
+    return made_safe(each, rule)
 
 
 def _of_dimension(parts: Sequence[Chunks], weights: Sequence[float], dim: int) -> dict[str, float]:
@@ -128,6 +134,7 @@ def _of_dimension(parts: Sequence[Chunks], weights: Sequence[float], dim: int) -
             deviations = values.astype(np.float64) - mean
             variance += weight * float(deviations @ deviations)
     found = {"mean": mean, "std": float(np.sqrt(variance / total)), "min": low, "max": high}
+    found[RESOLUTION] = max(part.resolution(dim) for part in parts)
     for name, half in halves.items():
         before = float(cumulated[half - 1]) if half else 0.0
         rest = int(np.searchsorted(np.cumsum(lower[half]) + before, targets[name]))

@@ -9,7 +9,6 @@ https://www.tensorflow.org/tutorials/load_data/tfrecord, https://protobuf.dev/pr
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from agent.data.info_file import read_json_object
 
 Values = list[bytes] | np.ndarray
 """Of one name: bytes, or (values,) float32 or int64."""
@@ -52,33 +53,46 @@ def open_tree(folder: Path, split: str) -> Tree:
             f"--source {folder} must hold one TFDS data set (a folder with dataset_info.json), found {names}"
         )
     folder = found[0] if found[0].is_dir() else found[0].parent
-    info = json.loads((folder / "dataset_info.json").read_text())
+    path, name = folder / "dataset_info.json", f"data set {folder}"
+    info = read_json_object(name, path)
     if info.get("fileFormat", "tfrecord") != "tfrecord":
         raise ValueError(
             f"{folder} is stored as {info['fileFormat']}; only tfrecord, the format of Open X-Embodiment, is read"
         )
-    splits = {part["name"]: [int(length) for length in part.get("shardLengths", [])] for part in info["splits"]}
+    try:
+        splits = {part["name"]: [int(length) for length in part.get("shardLengths", [])] for part in info["splits"]}
+        tree = str(info["name"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} needs a `name`, and `splits` with a name and shardLengths each, as TFDS writes them "
+            f"({type(error).__name__}: {error}); copy it again"
+        ) from error
     if split not in splits:
         raise ValueError(f"--split {split}: {folder} has {', '.join(sorted(splits))}")
     count = len(splits[split])
-    name = info["name"]
-    shards = [folder / f"{name}-{split}.tfrecord-{number:05d}-of-{count:05d}" for number in range(count)]
+    shards = [folder / f"{tree}-{split}.tfrecord-{number:05d}-of-{count:05d}" for number in range(count)]
     if missing := [path.name for path in shards if not path.is_file()]:
         raise ValueError(
             f"{folder} lacks {len(missing)} of the {count} files of {split}, such as {missing[0]}: copy them"
         )
-    return Tree(name, folder, shards, splits[split], _features(folder))
+    return Tree(tree, folder, shards, splits[split], _features(folder))
 
 
 def _features(folder: Path) -> dict[str, str]:
     path = folder / "features.json"
     if not path.is_file():
         raise ValueError(f"{path} is missing: it says what each feature is; copy it from where the data set came from")
-    steps = json.loads(path.read_text())["featuresDict"]["features"].get("steps")
-    if steps is None:
-        raise ValueError(f"{path} names no `steps`: this is no RLDS data set")
-    kind = next(key for key in ("sequence", "dataset") if key in steps or key == "dataset")
-    return dict(_flattened(steps[kind]["feature"]))
+    content = read_json_object(f"data set {folder}", path)
+    try:
+        steps = content["featuresDict"]["features"].get("steps")
+        if steps is None:
+            raise ValueError(f"{path} names no `steps`: this is no RLDS data set")
+        kind = next(key for key in ("sequence", "dataset") if key in steps or key == "dataset")
+        return dict(_flattened(steps[kind]["feature"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not describe features as TFDS writes them ({type(error).__name__}: {error}); copy it again"
+        ) from error
 
 
 def _flattened(feature: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

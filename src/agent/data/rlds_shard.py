@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from agent.data.pictures import NoColours, colours
 from agent.data.rlds import Values, parse_example, read_records
 
 _SAMPLED = 10  # every tenth picture counts in the statistics of pixels, which no training here uses
@@ -95,7 +96,12 @@ def convert_shard(shard: Path, expected: int, layout: Layout, place: Place) -> N
                 raise ValueError(f"every camera needs the same number of pictures, at least one; there are {counts}")
             action, state = _vectors(values, layout.action, steps), _vectors(values, layout.state, steps)
             for camera, encoded in pictures.items():
-                videos[camera].add(encoded)
+                try:
+                    videos[camera].add(encoded)
+                except NoColours as error:
+                    raise ValueError(
+                        f"a picture of {layout.images[camera]} {error}; a camera has colours of 8 bits"
+                    ) from None
         except (ValueError, OSError) as error:
             raise ValueError(f"{shard}, episode {number}: {error}") from error
         states.append(state)
@@ -194,5 +200,5 @@ def _decoded(pictures: list[bytes], size: int) -> Iterator[np.ndarray]:
 
     for encoded in pictures:
         with Image.open(io.BytesIO(encoded)) as picture:
-            values = np.asarray(picture.convert("RGB"))
+            values = colours(picture)
         yield resize_with_pad(torch.from_numpy(values.transpose(2, 0, 1).copy()), size, size).numpy()

@@ -29,6 +29,8 @@ class Robot:
     """(a,) bool, the action dimensions that are learnt relative to the state; None if all are absolute."""
     action_names: tuple[str, ...] | None = None
     """Names of the action's dimensions, where the data set has them."""
+    state_names: tuple[str, ...] | None = None
+    """Names of the state's."""
 
     @property
     def state_statistics(self) -> FeatureStatistics:
@@ -65,9 +67,16 @@ def robots_document(robots: Sequence[Robot]) -> dict[str, Any] | None:
         statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
         entries[robot.name] = {
             "action_names": robot.action_names and list(robot.action_names),
+            "state_names": robot.state_names and list(robot.state_names),
             "statistics": {
                 feature: {name: values.tolist() for name, values in entry.items()}
                 for feature, entry in statistics.items()
             },
         }
     return {"processors_are_of": robots[0].name, "robots": entries}
+
+
+def names_document(robot: Robot) -> dict[str, list[str]] | None:
+    """What ``dimension_names.json`` of a checkpoint holds: feature → names of its dimensions; None if there are none."""
+    names = {"observation.state": robot.state_names, "action": robot.action_names}
+    return {feature: list(some) for feature, some in names.items() if some is not None} or None

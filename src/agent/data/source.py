@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.data import files
+from agent.data.arrow import to_numpy
 from agent.data.augmentation import AugmentationConfig
 from agent.data.columns import ColumnTable
 from agent.data.episodes import choose_episodes
 from agent.data.frame_manifest import PREPARE
 from agent.data.frame_store import FrameStore, WantedStore, find_store
 from agent.data.metadata import Metadata, read_metadata
+from agent.data.pictures import NoColours, stored_picture
 from agent.data.video import decode_frame
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ class Source:
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.metadata.episodes["length"][self.episodes])
         self._pictures: Any = None
+        self._rows: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -156,14 +159,14 @@ class Source:
         found = np.concatenate([np.unique(block) for block in blocks])
         used = sorted({int(index) if np.isfinite(index) else -1 for index in found})  # NaN where a row has none
         for index in used:
-            known = 0 <= index < len(self.metadata.tasks)
+            known = index in self.metadata.tasks
             if not known or not self.metadata.tasks[index].strip():
                 indices = np.nan_to_num(np.concatenate(blocks)[:, 0], nan=-1)
                 episode, frame = self.frame(int(np.flatnonzero(indices == index)[0]))
                 raise ValueError(
                     f"{self}: the instruction of episode {episode}, frame {frame} is {'empty' if known else 'missing'} "
-                    f"({f'task {index} in meta/tasks.parquet' if index >= 0 else 'no task_index'}). Give it words there, or "
-                    "leave the episode out with `episodes`."
+                    f"({f'task {index} in meta/tasks.parquet' if index >= 0 else 'no task_index'}). Give it words there, "
+                    "or leave the episode out with `episodes`."
                 )
         return [self.metadata.tasks[index] for index in used]
 
@@ -246,11 +249,10 @@ class Source:
             seconds = float(self.metadata.episodes[f"videos/{key}/from_timestamp"][episode]) + stamp
             path = self.metadata.video_file(episode, key)
             images[key] = decode_frame(path, seconds, self.tolerance_s, self.video_backend)
-        if self._image_keys():
+        if keys := self._image_keys():
             self.open()
-            item = self._pictures[self._picture_row(episode) + frame]
-            assert (int(item["episode_index"]), int(item["frame_index"])) == (episode, frame), "rows are out of order"
-            images |= {key: _as_uint8(item[key]) for key in self._image_keys()}
+            item = self._pictures[self._picture_row(episode, frame)]
+            images |= {key: _planes(item, key) for key in keys}
         return {slot: images[key] for slot, key in self.cameras.items()}
 
     def _stored(self, store: FrameStore, episode: int, frame: int) -> dict[str, torch.Tensor]:
@@ -265,37 +267,57 @@ class Source:
         """The mapped cameras whose pictures are in the data files."""
         return [key for key in dict.fromkeys(self.cameras.values()) if key not in self.metadata.video_keys]
 
-    def _picture_row(self, episode: int) -> int:
-        """Where an episode begins in the table of the chosen episodes' pictures."""
-        if "_starts" not in self.__dict__:
-            lengths = self.metadata.episodes["length"][self.chosen]
-            self._starts = np.cumsum(lengths) - lengths
-        return int(self._starts[np.searchsorted(self.chosen, episode)])
+    def _picture_row(self, episode: int, frame: int) -> int:
+        """Where a frame is in the table of the chosen episodes' pictures."""
+        if self._rows is None:
+            self._rows = self._find_rows()
+        begins, rows = self._rows
+        place = int(begins[np.searchsorted(self.chosen, episode)]) + frame
+        return place if rows is None else int(rows[place])
+
+    def _find_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Where the chosen episodes begin, and the row of each of their frames; None where they are in this order."""
+        lengths = self.metadata.episodes["length"][self.chosen]
+        begins = np.cumsum(lengths) - lengths
+        owner, frame = (to_numpy(self._pictures.data.column(name)) for name in ("episode_index", "frame_index"))
+        index = np.searchsorted(self.chosen, owner).clip(max=len(self.chosen) - 1)
+        known = (self.chosen[index] == owner) & (frame >= 0) & (frame < lengths[index])
+        rows = np.full(lengths.sum(), -1, dtype=np.int64)
+        rows[(begins[index] + frame)[known]] = np.flatnonzero(known)
+        assert (rows >= 0).all(), "the files hold the frames that the metadata count"
+        return begins, None if (rows == np.arange(len(rows))).all() else rows
 
     def _open_pictures(self) -> Any:
-        """LeRobot's table of the chosen episodes, a copy of the data files in the cache of ``datasets``."""
+        """The table of the chosen episodes' pictures as files, a copy of the data files in the cache of ``datasets``."""
+        from datasets import Image
         from lerobot.datasets.feature_utils import get_hf_features_from_features
-        from lerobot.datasets.io_utils import hf_transform_to_torch, load_info, load_nested_dataset
+        from lerobot.datasets.io_utils import load_nested_dataset
 
         every = len(self.chosen) == self.metadata.total_episodes
+        described = {
+            key: {**feature, "shape": tuple(feature["shape"])} for key, feature in self.metadata.features.items()
+        }
         pictures = load_nested_dataset(
             self.metadata.root / "data",
-            features=get_hf_features_from_features(load_info(self.metadata.root).features),
+            features=get_hf_features_from_features(described),
             # "all" costs no filter
             episodes=None if every else [int(episode) for episode in self.chosen],
         )
         pictures = pictures.select_columns([*self._image_keys(), "episode_index", "frame_index"])
-        pictures.set_transform(hf_transform_to_torch)
+        for key in self._image_keys():
+            pictures = pictures.cast_column(key, Image(decode=False))
         return pictures
 
 
-def _as_uint8(image: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) uint8 from what LeRobot gives: uint8 from a video, float in [0, 1] from a PNG, which may be transparent."""
+def _planes(item: dict[str, Any], key: str) -> torch.Tensor:
+    """(3, H, W) uint8 of a picture of a row."""
     import torch
 
-    if image.dtype != torch.uint8:
-        image = (image * 255.0).round().clamp(0, 255).to(torch.uint8)
-    return image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
+    try:
+        picture = stored_picture(item[key])
+    except NoColours as error:
+        raise NoColours(f"the picture of {key} {error}") from None
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
 
 def open_source(

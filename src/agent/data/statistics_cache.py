@@ -12,15 +12,12 @@ import numpy as np
 import xxhash
 
 from agent.data import cache
-from agent.data.normalization import STATISTIC_NAMES, FeatureStatistics, merge_statistics
+from agent.data.normalization import NARROW_RULE, STATISTIC_NAMES, FeatureStatistics, merge_statistics
 from agent.data.relative import Chunks, chunk_statistics
-
-_VERSION = 1
-_CHUNKS_VERSION = 1
 
 
 def cached_statistics(
-    columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], root: Path
+    columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], root: Path, rule: int = NARROW_RULE
 ) -> FeatureStatistics:
     """``merge_statistics``, or the same numbers from an earlier start.
 
@@ -28,17 +25,20 @@ def cached_statistics(
         columns: for each data set its pieces.
         shares: each data set's fraction of the samples.
         root: of the data set beside which they are kept.
+        rule: what is narrow, see ``made_safe``; each has statistics of its own.
     """
-    fingerprint = _fingerprint([_VERSION, list(shares)], columns)
-    return _kept(f"statistics-{fingerprint}.json", root, lambda: merge_statistics(columns, shares))
+    fingerprint = _fingerprint([rule, list(shares)], columns)
+    return _kept(f"statistics-{fingerprint}.json", root, lambda: merge_statistics(columns, shares, rule))
 
 
-def cached_chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float], root: Path) -> FeatureStatistics:
+def cached_chunk_statistics(
+    parts: Sequence[Chunks], shares: Sequence[float], root: Path, rule: int = NARROW_RULE
+) -> FeatureStatistics:
     """``chunk_statistics``, or the same numbers from an earlier start; see ``cached_statistics``."""
     settings = [[part.chunk_size, part.relative.tolist()] for part in parts]
     columns = [blocks for part in parts for blocks in (part.states, part.actions, [part.lengths[:, None]])]
-    fingerprint = _fingerprint([_CHUNKS_VERSION, list(shares), settings], columns)
-    return _kept(f"relative-statistics-{fingerprint}.json", root, lambda: chunk_statistics(parts, shares))
+    fingerprint = _fingerprint([rule, list(shares), settings], columns)
+    return _kept(f"relative-statistics-{fingerprint}.json", root, lambda: chunk_statistics(parts, shares, rule))
 
 
 def _kept(name: str, root: Path, compute: Callable[[], FeatureStatistics]) -> FeatureStatistics:
@@ -63,11 +63,12 @@ def _fingerprint(settings: list[Any], columns: Sequence[Sequence[np.ndarray]]) -
 
 def _write(path: Path, statistics: FeatureStatistics) -> None:
     values = {name: getattr(statistics, name).tolist() for name in STATISTIC_NAMES}
-    path.write_text(json.dumps({**values, "clamped": statistics.clamped}))
+    path.write_text(json.dumps({**values, "clamped": statistics.clamped, "constant": statistics.constant}))
 
 
 def _read(path: Path) -> FeatureStatistics:
     values = json.loads(path.read_text())
     # float32 → float64 → decimal and back is exact
     stored: dict[str, Any] = {name: np.asarray(values[name], dtype=np.float32) for name in STATISTIC_NAMES}
-    return FeatureStatistics(**stored, clamped=tuple(values["clamped"]))
+    clamped = tuple(values["clamped"])
+    return FeatureStatistics(**stored, clamped=clamped, constant=tuple(values.get("constant", clamped)))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.data.pictures import check_format, check_frame
+
 if TYPE_CHECKING:
     import torch
 
@@ -51,7 +53,10 @@ def _with_torchcodec(path: Path, seconds: float) -> tuple[torch.Tensor | None, f
 def _decoder(path: str) -> Any:
     from torchcodec.decoders import VideoDecoder
 
-    return VideoDecoder(path, seek_mode="approximate")
+    decoder = VideoDecoder(path, seek_mode="approximate")
+    if (pixel_format := decoder.metadata.pixel_format) is not None:
+        check_format(pixel_format)
+    return decoder
 
 
 def _with_pyav(path: Path, seconds: float) -> tuple[torch.Tensor | None, float]:
@@ -73,4 +78,5 @@ def _with_pyav(path: Path, seconds: float) -> tuple[torch.Tensor | None, float]:
                 break
     if best[0] is None:
         return None, best[1]
+    check_frame(best[0])
     return torch.from_numpy(best[0].to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous(), best[1]

@@ -161,7 +161,9 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
         for source in training:
             hold_out(source.episodes, config.data.val.fraction)
     if config.task_paraphrase is not None:
-        load_paraphrases(config.task_paraphrase, {task for source in training for task in source.metadata.tasks})
+        load_paraphrases(
+            config.task_paraphrase, {task for source in training for task in source.metadata.tasks.values()}
+        )
     return notes
 
 

@@ -65,10 +65,10 @@ def _constant(
     what: str, key: str, names: list[str], normalizer: Normalizer, raw: np.ndarray | None
 ) -> Iterator[tuple[str, str]]:
     """``raw`` where the statistics were given, and tell nothing of these data."""
-    hardly = normalizer.statistics.clamped if raw is None else compute_statistics(raw).clamped
-    if hardly:
-        clamped = "; its statistics are clamped" if raw is None else ""
-        text = f"{what}: {', '.join(names[dim] for dim in hardly)} hardly varies{clamped}"
+    constant = normalizer.statistics.constant if raw is None else compute_statistics(raw).constant
+    if constant:
+        left = " and stays unnormalised" if raw is None and normalizer.mode != "IDENTITY" else ""
+        text = f"{what}: {', '.join(names[dim] for dim in constant)} hardly varies{left}"
         change = (
             f"is {key} recorded rightly? A gripper that never moves, or a joint that was not connected, teaches nothing"
         )

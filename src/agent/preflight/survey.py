@@ -138,12 +138,11 @@ def _look_at_numbers(found: Survey, metadata: Metadata) -> None:
     rows = begins[owner] + frame
     stamps = table["timestamp"][rows, 0].astype(np.float64)
     tasks = np.nan_to_num(table["task_index"][rows, 0], nan=-1).astype(np.int64)  # where it is null
-    said = np.asarray([bool(task.strip()) for task in metadata.tasks] + [False])
-    known = (tasks >= 0) & (tasks < len(metadata.tasks))
+    said = [index for index, task in metadata.tasks.items() if task.strip()]
     after = np.append(True, (np.diff(stamps) > 0) | (frame[1:] == 0))
     tests = {f"{key} is not finite": np.isfinite(table[key][rows]).all(axis=1) for key in keys}
     tests["its time stamp is not finite"] = np.isfinite(stamps)
-    tests["its instruction is empty or missing"] = said[np.where(known, tasks, -1)]
+    tests["its instruction is empty or missing"] = np.isin(tasks, said)
     tests["its time stamp is not after the one before it"] = after
     for why, fine in tests.items():
         for place, row in zip(*np.unique(owner[~fine], return_index=True), strict=True):

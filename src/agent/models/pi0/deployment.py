@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from agent.models.pi0.configuration import ACTION, STATE, FeatureSpec, PI0Config
-from agent.models.pi0.pretrained import ROBOTS, Statistics
+from agent.models.pi0.pretrained import NAMES, ROBOTS, Statistics
+
+PREPROCESSOR = "policy_preprocessor.json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,34 @@ def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], rob
             if "state_file" in step:
                 files[step["state_file"]] = _statistics_file(statistics)
         files[path.name] = (json.dumps(content, indent=2) + "\n").encode()
+    names = {STATE: entry.get("state_names"), ACTION: entry["action_names"]}
+    files[NAMES] = (json.dumps({feature: some for feature, some in names.items() if some}, indent=2) + "\n").encode()
     return Deployment(replace(config, **changes), written, statistics, files)
+
+
+def dimension_names(pretrained: Path, instead: Mapping[str, bytes] | None = None) -> dict[str, list[str]]:
+    """Feature → names of its dimensions, as far as a checkpoint knows them.
+
+    Args:
+        pretrained: its folder.
+        instead: file → contents, in place of what the folder holds under that name.
+
+    Raises:
+        ValueError: if its file of names is damaged.
+    """
+    path = pretrained / NAMES
+    text = (instead or {}).get(NAMES) or (path.read_bytes() if path.is_file() else None)
+    if text is not None:
+        try:
+            return {feature: [str(name) for name in names] for feature, names in json.loads(text).items()}
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again, or remove that file") from None
+    path = pretrained / PREPROCESSOR  # LeRobot has those of relative actions, in there
+    text = (instead or {}).get(PREPROCESSOR) or (path.read_bytes() if path.is_file() else b"{}")
+    for step in json.loads(text).get("steps", []):
+        if step["registry_name"] == "relative_actions_processor" and step["config"].get("action_names"):
+            return {ACTION: list(map(str, step["config"]["action_names"]))}
+    return {}
 
 
 def _statistics_file(statistics: Statistics) -> bytes:

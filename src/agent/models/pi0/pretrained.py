@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from agent.models.pi0.configuration import PI0Config
 
 ROBOTS = "robots.json"
+NAMES = "dimension_names.json"
 Statistics = dict[str, dict[str, np.ndarray]]
 
 
@@ -49,19 +50,20 @@ def pretrained_contents(
     statistics: Statistics,
     last_update: int,
     robots: dict[str, Any] | None = None,
+    names: dict[str, list[str]] | None = None,
 ) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
     """What ``pretrained_model/`` consists of, for a writer that works in the background.
 
     Args: as of :func:`write_pretrained`, and
         robots: statistics of every robot, for ``robots.json``; None if it is one.
+        names: feature → names of its dimensions, for ``dimension_names.json``; None if it has none.
 
     Returns:
         The tensor files, whose tensors are the model's own and not copies, and a function that writes all other files
         into a folder. That function holds values of now: it may be called later, from any thread.
     """
     documents: dict[str, Any] = {"config.json": config.to_lerobot(last_update)}
-    if robots is not None:
-        documents[ROBOTS] = robots
+    documents |= {file: content for file, content in ((ROBOTS, robots), (NAMES, names)) if content is not None}
     normalizers = []
     for pipeline, steps in _processors(config).items():
         for index, step in enumerate(steps):
