@@ -1,8 +1,8 @@
 """Records the scripted experts of Meta-World into a LeRobot data set (format v3).
 
-    uv run --extra sim python scripts/record_metaworld.py --out demo/metaworld
+    uv run --extra sim python scripts/record_metaworld.py --tasks button-press-topdown-v3 --episodes 60 --out demo/metaworld
 
-The extra `sim` brings metaworld and mujoco. Rendering without a display needs, on Debian or Ubuntu,
+recorded the data of the demo. The extra `sim` brings metaworld and mujoco. Rendering without a display needs, on Debian or Ubuntu,
 
     apt-get install libegl1 libgl1-mesa-dri libgles2 libosmesa6 ffmpeg
 
