@@ -2,7 +2,8 @@
 
     uv run --extra sim python scripts/record_metaworld.py --tasks button-press-topdown-v3 --episodes 60 --out demo/metaworld
 
-recorded the data of the demo. The extra `sim` brings metaworld and mujoco. Rendering without a display needs, on Debian or Ubuntu,
+recorded the data of the demo. The extra `sim` brings metaworld and mujoco. Rendering without a display needs, on Debian
+or Ubuntu,
 
     apt-get install libegl1 libgl1-mesa-dri libgles2 libosmesa6 ffmpeg
 
