@@ -11,16 +11,21 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from agent.checkpoint import CheckpointStore
+from agent.disk_space import which_disk
 from agent.distributed import StopRequest
 from agent.run_folder import RunFolder, report_attempt, write_atomically
+from agent.validation_record import ValidationRecords
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +36,86 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError, match=r"No space left on device: '.*/status.json'"):
         write_atomically(tmp_path / "status.json", "{}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk on which a file can still be made, and nothing written to it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
+    try:
+        (place / "filler").write_bytes(bytes(shutil.disk_usage(place).free))
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_full_at_the_start_is_named(
+    full_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_dir = full_disk / "run"
+    with pytest.raises(OSError, match=f"No space left on device: '{run_dir}/.lock'"):
+        RunFolder(run_dir)
+    monkeypatch.setenv("VLA_STATUS_FILE", str(full_disk / "script" / "status.json"))
+    report_attempt("running")  # no reason to end: the launcher learns less
+    assert f"VLA_STATUS_FILE): [Errno 28] No space left on device: '{full_disk}/script/status.json'" in caplog.text
+    # Of a library, which does not say where it wrote: as an OSError, in the text of another, behind another.
+    monkeypatch.setenv("HF_HOME", str(full_disk / "hub"))
+    nameless = OSError(errno.ENOSPC, "No space left on device")
+    behind = RuntimeError("the table could not be read")
+    behind.__cause__ = nameless
+    elsewhere = tmp_path / "runs" / "not" / "there"
+    for error in (nameless, RuntimeError("exit code 1: OSError: [Errno 28] No space left on device"), behind):
+        assert which_disk(error, run_dir).startswith(f"full: the run folder ({run_dir})")
+        assert which_disk(error, elsewhere) == f"full: HF_HOME ({full_disk}/hub)"
+    assert which_disk(OSError(errno.ENOSPC, "No space left on device", "/x"), run_dir) == ""
+    assert which_disk(OSError(errno.EACCES, "Permission denied"), run_dir) == ""
+    monkeypatch.delenv("HF_HOME")
+    quota = which_disk(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), elsewhere)
+    assert quota.startswith(f"free is now: the run folder ({elsewhere}) ") and quota.endswith(
+        "a quota does not show here"
+    )
+
+
+def test_a_folder_that_is_moved_under_a_run_is_not_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = tmp_path / "script.json"
+    monkeypatch.setenv("VLA_STATUS_FILE", str(script))
+    path, elsewhere = tmp_path / "runs" / "a", tmp_path / "runs" / "b"
+    folder = RunFolder(path)
+    folder.begin_attempt()
+    store = CheckpointStore(path, 2, require_place=folder.require_in_place)
+    store.begin(1)
+    store.abandon(1)
+    path.rename(elsewhere)
+    with pytest.raises(OSError, match=f"the run folder was moved to {elsewhere} while the run goes on; .*: '{path}'"):
+        store.begin(2)
+    with pytest.raises(OSError, match="No such file"):
+        ValidationRecords(path).write({"step": 2})
+    folder.update("running", 2)
+    assert not path.exists() and "it stays at its last state: [Errno 2] the run folder was moved to" in caplog.text
+    assert json.loads((elsewhere / "status.json").read_text())["step"] == 0
+    assert json.loads(script.read_text())["step"] == 2  # the launcher is told all the same
+    # Another run that begins there meanwhile is left alone.
+    other = RunFolder(path)
+    with pytest.raises(OSError, match="the run folder was moved to"):
+        store.begin(3)
+    folder.update("running", 3)
+    assert not (path / "status.json").exists() and not (path / "checkpoints").exists()
+    other.close()
+    shutil.rmtree(path)
+    # And once it is back the run goes on in it.
+    elsewhere.rename(path)
+    folder.update("running", 4)
+    assert json.loads((path / "status.json").read_text())["step"] == 4 and folder.moved() is None
+    store.begin(4)
+    shutil.rmtree(path)
+    assert str(folder.moved()).startswith("the run folder was removed while the run goes on")
+    folder.close()
 
 
 def test_the_holder_of_the_lock_is_named_and_its_death_frees_it(tmp_path: Path) -> None:

@@ -43,7 +43,12 @@ def build(
         make_deterministic()
     torch.autograd.set_detect_anomaly(config.debug)
     keep = (config.keep_checkpoints, config.keep_training_states)
-    checkpoints = CheckpointStore(config.run_dir, *keep, choose_best=ValidationRecords(config.run_dir).best)
+    checkpoints = CheckpointStore(
+        config.run_dir,
+        *keep,
+        choose_best=ValidationRecords(config.run_dir).best,
+        require_place=folder.require_in_place if folder is not None else None,
+    )
     candidates = processes.main_decides(partial(resuming.candidates, config, checkpoints))
     watchdog.alive("reading the data sets", patience=4)
     data = build_run_data(config, processes, candidates)

@@ -36,6 +36,7 @@ class CheckpointStore:
         keep_training_states: how many of these, the newest, keep their training state; None for all.
         choose_best: of the updates that there are checkpoints of, the one that the link ``best`` leads to and that is
             never pruned; None where none is known to be better than another.
+        require_place: called before each save; raises OSError where ``run_dir`` is not the run's own any more.
     """
 
     def __init__(
@@ -44,9 +45,10 @@ class CheckpointStore:
         keep: int,
         keep_training_states: int | None = None,
         choose_best: Callable[[Iterable[int]], int | None] = lambda steps: None,
+        require_place: Callable[[], None] | None = None,
     ) -> None:
         self.folder = run_dir / "checkpoints"
-        self._choose_best = choose_best
+        self._choose_best, self._require_place = choose_best, require_place
         self.keep = keep
         assert keep >= 1 and (keep_training_states is None or keep_training_states >= 1)
         self.keep_training_states = keep_training_states
@@ -57,8 +59,10 @@ class CheckpointStore:
         """An empty folder to write a checkpoint to, after which :meth:`finish` or :meth:`abandon` follows.
 
         Raises:
-            OSError: if fewer than ``needed`` bytes are free, or the folder cannot be made.
+            OSError: if fewer than ``needed`` bytes are free, the folder cannot be made, or the run's is elsewhere.
         """
+        if self._require_place is not None:
+            self._require_place()
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             for parent in (self.folder.parent, self.folder.parent.parent):  # the run's folder may be as new

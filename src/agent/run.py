@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line, environment, history
+from agent.disk_space import which_disk
 from agent.distributed import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
 from agent.reporting.writing import RunReport
 from agent.run_folder import RunFolder, report_attempt, report_failure
@@ -122,7 +123,9 @@ def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> i
     except Exception as error:
         log.exception("update %d failed", run.state.step + 1)
         reason, alone = _describe(error, config, launch), not lost_a_peer(error)
-        return _fail(folder, launch, config, reason, "runtime", run.state.step, alone=alone)
+        # A start would find nothing where the folder was, and begin at update 0: a person has to look.
+        kind = "config" if folder is not None and folder.moved() else "runtime"
+        return _fail(folder, launch, config, reason, kind, run.state.step, alone=alone)
     finally:
         watchdog.close()
         _close_metrics(run, exit_code)
@@ -218,6 +221,8 @@ def _fail(
 
 def _describe(error: Exception, config: TrainPipelineConfig, launch: Launch) -> str:
     text = f"{type(error).__name__}: {error}"
+    if disk := which_disk(error, config.run_dir):
+        text += f"\n{disk}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
         from agent.memory_advice import when_exhausted
 

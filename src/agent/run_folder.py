@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -43,14 +44,18 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     """Tells the script that launched this process how it ended, through ``$VLA_STATUS_FILE``.
 
     torchrun turns every failure into exit code 1, so a launcher cannot tell a config error from a crash by it.
-    Does nothing when the variable is not set.
+    Does nothing when the variable is not set. Where it cannot be written the launcher takes the end for a crash, which the
+    log says.
     """
     target = os.environ.get("VLA_STATUS_FILE")
     if not target:
         return
     record = {"attempt": os.environ.get("VLA_ATTEMPT", ""), "state": state, "error_kind": error_kind, "reason": reason}
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
+    except OSError as error:
+        log.error("the launcher is not told how this run does (VLA_STATUS_FILE): %s", error)
 
 
 def holder(path: Path) -> str | None:
@@ -132,6 +137,7 @@ class RunFolder:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._acquire()
+        self._place = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         self._status = _sound_status(path / "status.json")
 
     def _in_use(self, handle: int) -> str:
@@ -144,10 +150,36 @@ class RunFolder:
         # In a job nobody waits for the answer, and what a killed attempt left may take a while to be gone.
         patience_s = 60.0 if "SLURM_JOB_ID" in os.environ else 5.0
         handle = lock(self.path / ".lock", "job", self._in_use, patience_s)
-        os.ftruncate(handle, 0)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())
+        try:
+            os.ftruncate(handle, 0)
+            os.write(handle, f"host {socket.gethostname()}, process {os.getpid()}, since {started}".encode())
+        except OSError as error:  # of a full disk, which does not say which
+            os.close(handle)
+            raise OSError(error.errno, error.strerror, str(self.path / ".lock")) from None
         return handle
+
+    def moved(self) -> str | None:
+        """What has become of the folder if it is not where this run began it; None if it is."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._place)):
+                return None
+        except FileNotFoundError:
+            pass
+        except OSError:  # a file server that restarts: whoever writes there learns what is wrong
+            return None
+        now = os.readlink(f"/proc/self/fd/{self._place}")
+        what = "removed" if now.endswith(" (deleted)") else f"moved to {now}"
+        return f"the run folder was {what} while the run goes on; nothing is written until it is back"
+
+    def require_in_place(self) -> None:
+        """Keeps a run from beginning its folder anew, or writing to that of another run, when somebody has moved it.
+
+        Raises:
+            OSError: if the folder is not where this run began it.
+        """
+        if (what := self.moved()) is not None:
+            raise OSError(errno.ENOENT, what, str(self.path))
 
     @property
     def status(self) -> dict[str, Any]:
@@ -199,11 +231,13 @@ class RunFolder:
         self.attempt.update({**now, "updated": time.time(), "ended": ended})
         self._status |= history.summary(self._status["attempts"])
         try:
+            self.require_in_place()
             write_atomically(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
-            report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))
         except OSError as error:
             log.warning("status.json could not be written, it stays at its last state: %s", error)
+        report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))
 
     def close(self) -> None:
         """Gives the lock back."""
         os.close(self._lock)
+        os.close(self._place)

@@ -280,7 +280,7 @@ class ValidationRecords:
         Raises:
             OSError: if it cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # the run's folder is not begun anew when somebody has moved it
         checked = {**contents, _CHECKSUM: _checksum(contents)}
         write_atomically(self.path(contents["step"]), _dumps(checked) + "\n")
 
