@@ -54,6 +54,44 @@ def first_narrow_rule() -> None:
     resuming.NARROW_RULE = 1
 
 
+def follow_a_reference() -> None:
+    """Beside each update torch's AdamW makes one on the clipped gradient of the mean loss, with the numbers of ``REFERENCE``.
+
+    Writes what that gave, and how far the weights are from those of the run.
+    """
+    import itertools
+
+    import torch
+
+    from agent import trainer
+    from agent.batch import to_device
+
+    train_step, numbers = trainer.train_step, json.loads(os.environ["REFERENCE"])
+    copies: dict[str, torch.Tensor] = {}
+    optimizers: list[torch.optim.Optimizer] = []
+
+    def followed(run: Any, batches: Any, clock: Any) -> Any:
+        share = list(itertools.islice(batches, run.plan.accumulation_steps))
+        trained = {name: p for name, p in run.policy.named_parameters() if p.requires_grad}
+        if not copies:
+            copies.update({name: p.detach().clone() for name, p in trained.items()})
+            optimizers.append(torch.optim.AdamW(copies.values(), **numbers["adamw"]))
+        with run.precision():
+            loss = torch.cat([run.model(to_device(batch, run.processes.device)) for batch in share]).mean()
+        for copy, gradient in zip(copies.values(), torch.autograd.grad(loss, list(trained.values())), strict=True):
+            copy.grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(copies.values(), numbers["max_norm"])
+        optimizers[0].param_groups[0]["lr"] = numbers["lr"][run.state.step]
+        optimizers[0].step()
+        result = train_step(run, iter(share), clock)
+        furthest = max(float((p - copies[name]).detach().abs().max()) for name, p in trained.items())
+        with open(numbers["target"], "a") as stream:
+            stream.write(json.dumps({"loss": float(loss), "grad_norm": float(norm), "furthest": furthest}) + "\n")
+        return result
+
+    trainer.train_step = followed
+
+
 def processor_without_bfloat16() -> None:
     """As PyTorch sees a Xeon before Sapphire Rapids, and most desktop processors."""
     import torch

@@ -21,6 +21,7 @@ from test_training import what_was_computed
 
 from agent import tensor_reader
 from agent.manifest import files_of
+from agent.optim import LearningRate
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
 
@@ -449,6 +450,24 @@ def test_g12_every_step_is_logged_once_after_any_history(place: Workplace, serve
     lines = place.metrics("g12")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert [line["loss"] for line in lines] == pytest.approx([x["loss"] for x in place.metrics(through)], rel=1e-5)
+
+
+def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss(place: Workplace, server: ForkServer) -> None:
+    lr = [LearningRate.plan(1e-3, 1e-4, 2, None, 5).at(update) for update in range(5)]
+    adamw = {"betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.5}
+    reference = {"lr": lr, "adamw": adamw, "max_norm": 0.25, "target": str(place.folder / "reference")}
+    given = [("optimizer_lr", 1e-3), ("scheduler_decay_lr", 1e-4), *((f"optimizer_{key}", adamw[key]) for key in adamw)]
+    options = [text for key, value in given for text in (f"--model_cfg.{key}", str(value))]
+    options += ["--n_updates", "5", "--eval_freq", "0", "--max_grad_norm", "0.25"]
+    hook = ("hooks", "follow_a_reference")
+    output = server.start(place, "reference", *options, hook=hook, REFERENCE=json.dumps(reference)).wait()
+    assert place.status("reference")["state"] == "finished", output
+    expected = [json.loads(line) for line in (place.folder / "reference").read_text().splitlines()]
+    for line, other, rate in zip(place.metrics("reference"), expected, lr, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+        assert line["lr"] == pytest.approx(rate)
+        assert other["furthest"] < 1e-6  # of the 1e-3 that an update moves a weight
 
 
 def test_deterministic_kernels_are_asked_for(place: Workplace, server: ForkServer) -> None:
