@@ -14,8 +14,9 @@ import numpy as np
 from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
 from agent.data.orphans import end_with_parent
-from agent.data.pictures import NoColours, check_frame, stored_picture
+from agent.data.pictures import NoColours, stored_picture
 from agent.data.transforms import fitted_size
+from agent.data.video_frame import rgb
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -149,20 +150,7 @@ def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
     Raises:
         NoColours: if it has no colours of 8 bits.
     """
-    check_frame(frame)
-    plane = _converter().reformat(frame, format="rgb24").planes[0]
-    # ``to_ndarray`` would copy it.
-    rows = np.frombuffer(plane, dtype=np.uint8).reshape(frame.height, plane.line_size)
-    pixels = rows[:, : 3 * frame.width].reshape(frame.height, frame.width, 3)
-    return _resized(part, pixels, halved_colours=frame.format.name in ("yuv420p", "yuvj420p", "nv12"))
-
-
-@lru_cache(maxsize=1)
-def _converter() -> av.video.reformatter.VideoReformatter:
-    """One for all frames: a frame's own would compute the same tables anew for each."""
-    from av.video.reformatter import VideoReformatter
-
-    return VideoReformatter()
+    return _resized(part, rgb(frame), halved_colours=frame.format.name in ("yuv420p", "yuvj420p", "nv12"))
 
 
 def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:

@@ -22,6 +22,7 @@ import numpy as np
 from agent.data.info_file import check_v2_info, read_json_object, read_lines
 from agent.data.orphans import end_with_parent
 from agent.data.pictures import NoColours, raw_picture, stored_picture
+from agent.data.video_frame import rgb
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -117,7 +118,7 @@ def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
     with av.open(str(video)) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                yield auto_downsample_height_width(frame.to_ndarray(format="rgb24").transpose(2, 0, 1))
+                yield auto_downsample_height_width(rgb(frame).transpose(2, 0, 1))
 
 
 def _stored_pictures(column: Any) -> Iterator[np.ndarray]:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data.pictures import check_format, check_frame
+from agent.data.pictures import check_format
+from agent.data.video_frame import rgb
 
 if TYPE_CHECKING:
     import torch
@@ -78,5 +79,4 @@ def _with_pyav(path: Path, seconds: float) -> tuple[torch.Tensor | None, float]:
                 break
     if best[0] is None:
         return None, best[1]
-    check_frame(best[0])
-    return torch.from_numpy(best[0].to_ndarray(format="rgb24")).permute(2, 0, 1).contiguous(), best[1]
+    return torch.from_numpy(rgb(best[0])).permute(2, 0, 1).contiguous(), best[1]
