@@ -26,9 +26,10 @@ COMMANDS += ["data.prepare", "evaluate_sim"]
 LEAVES = [
     "batch",
     "reproducibility",
+    "progress",
     "run_folder",
     "run_records",
-]  # import nothing of agent but history, locking and each other; anyone may import the last three
+]  # import nothing of agent but history, locking and each other; anyone may import the last four
 TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state", "validation"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.

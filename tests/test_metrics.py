@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -21,6 +22,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from agent import progress
 from agent.metrics import JsonLines, Metrics
 from agent.wandb_sink import WandbConfig
 
@@ -334,9 +336,10 @@ def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
 # ── what the user sees ──────────────────────────────────────────────────────────────────────────────────────────
 
 SHOW = """
-import sys
+import logging, sys
 from pathlib import Path
 from agent.metrics import Metrics, setup_logging
+from agent.progress import followed
 sys.path.insert(0, sys.argv[2])
 from test_metrics import record
 setup_logging(0, debug=False)
@@ -344,7 +347,12 @@ run_dir = Path(sys.argv[1])
 metrics = Metrics(run_dir, 12)
 (run_dir / "metrics.jsonl").write_text('{"step": 6}')
 metrics.open(6, None, run_dir, "name")
+for step in (7, 8):
+    metrics.advance(step)
 metrics.write(record(8))
+for item in followed([1, 2], "a long step", 2, "thing"):
+    logging.getLogger("x").info("a word %s", "in between") if item == 1 else None
+metrics.advance(12)
 metrics.write(record(12, **{"val/loss": 0.25, "val/acc_0.1": 0.75}))
 metrics.close(0)
 """
@@ -359,7 +367,7 @@ def test_a_file_gets_plain_lines(tmp_path):
         subprocess.run(command(tmp_path), stdout=stdout, stderr=stderr, check=True, timeout=120)
     said = (tmp_path / "job.out").read_text()
     assert (tmp_path / "job.err").read_text() == "" and "\r" not in said and "\x1b" not in said
-    first, second = said.splitlines()
+    first, _, second = said.splitlines()
     shown = "  lr 0.0001  grad 0.5  samples/s 8  wait 0.125  "
     assert first.endswith(f" I update 8/12  loss 0.125{shown}eta 1:02:05")
     assert second.endswith(f" I update 12/12  loss 0.08333{shown}val/loss 0.25  val/acc_0.1 0.75  eta 1:02:05")
@@ -389,15 +397,37 @@ def on_terminal(arguments: list[str]) -> str:
     return shown.decode()
 
 
-def test_a_terminal_gets_a_bar_and_no_lines(tmp_path):
+def test_a_terminal_gets_a_bar_below_the_lines(tmp_path):
     shown = on_terminal(command(tmp_path))
-    frames = [frame.strip() for frame in shown.split("\r") if frame.strip()]
-    assert not any("I update" in frame for frame in frames)
-    assert " 6/12 [" in frames[0] and frames[0].startswith("50%")
-    assert any(" 8/12 [" in frame and "loss 0.125  lr 0.0001  grad 0.5" in frame for frame in frames)
-    assert frames[-1].startswith("100%") and " 12/12 [" in frames[-1] and "val/acc_0.1 0.75" in frames[-1]
-    assert shown.count("\n") == 1, "one bar on one line, left standing at the end"
+    # What stands on each line of the terminal at the end; a bar is drawn over what was there.
+    shown = shown.replace("\x1b[A", "")  # up to the upper of two bars
+    rows = [row.rstrip("\r").split("\r")[-1].strip() for row in shown.split("\n")]
+    logged = [row for row in rows if " I " in row]
+    assert [re.sub(r"^[\d:]+ I (update \d+/12|a word).*", r"\1", row) for row in logged] == [
+        "update 8/12", "a word", "update 12/12",
+    ], shown  # fmt: skip
+    bars = [part.strip() for part in re.split(r"[\r\n]", shown) if part.strip().startswith("training:")]
+    assert " 6/12 [" in bars[0] and any(" 7/12 [" in frame or " 8/12 [" in frame for frame in bars)
+    assert bars[-1].startswith("training: 100%") and " 12/12 [" in bars[-1] and "update/s]" in bars[-1]
+    assert any(frame.startswith("a long step:") for frame in re.split(r"[\r\n]", shown))
+    assert not any("training:" in row or "a long step" in row for row in logged)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [6, 8, 12]
+
+
+def test_a_long_step_without_a_terminal_says_now_and_then_how_far_it_is(monkeypatch, caplog):
+    times = iter(range(0, 10000, 4))  # an item takes four seconds
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(times)))
+    caplog.set_level("INFO")
+    assert list(progress.followed(iter("abcdefghijklmnopqrstuvwxyz"), "validation", 26, "batch")) == list(
+        "abcdefghijklmnopqrstuvwxyz"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        "validation: batch 2 of 26, about 0:01:36 left",
+        "validation: batch 17 of 26, about 0:00:36 left",
+    ]
+    caplog.clear()
+    assert list(progress.followed([1, 2, 3], "validation", 3, "batch", speaks=False)) == [1, 2, 3]
+    assert list(progress.followed([1], "short", 1, "batch")) == [1] and not caplog.records
 
 
 def test_a_full_disk_delays_lines_and_loses_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,11 +50,13 @@ def build(
         require_place=folder.require_in_place if folder is not None else None,
     )
     candidates = processes.main_decides(partial(resuming.candidates, config, checkpoints))
+    log.info("reading the data sets and their statistics")
     watchdog.alive("reading the data sets", patience=4)
     data = build_run_data(config, processes, candidates)
     watchdog.alive("building the model and loading its weights", patience=4)
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
+    log.info("building the model and loading its weights")
     if config.use_bf16 and (slow := environment.slow_bfloat16(processes.device.type)) is not None:
         log.warning("%s; write use_bf16: false, unless this is a try of what a GPU will compute", slow)
     model_config: Any = config.model_cfg

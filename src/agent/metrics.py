@@ -1,8 +1,8 @@
-"""What a run reports: ``metrics.jsonl`` always, wandb when asked for, a progress bar on a terminal, lines elsewhere."""
+"""What a run reports: ``metrics.jsonl`` always, wandb when asked for, lines in the log, and a progress bar
+on a terminal."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agent.progress import LinesAboveBars, bar, clock
 from agent.run_folder import write_atomically
 from agent.run_records import MetricsLines, read_metrics
 from agent.wandb_follower import WandbFollower
@@ -119,7 +120,6 @@ class Metrics:
         self._lines = JsonLines(run_dir / "metrics.jsonl")
         self._wandb: WandbFollower | None = None
         self._bar: Any = None
-        self._above_bar = contextlib.ExitStack()
         self._n_updates = n_updates
 
     def has(self, step: int) -> bool:
@@ -137,13 +137,13 @@ class Metrics:
                     "nothing goes to wandb, training goes on; later: python -m agent.sync_wandb %s: %s", run_dir, error
                 )
         if sys.stderr.isatty():
-            from tqdm import tqdm
-            from tqdm.contrib.logging import logging_redirect_tqdm
-
-            # Log lines then appear above the bar instead of tearing it.
-            self._above_bar.enter_context(logging_redirect_tqdm())
-            self._bar = tqdm(total=self._n_updates, initial=step, unit="update", dynamic_ncols=True)
+            self._bar = bar(desc="training", total=self._n_updates, initial=step, unit="update", smoothing=0.1)
         return self._wandb.run_id if self._wandb else None
+
+    def advance(self, step: int) -> None:
+        """After every update, for who looks on."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
 
     def write(self, record: dict[str, Any]) -> None:
         """One logged update."""
@@ -151,14 +151,7 @@ class Metrics:
         text = "  ".join(
             f"{_short(key)} {_format(value)}" for key, value in record.items() if key in _SHOWN or "/" in key
         )
-        if self._bar is not None:
-            self._bar.update(record["step"] - self._bar.n)
-            self._bar.set_postfix_str(text)
-        else:
-            eta = int(record["eta_s"])
-            log.info(
-                f"update {record['step']}/{self._n_updates}  {text}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}"
-            )
+        log.info(f"update {record['step']}/{self._n_updates}  {text}  eta {clock(record['eta_s'])}")
 
     def sync(self) -> None:
         """Before a checkpoint: what was logged until now is on the disk."""
@@ -168,7 +161,6 @@ class Metrics:
         """Closes every sink, within so many seconds where wandb has more to send than that allows."""
         if self._bar is not None:
             self._bar.close()
-            self._above_bar.close()
         self._lines.close()
         if self._wandb is not None:
             self._wandb.close(patience_s)
@@ -193,7 +185,7 @@ def setup_logging(rank: int, debug: bool) -> None:
         level=level if rank == 0 else logging.WARNING,
         format=f"%(asctime)s {prefix}%(levelname).1s %(message)s",
         datefmt="%H:%M:%S",
-        stream=sys.stdout,
+        handlers=[LinesAboveBars(sys.stdout)],
         force=True,
     )
     for noisy in ("httpx", "httpcore", "urllib3", "fsspec", "datasets", "filelock", "asyncio", "matplotlib", "PIL"):

@@ -62,6 +62,7 @@ def main(arguments: list[str]) -> int:
     setup_logging(launch.rank, config.debug)
     for note in notes:
         log.info(note)
+    log.info("the config is read; PyTorch and what reads the data are loaded")
     if config.check:
         from agent.preflight.check import check
 

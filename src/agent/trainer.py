@@ -66,8 +66,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             with clock.updating():
                 result = train_step(run, batches, clock)
             run.data.count(state.drawn, state.samples_seen - config.global_batch_size, state.samples_seen)
-            if run.folder is not None and "first_update_s" not in run.folder.attempt:
-                run.folder.note(first_update_s=round(time.time() - run.folder.attempt["started"], 1))
+            _tell(run)
             last = state.step == run.plan.n_updates
             due = bool(config.eval_freq) and (state.step % config.eval_freq == 0 or last)
             validation: dict[str, float] | None = {}
@@ -96,6 +95,14 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         watchdog.alive("the last checkpoint", patience=4)
         saver.finish(must_succeed=True)
     return ""
+
+
+def _tell(run: Run) -> None:
+    """That there was one more update, and when the first of this start was."""
+    if run.metrics is not None:
+        run.metrics.advance(run.state.step)
+    if run.folder is not None and "first_update_s" not in run.folder.attempt:
+        run.folder.note(first_update_s=round(time.time() - run.folder.attempt["started"], 1))
 
 
 def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: _Clock, saver: Saver) -> bool:
@@ -131,6 +138,8 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     alone = run.model is run.policy
     if alone and not run.config.use_torch_compile:
         return batches
+    if run.config.use_torch_compile:
+        log.info("the first pass compiles the model, which may take minutes")
     first = next(batches)
     for number in range(1 if alone else 2):
         if number:  # these are in the buckets as they were

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent.data.loader import validation_batches
 from agent.evaluate import DatasetNames, evaluate
+from agent.progress import followed
 from agent.validation_picture import draw
 from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
 
@@ -31,13 +32,14 @@ def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
     """
     if run.data.validation is None:
         return {}
-    raw, average = _evaluate(run, stop), None
+    what = f"validation at update {run.state.step}" if run.state.step else "validation of the starting weights"
+    raw, average = _evaluate(run, stop, what), None
     if raw is None:
         return None
     metrics = raw.metrics() | raw.baselines()
     if run.ema is not None and run.state.step:  # before the first update it is the weights themselves
         with run.ema.applied():
-            average = _evaluate(run, stop)
+            average = _evaluate(run, stop, f"{what}, averaged")
         if average is None:
             return None
         metrics |= average.metrics("val/ema_")
@@ -52,6 +54,11 @@ def validate_start(run: Run, stop: StopRequest) -> bool:
     Returns:
         False if a stop request has cut it short.
     """
+    if run.data.validation is not None:
+        log.info(
+            "validation of the starting weights, %d samples: the baseline of all later ones (eval_start: false skips it)",
+            _size(run),
+        )
     metrics = validate(run, stop)
     if metrics:
         log.info("the starting weights: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
@@ -73,8 +80,14 @@ def which_may_be_best(config: TrainPipelineConfig) -> str | None:
     )
 
 
-def _evaluate(run: Run, stop: StopRequest) -> Evaluation | None:
-    config, reader = run.config, run.data.validation
+def _size(run: Run) -> int:
+    """Samples of the validation set."""
+    assert run.data.validation is not None
+    return min(run.config.eval_size, sum(len(source) for source in run.data.validation.sources))
+
+
+def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
+    config, reader, size = run.config, run.data.validation, _size(run)
     assert reader is not None
     batches = validation_batches(
         reader,
@@ -83,11 +96,12 @@ def _evaluate(run: Run, stop: StopRequest) -> Evaluation | None:
         rank=run.processes.rank,
         world=run.processes.world_size,
     )
+    number = math.ceil(size / (config.per_device_batch_size * run.processes.world_size))
     return evaluate(
         run.policy,
-        batches,
+        followed(batches, what, number, "batch", speaks=run.processes.is_main),
         run.processes,
-        size=min(config.eval_size, sum(len(source) for source in reader.sources)),
+        size=size,
         unnormalize=reader.unnormalize,
         mean_actions=reader.mean_actions,
         datasets=[_names(source) for source in reader.sources],

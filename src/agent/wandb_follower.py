@@ -96,7 +96,7 @@ class WandbFollower:
                 said = said or number >= logging.WARNING
                 self._tell(number, text)
         code = process.wait()
-        if code and not said:
+        if code and not said and not self._ending.is_set():  # else close() tells
             self._tell(
                 logging.WARNING,
                 f"wandb's process left with {code}, see {self._run_dir}/wandb/errors.log; training goes on, it is tried again",
