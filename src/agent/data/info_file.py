@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def empty_line(path: Path, number: int) -> str:
     """What is to be said of an empty line."""
     return (
         f"line {number} of {path} is empty, which LeRobot's converter does not read: take empty lines out with "
-        f"sed -i '/^\\s*$/d' {path}"
+        f"sed -i '/^\\s*$/d' {shlex.quote(str(path))}"
     )
 
 
