@@ -711,7 +711,7 @@ def test_half_of_a_message_holds_up_no_end(monkeypatch, begun):
 
     async def both() -> None:
         client = asyncio.create_task(asyncio.to_thread(begin_and_interrupt))
-        assert await server.serve(listener)
+        assert await server.serve(listener) is False
         ended.set()
         await client
 
@@ -833,6 +833,11 @@ def test_a_token_is_asked_for(server):
 
 def test_an_end_that_finishes_the_requests_under_way(server, policy):
     idle, client = server.raw(), server.client()
+    half, silent = (socket.create_connection(("127.0.0.1", server.port)) for _ in range(2))
+    half.sendall(HANDSHAKE[:40])  # these two begin something, do not go on, and hold up no end
+    silent.sendall(HANDSHAKE.replace(b"Host: x", b"Host: x\r\nAuthorization: Bearer " + TOKEN.encode()))
+    assert silent.recv(12) == b"HTTP/1.1 101"
+    silent.sendall(b"\x82\xff" + struct.pack("!Q", 50_000) + bytes(4) + b"x" * 10)
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(client.infer(request())))
     asking.start()
@@ -843,5 +848,7 @@ def test_an_end_that_finishes_the_requests_under_way(server, policy):
     asking.join(60)
     assert answers and agree(answers[0]["actions"], expected(policy, request()))
     assert server.process.wait(120) == 0
+    half.close()
+    silent.close()
     server.wait_for("stopped")
     assert "stopping, requests under way: 1" in server.log() and "Traceback" not in server.log()

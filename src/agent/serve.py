@@ -61,11 +61,20 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def run(server: Server, listener: socket.socket) -> None:
-    """Serves until a signal; ends the process if the policy is still busy then, for Python would wait for its thread."""
-    if not asyncio.run(server.serve(listener)):
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(0)
+    """Serves until a signal. What was given up then ends with the process: Python would wait for the policy's thread, and
+    asyncio for clients that neither go on nor leave."""
+    runner = asyncio.Runner()
+    try:
+        clean = runner.run(server.serve(listener))
+    except BaseException:
+        runner.close()
+        raise
+    if clean:
+        runner.close()
+        return
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _metadata(policy: LoadedPolicy) -> dict[str, Any]:

@@ -59,8 +59,6 @@ class Batcher:
         self._max_batch, self._window_s = max_batch, window_s
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
-        self.at_work = False
-        """Whether a batch is in the policy."""
 
     async def infer(self, observation: dict[str, Any], noise: np.ndarray, is_gone: Callable[[], bool]) -> Answer | None:
         """The policy's answer to a checked observation; None if ``is_gone`` when its turn comes.
@@ -81,7 +79,7 @@ class Batcher:
                 if not batch:
                     continue
                 start = time.monotonic()
-                results = await loop.run_in_executor(self._thread, self._work, batch)
+                results = await loop.run_in_executor(self._thread, self._one_by_one_if_need_be, batch)
                 infer_ms = (time.monotonic() - start) * 1000
                 self._latencies.inferred(len(batch), infer_ms)
                 for waiting, result in zip(batch, results, strict=True):
@@ -119,13 +117,6 @@ class Batcher:
         if waiting.is_gone() and not waiting.answer.done():
             waiting.answer.set_result(None)
         return not waiting.answer.done()
-
-    def _work(self, batch: list[_Waiting]) -> Sequence[np.ndarray | Exception]:
-        self.at_work = True  # set in the thread, which goes on when the task that waits for it is cancelled
-        try:
-            return self._one_by_one_if_need_be(batch)
-        finally:
-            self.at_work = False
 
     def _one_by_one_if_need_be(self, batch: list[_Waiting]) -> Sequence[np.ndarray | Exception]:
         """In the thread: the actions for each; what raises together is tried alone, so that one cannot fail another."""

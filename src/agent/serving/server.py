@@ -87,7 +87,7 @@ class Server:
         """Serves on a bound socket until SIGTERM, SIGINT or SIGHUP, then finishes the requests under way.
 
         Returns:
-            False if the policy is still at work on one that was given up: only the end of the process ends that.
+            False if requests or clients were given up: only the end of the process ends these for certain.
 
         Raises:
             OSError: if the socket cannot listen.
@@ -115,16 +115,16 @@ class Server:
         await asyncio.wait([ended, work, report], return_when=asyncio.FIRST_COMPLETED)
         for number in numbers:
             loop.remove_signal_handler(number)  # a second one ends it at once
-        if stop.is_set():
-            await self._end(server)
+        clean = await self._end(server) if stop.is_set() else True
         for task in (report, work):
             if task.done():
                 task.result()  # raises what ended it
             task.cancel()
         self._log_latencies()
-        return not self._batcher.at_work
+        return clean
 
-    async def _end(self, server: websocket_server.Server) -> None:
+    async def _end(self, server: websocket_server.Server) -> bool:
+        """Whether all that was under way has come to its end."""
         log.info("stopping, requests under way: %d", len(self._at_work))
         self._stopping = True  # whoever is at work closes its connection afterwards
         server.close(close_connections=False)
@@ -138,7 +138,10 @@ class Server:
             log.warning(text, len(self._at_work), len(self._connections - self._at_work), _PATIENCE_S)
             for connection in self._connections:
                 connection.transport.abort()
+            log.info("stopped")
+            return False
         log.info("stopped")
+        return True
 
     def _admit(self, connection: websocket_server.ServerConnection, request: Request) -> Response | None:
         """Health for anyone, the rest for who has the token."""
