@@ -485,6 +485,27 @@ def test_training_starts_the_evaluation_beside_itself(tmp_path: Path) -> None:
     assert (run / "started.txt").read_text() == f"{run} gpus: attempt:\n"
 
 
+def started(config: SimulationConfig, run_dir: Path) -> None:
+    thread = starting.start(config, run_dir)
+    assert thread is not None
+    thread.join(60)
+
+
+def test_a_start_that_takes_long_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f"#!/bin/bash\nuntil [[ -e {tmp_path}/answer ]]; do sleep 0.05; done; echo job 7\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path) + os.pathsep + os.environ["PATH"])
+    thread = starting.start(SimulationConfig(**EVAL_CFG, start="sbatch"), tmp_path / "run")
+    assert thread is not None and thread.is_alive()
+    (tmp_path / "answer").touch()
+    thread.join(60)
+    assert "evaluation in simulation: job 7" in caplog.text
+
+
 def test_a_start_that_fails_does_not_stop_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -494,15 +515,15 @@ def test_a_start_that_fails_does_not_stop_the_training(
     config = SimulationConfig(**EVAL_CFG, start="sbatch")
     for path in (str(tmp_path), str(tmp_path / "nowhere")):
         monkeypatch.setenv("PATH", path + os.pathsep + "/usr/bin" if path == str(tmp_path) else path)
-        starting.start(config, tmp_path / "run")
+        started(config, tmp_path / "run")
     first, second = (record.getMessage() for record in caplog.records)
     assert first.endswith("could not be started, training goes on: Invalid account")
     assert "could not be started, training goes on" in second and "sbatch" in second
-    starting.start(SimulationConfig(**EVAL_CFG), tmp_path / "run")
-    starting.start(None, tmp_path / "run")
+    assert starting.start(SimulationConfig(**EVAL_CFG), tmp_path / "run") is None
+    assert starting.start(None, tmp_path / "run") is None
     assert len(caplog.records) == 2
     monkeypatch.undo()
-    starting.start(SimulationConfig(**EVAL_CFG, start="process", script="nowhere.sh"), tmp_path / "run")
+    started(SimulationConfig(**EVAL_CFG, start="process", script="nowhere.sh"), tmp_path / "run")
     assert "could not be started, training goes on: eval_cfg.script: there is no nowhere.sh in" in caplog.messages[-1]
 
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 import pytest
+from test_metrics import offline_records
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")
@@ -326,6 +327,7 @@ SMALL += (
     " --per_device_batch_size 4 --use_wandb false --model_cfg.image_resolution [64,64] --flow_samples_per_observation 1"
 )
 SMALL += "".join(f" --model_cfg.{part}_variant.depth 1" for part in ("paligemma", "action_expert", "vision"))
+WANDB = ("--use_wandb", "true", "--wandb.mode", "offline")
 SECONDS = 400  # for one run with its restarts, on a machine that does other things, too
 
 
@@ -424,7 +426,7 @@ def test_stops_of_every_kind_and_a_killed_worker(cluster: Cluster) -> None:
 @pytest.mark.timeout(600)
 def test_time_limit_and_requeue_from_outside(cluster: Cluster) -> None:
     limited = train(cluster, "limited", "--n_updates", "100000")
-    taken = train(cluster, "taken")
+    taken = train(cluster, "taken", *WANDB)
     limited.wait_for_step(12)
     # The limit moves to one or two minutes from now. The header asks for one, SLURM looks every half minute.
     hours, minutes, _ = limited.job()["RunTime"].split(":")
@@ -434,6 +436,8 @@ def test_time_limit_and_requeue_from_outside(cluster: Cluster) -> None:
     cluster.command("scontrol", "requeue", taken.number)  # SIGTERM, and SIGKILL after KillWait
     taken.ends_well(1, ["preempted", "finished"])
     assert "is left to SLURM" in cluster.log("taken", "err")
+    (newest,) = taken.run_dir.glob("wandb/offline-run-*")  # wandb's processes got the SIGTERM, too
+    assert [entry["_step"] for entry in offline_records(newest)[1]] == list(range(1, UPDATES + 1))
 
     wait_for("the warning", lambda: int(limited.job()["Restarts"]) > 0, SECONDS)
     assert "SIGUSR1 (the time limit is near" in limited.log
@@ -459,7 +463,7 @@ def test_preemption_by_a_partition_of_higher_priority(cluster: Cluster) -> None:
 @pytest.mark.timeout(600)
 def test_a_cancelled_job_and_a_config_error_stay_where_they_are(cluster: Cluster) -> None:
     mistaken = train(cluster, "mistaken", "--save_model_freqq", "3")
-    cancelled = train(cluster, "cancelled")
+    cancelled = train(cluster, "cancelled", *WANDB)
     job = cluster.wait(mistaken.number, SECONDS)
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "2:0", "0")
     assert "fail: the configuration has to be corrected first" in mistaken.log
@@ -474,6 +478,7 @@ def test_a_cancelled_job_and_a_config_error_stay_where_they_are(cluster: Cluster
     assert cancelled.story == ["preempted"]
     assert cancelled.status["attempts"][0]["checkpoint_step"] == cancelled.steps[-1] == len(cancelled.steps)
     assert "submit the same command again" in cancelled.cluster.log("cancelled", "err")
+    assert list(cancelled.run_dir.glob("wandb/offline-run-*")), "wandb was not among what was sent SIGTERM"
 
 
 @pytest.mark.timeout(600)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from agent.simulation.configuration import SimulationConfig
 
 log = logging.getLogger(__name__)
+_PATIENCE_S = 60.0
 # Beginnings of the variables that mean the training's own processes and outcome.
 _OF_THE_TRAINING = tuple(
     "TORCHELASTIC_ VLA_ATTEMPT VLA_STATUS_FILE VLA_STOP_FILE RANK LOCAL_RANK ROLE_ WORLD_SIZE LOCAL_WORLD_SIZE GROUP_ "
@@ -19,10 +21,19 @@ _OF_THE_TRAINING = tuple(
 )
 
 
-def start(config: SimulationConfig | None, run_dir: Path) -> None:
-    """Does what ``eval_cfg.start`` says; a failure is an error in the log and nothing more."""
+def start(config: SimulationConfig | None, run_dir: Path) -> threading.Thread | None:
+    """Does what ``eval_cfg.start`` says, in a thread, for `sbatch` may take long to answer; None if it says nothing.
+
+    A failure is an error in the log and nothing more.
+    """
     if config is None or config.start == "by_hand":
-        return
+        return None
+    thread = threading.Thread(target=_start, args=(config, run_dir), name="evaluation in simulation")
+    thread.start()
+    return thread
+
+
+def _start(config: SimulationConfig, run_dir: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_OF_THE_TRAINING)}
     folder = run_dir.resolve() / "simulation"
     try:
@@ -35,7 +46,8 @@ def start(config: SimulationConfig | None, run_dir: Path) -> None:
                 env=environment,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                errors="replace",
+                timeout=_PATIENCE_S,
                 check=True,
             )
             log.info("evaluation in simulation: %s", done.stdout.strip())
@@ -51,6 +63,6 @@ def start(config: SimulationConfig | None, run_dir: Path) -> None:
                 start_new_session=True,
             )
         log.info("evaluation in simulation: process %d, its log is %s", process.pid, folder / "log.txt")
-    except (OSError, subprocess.SubprocessError) as error:
+    except Exception as error:
         said = getattr(error, "stderr", None) or error
         log.error("evaluation in simulation could not be started, training goes on: %s", str(said).strip())
