@@ -179,6 +179,30 @@ def report_determinism() -> None:
     trainer.train = reporting
 
 
+def broken_picture() -> None:
+    """Validations cannot be drawn, and not for want of room."""
+    from agent import validation
+
+    def broken(path: Path, record: Any) -> None:
+        raise ZeroDivisionError("no pixels")
+
+    validation.draw = broken
+
+
+def gated() -> None:
+    """No update beyond the number in the file ``GATE`` begins before a larger one stands there."""
+    from agent import trainer
+
+    train_step, gate = trainer.train_step, Path(os.environ["GATE"])
+
+    def waiting(run: Any, batches: Any, clock: Any) -> Any:
+        while run.state.step >= int(gate.read_text() or 0):
+            time.sleep(0.02)
+        return train_step(run, batches, clock)
+
+    trainer.train_step = waiting
+
+
 def fail_while_ending() -> None:
     """The third update hangs, and fails when the watchdog ends the run, as when the peer of a collective is gone."""
     from agent import trainer

@@ -129,6 +129,7 @@ if end == "killed":
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGKILL)
 begin = time.monotonic()
+metrics.end()
 metrics.close(float(sys.argv[7]))
 print(f"closed within {time.monotonic() - begin:.0f} s")
 """
@@ -150,18 +151,22 @@ def start(run_dir: Path, after: int, steps: range, attempt: int, end: str, **mor
     return said.splitlines()[0]
 
 
+def wandb_processes(run_dir: Path) -> list[psutil.Process]:
+    """wandb's own process for a run, and its parent."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent() if process.name() == "wandb-core" else None
+            if parent is not None and str(run_dir) in parent.cmdline():
+                return [process, parent]
+    return []
+
+
 def wandb_process(run_dir: Path) -> psutil.Process:
     """wandb's own process for a run, once there is one and it has the run."""
     for _ in range(2400):
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                parent = process.parent() if process.name() == "wandb-core" else None
-                if (
-                    parent is not None
-                    and str(run_dir) in parent.cmdline()
-                    and list(run_dir.glob("wandb/offline-run-*/*.wandb"))
-                ):
-                    return process
+        found = wandb_processes(run_dir)
+        if found and list(run_dir.glob("wandb/offline-run-*/*.wandb")):
+            return found[0]
         time.sleep(0.05)
     raise AssertionError("wandb has no process")
 
@@ -329,6 +334,7 @@ def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
             monkeypatch.setenv("WANDB_MODE", mode)
         metrics = Metrics(tmp_path, 10)
         assert metrics.open(0, config, tmp_path, "name") is None
+        metrics.end()
         metrics.close(0)
     assert not (tmp_path / "wandb").exists()
 
@@ -354,7 +360,7 @@ for item in followed([1, 2], "a long step", 2, "thing"):
     logging.getLogger("x").info("a word %s", "in between") if item == 1 else None
 metrics.advance(12)
 metrics.write(record(12, **{"val/loss": 0.25, "val/acc_0.1": 0.75}))
-metrics.close(0)
+metrics.end()
 """
 
 

@@ -125,12 +125,16 @@ def test_a_damaged_checkpoint_is_passed_over_as_training_does(
 ) -> None:
     run = shutil.copytree(trained, trained.with_name("one_damaged"), symlinks=True)
     cut_short(run / "checkpoints" / "step_00000008")
+    for name, old, new in (("metrics.jsonl", '"step": 3,', '"stdp": 3,'), ("status.json", '"started"', '"rtarted"')):
+        (run / name).write_text((run / name).read_text().replace(old, new))
     before = contents(run)
     checked = check(server, place, "one_damaged", "--n_updates", "8")
     (row,) = checked.rows("start", "pass")
     assert row["text"].endswith("step_00000004")
-    (row,) = checked.rows("start", "warn")
+    row, records = checked.rows("start", "warn")
     assert "step_00000008: pretrained_model/model.safetensors has" in row["text"]
+    assert f"{run}/metrics.jsonl: line 3 has no 'step'" in records["text"]
+    assert f"{run}/status.json: attempt 1: it has no 'started'" in records["text"]
     assert checked.row("time")["details"]["updates"] == 4
     assert {name: value for name, value in contents(run).items() if not name.startswith("check/")} == before
 

@@ -5,6 +5,7 @@ Run with ``uv run pytest tests/test_reliability.py``. docs/reliability.md lists 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -12,11 +13,13 @@ import shutil
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
+from test_metrics import offline_records, wandb_process, wandb_processes
 from test_training import what_was_computed
 
 from agent import tensor_reader
@@ -491,6 +494,67 @@ def test_the_optimizer_gets_gradients_of_at_most_max_grad_norm(
     (line,) = place.metrics(name)
     assert line["grad_norm"] > 1  # the norm before clipping
     assert norm == pytest.approx(most or line["grad_norm"], rel=1e-4)
+
+
+def test_g17_a_validation_that_cannot_be_drawn_does_not_end_the_run(place: Workplace, server: ForkServer) -> None:
+    few = ("--n_updates", "2", "--eval_freq", "1", "--eval_start", "false")
+    output = server.start(place, "undrawn", *few, hook=("hooks", "broken_picture")).wait()
+    assert place.status("undrawn")["state"] == "finished", output
+    assert output.count("could not be drawn") == 2 and "ZeroDivisionError: no pixels" in output
+    assert len(list((place.folder / "runs" / "undrawn" / "validation").glob("*.json"))) == 2
+
+
+@pytest.mark.slow
+def test_g17_a_storm_with_wandbs_processes_among_what_is_killed(
+    place: Workplace, server: ForkServer, validated: str
+) -> None:
+    gate, folder = place.folder / "g17.gate", place.folder / "runs" / "g17"
+    endings = ["SIGTERM", "all killed", "SIGKILL", "all asked", "all asked", "its parent", "all killed", "SIGSTOP"]
+    run, open_to = None, 0
+    for ending in [*endings, "SIGKILL", "finished"]:
+        open_to += 1 if ending != "finished" else 20
+        gate.write_text(str(open_to))
+        if run is None:
+            wandb = (*VALIDATING, "--use_wandb", "true", "--wandb.mode", "offline")
+            run = server.start(place, "g17", *wandb, ranks=2, hook=("hooks", "gated"), GATE=str(gate))
+        if ending == "finished":
+            break
+        run.wait_for_step(open_to)
+        if ending == "all killed":
+            with contextlib.suppress(psutil.Error):  # wandb's have perhaps ended by themselves
+                for process in wandb_processes(folder):
+                    process.kill()
+            run.kill_all()
+            run = None
+            continue
+        service = wandb_process(folder)
+        if ending == "its parent":
+            service.parent().kill()  # type: ignore[union-attr]
+            continue
+        service.send_signal(signal.SIGTERM if ending == "all asked" else getattr(signal, ending))
+        open_to += 1  # training goes on, with one more update at least
+        if ending == "all asked":
+            service.parent().terminate()  # type: ignore[union-attr]
+            for rank in range(2):
+                run.kill(rank, signal.SIGTERM)
+        gate.write_text(str(open_to))
+        run.wait_for_step(open_to)
+        if ending == "all asked":
+            output = run.wait(timeout=60)
+            status, run = place.status("g17"), None
+            assert (status["state"], status["step"]) == ("preempted", open_to), output
+        elif ending == "SIGSTOP":
+            service.kill()
+    output = run.wait()  # type: ignore[union-attr]
+    assert place.status("g17")["state"] == "finished" and place.status("g17")["restarts"] == 4, output
+    assert what_was_computed(place.metrics("g17")) == what_was_computed(place.metrics(validated))
+    assert place.tensors("g17") == place.tensors(validated)
+    assert all_validations(place, "g17") == all_validations(place, validated)
+    (newest,) = folder.glob("wandb/offline-run-*")
+    _, (start, *history) = offline_records(newest)
+    assert start["_step"] == 0 and start["val/loss"] > 0  # the validation of the starting weights
+    shown = [(entry["_step"], entry["loss"]) for entry in history]
+    assert shown == [(line["step"], line["loss"]) for line in place.metrics("g17")]
 
 
 def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, server: ForkServer) -> None:

@@ -157,11 +157,16 @@ class Metrics:
         """Before a checkpoint: what was logged until now is on the disk."""
         self._lines.sync()
 
-    def close(self, patience_s: float) -> None:
-        """Closes every sink, within so many seconds where wandb has more to send than that allows."""
+    def end(self) -> None:
+        """No more lines: closes the file, and lets wandb take the last of them."""
         if self._bar is not None:
             self._bar.close()
         self._lines.close()
+        if self._wandb is not None:
+            self._wandb.end()
+
+    def close(self, patience_s: float) -> None:
+        """Waits so many seconds at most for wandb, after :meth:`end`."""
         if self._wandb is not None:
             self._wandb.close(patience_s)
 

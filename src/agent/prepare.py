@@ -110,6 +110,8 @@ def main(arguments: list[str]) -> int:
     print("\n# ready; a job needs this environment:")
     for name, value in environment(config).items():
         print(f"export {name}={shlex.quote(value)}")
+    if "WANDB_MODE" in environment(config):
+        print("# the curves are uploaded afterwards: uv run python -m agent.sync_wandb RUN_DIR")
     return 0
 
 

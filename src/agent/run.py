@@ -129,9 +129,8 @@ def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> i
         return _fail(folder, launch, config, reason, kind, run.state.step, alone=alone)
     finally:
         watchdog.close()
-        _close_metrics(run, exit_code)
         if folder is not None:
-            RunReport(folder.path).write()
+            _close_reports(run, folder, exit_code)
         if exit_code != EXIT_FAILED:
             # torchrun ends all once one has left: nobody leaves before rank 0 has closed its files
             processes.any(False)
@@ -140,13 +139,16 @@ def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> i
             folder.close()
 
 
-def _close_metrics(run: Run, exit_code: int) -> None:
-    if run.metrics is None:
-        return
+def _close_reports(run: Run, folder: RunFolder, exit_code: int) -> None:
+    """Ends what reports, on rank 0. The outcome is in ``status.json`` already, and nothing here changes it."""
     try:
-        # wandb has half a minute for the end of a run, and less where the cluster may kill the job in half a minute.
-        run.metrics.close(60 if exit_code == EXIT_FINISHED else 10)
-    except Exception:  # the outcome stands in status.json already; a log that cannot be closed does not change it
+        if run.metrics is not None:
+            run.metrics.end()
+        RunReport(folder.path).write()
+        if run.metrics is not None:
+            # A cluster that has asked the run to stop may kill it in half a minute; the next start sends the rest.
+            run.metrics.close(60 if exit_code == EXIT_FINISHED else 3)
+    except Exception:
         log.exception("the metrics could not be closed")
 
 

@@ -44,10 +44,13 @@ class WandbFollower:
         self._thread = threading.Thread(target=self._supervise, name="wandb", daemon=True)
         self._thread.start()
 
-    def close(self, patience_s: float) -> None:
-        """Lets it send the rest; gives up after a while, for the cluster may be about to kill the job."""
+    def end(self) -> None:
+        """There are no more lines: it sends the rest, and leaves."""
         self._ending.set()
         self._say_the_end()
+
+    def close(self, patience_s: float) -> None:
+        """Waits for it to leave; gives up after a while, for the cluster may be about to kill the job."""
         self._thread.join(patience_s)
         if self._whole:
             return

@@ -76,4 +76,7 @@ def _wandb(context: Context) -> Row:
         text, _, change = str(error).partition(": ")
         return Row("wandb", "fail", text, change)
     mode = os.environ.get("WANDB_MODE") or config.wandb.mode
-    return Row("wandb", "pass", "a key is there" if mode == "online" else f"{mode}, needs no key")
+    if mode == "online":
+        return Row("wandb", "pass", "a key is there")
+    upload = f"; later: python -m agent.sync_wandb {config.run_dir}" if config.wandb.actual_mode() == "offline" else ""
+    return Row("wandb", "pass", f"{mode}, needs no key{upload}")
