@@ -124,6 +124,13 @@ def flip_a_bit(path: Path) -> None:
     (path / WEIGHTS).write_bytes(data)
 
 
+def rename(path: Path, name: str) -> None:
+    """Lists another file as well."""
+    content = json.loads((path / MANIFEST).read_text())
+    content["files"][name] = next(iter(content["files"].values()))
+    (path / MANIFEST).write_text(json.dumps(content))
+
+
 DAMAGES = {
     "a flipped bit": (flip_a_bit, "model.safetensors is damaged: its checksum does not match"),
     "a truncated file": (
@@ -147,6 +154,14 @@ DAMAGES = {
     "the manifest without files": (
         lambda path: (path / MANIFEST).write_text('{"files": {}}'),
         "its manifest.json lists no file",
+    ),
+    "a name that leads out": (
+        lambda path: rename(path, "../other/x"),
+        "its manifest.json names ../other/x, which is outside of it",
+    ),
+    "an absolute name": (
+        lambda path: rename(path, "/etc/hostname"),
+        "its manifest.json names /etc/hostname, which is outside of it",
     ),
 }
 

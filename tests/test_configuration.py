@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -874,9 +875,14 @@ def test_keys_that_are_newer_than_the_checkpoint_are_no_changes(files: Files, tm
     (tmp_path / "training_state").mkdir()
     (tmp_path / "training_state" / "config.yaml").write_text(yaml.safe_dump(saved))
     (tmp_path / "training_state" / "state.json").write_text('{"data_fingerprint": "x"}')
-    assert changes_since_checkpoint(tmp_path, config, "x") == []
+
+    def data(fingerprint: str) -> Any:
+        reader, spec = SimpleNamespace(sources=[]), SimpleNamespace(image_resolution=(32, 32))
+        return SimpleNamespace(fingerprint=fingerprint, fingerprint_if=lambda _: fingerprint, reader=reader, spec=spec)
+
+    assert changes_since_checkpoint(tmp_path, config, data("x")) == []
     changed = files.load("--model_cfg.relative_exclude_joints", '["a"]')
-    assert changes_since_checkpoint(tmp_path, changed, "y") == [
+    assert changes_since_checkpoint(tmp_path, changed, data("y")) == [
         "model_cfg.relative_exclude_joints.0: gripper → a",
         "the training data itself (states, actions, episodes or instructions as tokens): fingerprint x → y",
     ]
@@ -893,7 +899,7 @@ def test_a_run_under_way_keeps_the_form_of_its_schedule(files: Files, tmp_path: 
     (tmp_path / "training_state" / "state.json").write_text('{"data_fingerprint": "x"}')
     kept = then or "first_update"
     config = files.load()
-    assert changes_since_checkpoint(tmp_path, config, "x") == []
+    assert changes_since_checkpoint(tmp_path, config, None) == []
     lines = settle(config, tmp_path)
     assert dump(config)["model_cfg"]["scheduler_decay_start"] == kept
     assert lines == (
@@ -903,12 +909,12 @@ def test_a_run_under_way_keeps_the_form_of_its_schedule(files: Files, tmp_path: 
             "model_cfg.scheduler_decay_start: first_update, with which this run began; one that begins now has after_warmup"
         ]
     )
-    assert settle(config, None) == [] and changes_since_checkpoint(tmp_path, config, "x") == []
+    assert settle(config, None) == [] and changes_since_checkpoint(tmp_path, config, None) == []
     # What the config says itself is another matter.
     for start in ("first_update", "after_warmup"):
         stated = files.load("--model_cfg.scheduler_decay_start", start)
         changes = [] if start == kept else [f"model_cfg.scheduler_decay_start: {kept} → {start}"]
-        assert settle(stated, tmp_path) == [] and changes_since_checkpoint(tmp_path, stated, "x") == changes
+        assert settle(stated, tmp_path) == [] and changes_since_checkpoint(tmp_path, stated, None) == changes
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from agent.configuration_pipeline import load_config
 from agent.data import frame_preparation, prepare
 from agent.data.frame_encoding import Encoding
-from agent.data.frame_manifest import Manifest, SourceFile
+from agent.data.frame_manifest import Manifest, SourceFile, index_name
 from agent.data.frame_parts import decode, resize
-from agent.data.frame_store import WantedStore
+from agent.data.frame_store import WantedStore, read_index
 from agent.data.frame_times import FileIndex, times_of_episodes
 from agent.data.source import open_source
 from agent.data.transforms import resize_with_pad
@@ -202,7 +202,44 @@ def test_training_with_a_store_has_the_same_losses(place, stores):
     code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "none")
     assert code == 0 and "this run is finished" in output, output
     code, output = place.run("--name", "store", *root, "--n_updates", "6", "--data.train.frame_store", "jpeg")
-    assert code == 2 and "fingerprint" in output, output
+    assert code == 2 and f"came from the videos → come from the frame store {stores}/frames/32x32-jpeg95" in output, (
+        output
+    )
+
+
+def test_under_auto_a_run_keeps_to_the_pictures_that_it_began_with(place, copy, stores):
+    def run(name, root, *more):
+        root = ("--data.train.datasets.0.root", str(root))
+        return place.run("--name", name, *root, "--n_updates", "4", "--save_model_freq", "2", *more)
+
+    def losses(name):
+        return [line["loss"] for line in place.metrics(name)]
+
+    code, output = run("began", copy)
+    assert code == 0, output
+    before = losses("began")
+    assert prepared(place, copy) == []
+    store = copy / "frames" / "32x32-jpeg95"
+    shutil.rmtree(place.checkpoint("began"))
+    code, output = run("began", copy)
+    assert code == 0 and "decoded from the data set, as when this run began, not from 32x32-jpeg95" in output, output
+    assert losses("began") == before and len(before) == 4
+    # One that began with JPEG: when it is gone, no other will do.
+    code, output = run("jpeg", copy)
+    assert code == 0 and f"pictures from the frame store {store}" in output, output
+    shutil.rmtree(store)
+    code, output = run("jpeg", copy)
+    assert code == 2 and f"the frame store {store}, which is not there any more" in output, output
+    assert "--data.train.frame_store jpeg --data.train.frame_quality 95" in output
+
+
+@pytest.mark.parametrize(("began", "taken"), [(None, "raw"), ("lossless", "raw"), ("raw", "raw"), ("jpeg95", "jpeg95")])
+def test_which_stores_serve_a_run_under_way(stores, began, taken):
+    """Raw and lossless ones hold the very pictures of the videos."""
+    began_with = {"test/data": began and f"32x32-{began}"}
+    wanted = WantedStore("auto", 95, SIZE, began_with)
+    source = open_source(dataset_config(stores), 4, "pyav", 1e-4, wanted=wanted)
+    assert source.store_name == f"32x32-{taken}"
 
 
 # ── which frame is whose ────────────────────────────────────────────────────────────────────────────────────────
@@ -611,7 +648,7 @@ def test_a_part_that_is_cut_short_is_named(place, copy):
     (part,) = copy.glob("frames/*/*/*.arrow")
     source = source_of(copy)
     part.write_bytes(part.read_bytes()[:3000])
-    with pytest.raises(RuntimeError, match=r"episode 5, frame 11 cannot be read .*arrow is cut short; make the store"):
+    with pytest.raises(RuntimeError, match=r"episode 5, frame 11 cannot be read .*arrow is cut short"):
         source.read(71)
 
 
@@ -622,30 +659,108 @@ def test_half_a_copy_of_a_store_is_refused_before_training(place, copy):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(
-            ValueError, match=rf"{path} is .*cut short.* remove the folder {index.parent} and make it anew"
+            ValueError, match=rf"{path} is .*cut short.* run `.*agent.data.prepare .*` again, which makes"
         ):
             source_of(copy)
         path.unlink()
-        with pytest.raises(ValueError, match=rf"{path} is missing.* remove the folder {index.parent} and make it anew"):
+        with pytest.raises(ValueError, match=rf"{path} is missing.* run `.*agent.data.prepare .*` again, which makes"):
             source_of(copy)
-        if path == index:  # nor does preparing end without saying what to do
-            assert "remove the folder" in prepared(place, copy)[0]
-        path.write_bytes(whole)
-    assert source_of(copy).store is not None
+        assert prepared(place, copy, workers=1) == []
+        assert path.read_bytes() == whole and source_of(copy).store is not None
 
 
-def test_a_damaged_picture_of_a_store_is_the_stores(place, copy):
+@pytest.mark.parametrize("kind", ["jpeg", "lossless", "raw"])
+def test_a_damaged_picture_is_found_and_made_anew(place, copy, small_parts, caplog, kind):
     """The data set's own files, which are sound and may be far away, are not named for it."""
-    assert prepared(place, copy) == []
-    (part,) = copy.glob("frames/*/*/*.arrow")
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    setting = ("--data.train.frame_store", kind)
+    assert prepared(place, copy, *setting) == []
+    index = read_index(next(copy.glob("frames/*/index-*.arrow")))
+    part = sorted(copy.glob("frames/*/*/*.arrow"))[index[f"{FRONT}/part"][71]]
+    whole, decoded = part.read_bytes(), part.stat().st_mtime_ns
+    others = {path: path.stat().st_mtime_ns for path in copy.glob("frames/*/*/*.arrow") if path != part}
+    content = bytearray(whole)
+    content[index[f"{FRONT}/offset"][71] + index[f"{FRONT}/size"][71] // 2] ^= 1  # one bit of its last picture
     part.write_bytes(content)
+    source = source_of(copy, kind)
+    source.read(70)
     with pytest.raises(
-        RuntimeError, match=r"frame 11 cannot be read .* of the frame store \S+\. Remove that folder"
+        RuntimeError, match=r"episode 5, frame 11 cannot be read .* of the frame store \S+\. Run"
     ) as caught:
-        source_of(copy).read(71)
-    assert "data.train.frame_store: none" in str(caught.value) and ".mp4" not in str(caught.value)
+        source.read(71)
+    text = str(caught.value)
+    assert f"the picture of {FRONT} in {part} is damaged: its checksum does not match" in text
+    assert "python -m agent.data.prepare" in text and "data.train.frame_store: none" in text and ".mp4" not in text
+    assert prepared(place, copy, *setting) == []
+    assert f"{part} is damaged, and made anew" in caplog.text and decoded != part.stat().st_mtime_ns
+    assert part.read_bytes() == whole and {path: path.stat().st_mtime_ns for path in others} == others
+    source_of(copy, kind).read(71)
+
+
+def test_what_else_of_a_store_is_damaged(place, copy, small_parts, caplog):
+    """A digit of index, note or manifest; and a whole picture that is another frame's."""
+    assert prepared(place, copy) == []
+    before = {path: path.read_bytes() for path in copy.glob("frames/**/*") if path.is_file()}
+
+    def change(pattern: str, old: bytes | None = None) -> Path:
+        path = next(copy.glob(pattern))
+        content = bytearray(path.read_bytes())
+        content[content.index(old) + len(old) if old else len(content) // 2] ^= 1
+        path.write_bytes(content)
+        return path
+
+    index = change("frames/*/index-*.arrow")
+    with pytest.raises(ValueError, match=f"{index} is missing, cut short or damaged .* makes the index anew"):
+        source_of(copy)
+    assert prepared(place, copy) == []
+    note = change("frames/*/*/*.json", b'"frames": ')
+    assert prepared(place, copy) == []
+    assert f"{note} is damaged, and its part is made anew" in caplog.text
+    manifest = change("frames/*/manifest.json", b'"frames": ')
+    with pytest.raises(ValueError, match=f"{manifest} is no manifest .*its checksum does not match.* Remove this file"):
+        source_of(copy)
+    manifest.unlink()
+    assert prepared(place, copy) == []
+    assert {path: path.read_bytes() for path in copy.glob("frames/**/*") if path.is_file()} == before
+    store = source_of(copy).store
+    store.open()
+    store._index = {name: values.copy() for name, values in store._index.items()}
+    for name in ("part", "offset", "size"):
+        store._index[f"{FRONT}/{name}"][3] = store._index[f"{FRONT}/{name}"][4]
+    with pytest.raises(ValueError, match="its checksum does not match"):
+        store.image(FRONT, 0, 3)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_gets_checksums(place, copy, small_parts, caplog):
+    assert prepared(place, copy) == []
+    before = {path: path.read_bytes() for path in copy.glob("frames/**/*") if path.is_file()}
+    as_before_checksums(copy)
+    caplog.set_level(logging.INFO)
+    with_none = source_of(copy).read(71).images[FRONT]
+    (line,) = [line for line in caplog.messages if "holds no checksums" in line]
+    assert "agent.data.prepare" in line
+    assert prepared(place, copy) == []
+    assert "were written by an earlier version, without checksums" in caplog.text
+    assert {path: path.read_bytes() for path in copy.glob("frames/**/*") if path.is_file()} == before
+    assert np.array_equal(source_of(copy).read(71).images[FRONT], with_none)
+
+
+def as_before_checksums(root: Path) -> None:
+    """What is in a store of a version that wrote none."""
+    import pyarrow as pa
+
+    (manifest,) = root.glob("frames/*/manifest.json")
+    folder, values = manifest.parent, json.loads(manifest.read_text())
+    index = read_index(folder / values["index"])
+    batch = pa.record_batch({name: pa.array(column) for name, column in index.items() if not name.endswith("xxh3")})
+    with pa.ipc.new_file(folder / "index-0123456789abcdef.arrow", batch.schema) as writer:
+        writer.write_batch(batch)
+    content = (folder / "index-0123456789abcdef.arrow").read_bytes()
+    (folder / "index-0123456789abcdef.arrow").rename(folder / index_name(content))
+    (folder / values["index"]).unlink()
+    values["index"] = index_name(content)
+    for path in [manifest, *folder.glob("*/*.json")]:
+        values = values if path == manifest else json.loads(path.read_text())
+        path.write_text(json.dumps({key: value for key, value in values.items() if key not in ("xxh3", "checksums")}))
 
 
 def test_a_camera_that_the_store_lacks(place, stores, copy):

@@ -160,10 +160,10 @@ def test_the_users_cache_tells_data_sets_apart_whose_files_look_alike(tmp_path, 
         root = tmp_path / name / "data"
         root.mkdir(parents=True)
         (root / "agent_cache").write_text("a file where the folder would be")
-        assert cache.find(root, "columns-1") is None
-        kept[name] = cache.keep(root, "columns-1", lambda path, name=name: path.write_text(name))
-        assert cache.find(root, "columns-1") == kept[name]
-    assert [path.read_text() for path in kept.values()] == ["one", "two"]
+        assert cache.find(root, "columns-1", Path.read_text) is None
+        cache.keep(root, "columns-1", lambda path, name=name: path.write_text(name))
+        kept[name] = cache.find(root, "columns-1", Path.read_text)
+    assert list(kept.values()) == ["one", "two"]
 
 
 @pytest.fixture
@@ -196,10 +196,10 @@ def test_what_another_user_keeps_to_himself_is_kept_again(another_user, monkeypa
         (place / "0.npy").touch()
 
     become_another()
-    assert cache.find(root, "columns-1") is None
+    assert cache.find(root, "columns-1", Path) is None
     place = cache.keep(root, "columns-1", write)
     assert place is not None and place.is_relative_to(folder / "home")
-    assert cache.find(root, "columns-1") == place
+    assert cache.find(root, "columns-1", Path) == place
 
 
 def test_columns_that_were_kept_are_of_the_dimensions_that_the_metadata_say_now(tenth, tmp_path):
@@ -230,8 +230,57 @@ def test_two_nodes_keep_the_same_at_once_under_one_process_id(tmp_path):
 
     place = tmp_path / "agent_cache" / "name"
     assert cache.keep(tmp_path, "name", partial(write, meanwhile=second)) == place
-    assert [path.name for path in place.parent.iterdir()] == ["name"]
+    assert sorted(path.name for path in place.parent.iterdir()) == ["name", "name.xxh3"]
     assert {path.name: path.read_text() for path in place.iterdir()} == {"first": "whole", "second": "whole"}
+
+
+def test_what_does_not_hold_is_computed_anew(tmp_path, monkeypatch, caplog):
+    """Truncated, a digit, another key under a checksum of its own, a damaged checksum, and one that is missing."""
+    from agent.data import episode_table
+    from agent.manifest import checksum
+
+    monkeypatch.setattr(episode_table, "LARGE", 0)
+    root = write_dataset(tmp_path / "data", cameras={CAMERA: (32, 32)})
+    first = start((root, None))
+    notes = sorted((root / "agent_cache").glob("*.xxh3"))
+    assert {note.name.split("-")[0] for note in notes} == {"columns", "statistics", "episodes", "tokens"}
+    places = [note.with_suffix("") for note in notes]
+    (tokens,) = (place for place in places if place.name.startswith("tokens"))
+
+    def largest(place: Path) -> Path:
+        return max(place.iterdir(), key=lambda path: path.stat().st_size) if place.is_dir() else place
+
+    def truncate(place: Path) -> None:
+        os.truncate(largest(place), largest(place).stat().st_size // 2)
+
+    def change(place: Path) -> None:
+        content = bytearray(largest(place).read_bytes())
+        content[len(content) // 2] ^= 1
+        largest(place).write_bytes(content)
+
+    def rename_key(place: Path) -> None:
+        place.write_text(place.read_text().replace("pad_token_id", "pad_token_ix"))
+        place.with_name(f"{place.name}.xxh3").write_text(json.dumps({"": checksum(place)}))
+
+    for damage, paths in (
+        (truncate, places),
+        (change, places),
+        (change, notes),
+        (truncate, notes),
+        (Path.unlink, notes),  # as earlier versions left them
+        (rename_key, [tokens]),
+    ):
+        for path in paths:
+            damage(path)
+        caplog.clear()
+        same(start((root, None)), first)
+        assert len(caplog.messages) == len(paths)
+        for path, line in zip(sorted(paths), sorted(caplog.messages), strict=True):
+            assert "is not used but computed anew" in line and str(path).removesuffix(".xxh3") in line
+    caplog.clear()
+    same(start((root, None)), first)
+    assert not caplog.messages
+    assert sorted((root / "agent_cache").iterdir()) == sorted([*notes, *places])
 
 
 def test_a_changed_file_is_noticed(tmp_path):

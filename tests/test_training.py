@@ -151,6 +151,83 @@ def test_moved_data_continues_and_other_data_does_not(place: Workplace, through:
     assert code == 2 and "the training data itself" in output and "fingerprint" in output, output
 
 
+def continued(place: Workplace, through: str, name: str, root: Path | None = None) -> str:
+    """Runs a copy of a finished run again from update 16 on; the log. It ends with the same losses and weights."""
+    shutil.copytree(place.folder / "runs" / through, place.folder / "runs" / name, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(place.folder / "runs" / name / "checkpoints" / "step_00000020")
+    where = ("--data.train.datasets.0.root", str(root)) if root is not None else ()
+    code, output = place.run("--name", name, *WORKERS, *where, processes=2)
+    assert code == 0 and "own checkpoint" in output, output
+    assert what_was_computed(place.metrics(name)) == what_was_computed(place.metrics(through))
+    assert place.tensors(name) == place.tensors(through)
+    return output
+
+
+def test_only_what_the_manifest_lists_is_loaded(place: Workplace, through: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from agent.export import main as export
+
+    last = place.folder / "runs" / "extra" / "checkpoints" / "step_00000016"
+    whole = place.folder / "runs" / through / "checkpoints" / "step_00000016"
+    (last / "pretrained_model").mkdir(parents=True)
+    (last / "training_state").mkdir()
+    zero = {name: tensor.zero_() for name, tensor in load_file(whole / "pretrained_model/model.safetensors").items()}
+    for name in ("pretrained_model/other.safetensors", "training_state/model.safetensors"):
+        save_file(zero, last / name, {"format": "pt"})
+    index = json.dumps({"weight_map": dict.fromkeys(zero, "other.safetensors")})
+    (last / "pretrained_model" / "model.safetensors.index.json").write_text(index)
+    (last / "pretrained_model" / "robots.json").write_text("{}")
+    (last / "training_state" / "optimizer-00002-of-00003.safetensors").write_bytes(b"")
+    output = continued(place, through, "extra")
+    for name in (
+        "pretrained_model/other.safetensors",
+        "training_state/model.safetensors",
+        "pretrained_model/robots.json",
+    ):
+        assert name in next(line for line in output.splitlines() if "not in its manifest.json, and ignored" in line)
+    # Nor where the weights are taken to.
+    exports = [tmp_path / name for name in ("extra", "through")]
+    for checkpoint, out in zip((last, whole), exports, strict=True):
+        assert export(["--checkpoint", str(checkpoint), "--to", "lerobot", "--out", str(out)]) == 0
+    assert {p.name: p.read_bytes() for p in exports[0].iterdir() if p.name != "README.md"} == {
+        p.name: p.read_bytes() for p in exports[1].iterdir() if p.name != "README.md"
+    }
+
+
+def test_a_run_does_not_begin_from_damaged_weights_of_another(place: Workplace, through: str) -> None:
+    shutil.copytree(place.checkpoint(through), place.folder / "damaged")
+    path = place.folder / "damaged" / "pretrained_model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    code, output = place.run("--name", "from_damaged", "--load_from_checkpoint", str(path.parent))
+    assert code == 2 and "model.safetensors is damaged: its checksum does not match; name another one" in output, output
+
+
+def test_a_resume_normalises_as_the_run_began(place: Workplace, through: str) -> None:
+    """Every kept file is damaged but one, which holds other statistics, as another version may have computed them."""
+    from agent.manifest import checksum
+
+    root = place.folder / "cached"
+    shutil.copytree(place.folder / "data", root)
+    damaged = sorted(path for path in (root / "agent_cache").iterdir() if path.suffix != ".xxh3")
+    other = damaged.pop(next(n for n, path in enumerate(damaged) if path.name.startswith("statistics")))
+    values = json.loads(other.read_text())
+    values["std"][0] *= 2
+    other.write_text(json.dumps(values))
+    other.with_name(f"{other.name}.xxh3").write_text(json.dumps({"": checksum(other)}))
+    assert len(damaged) == 3
+    for file in [file for path in damaged for file in (path.iterdir() if path.is_dir() else [path])]:
+        os.truncate(file, file.stat().st_size * 2 // 3)
+    lines = continued(place, through, "cached", root).splitlines()
+    told = "\n".join(line for line in lines if "is not used but computed anew" in line)
+    assert all(str(path) in told for path in damaged) and str(other) not in told
+    (line,) = [line for line in lines if "statistics: std of dimension 0 is" in line and "[rank" not in line]
+    assert f"(kept in {other})" in line and "step_00000016/pretrained_model" in line
+    assert "goes on with the checkpoint's, with which it began" in line
+
+
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(place: Workplace) -> None:
     code, output = place.run("--name", "small", "--model_cfg.paligemma_variant.vocab_size", "40")
     assert code == 2 and "the model's vocabulary has 40" in output, output

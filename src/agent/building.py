@@ -12,12 +12,13 @@ import torch
 
 from agent import environment, history, optim, resuming, sharding, weights
 from agent.checkpoint import PRETRAINED, CheckpointStore
-from agent.config_changes import settle
+from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
 from agent.ema import Ema
+from agent.manifest import Folder, Verification
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.parallelize import parallelize
@@ -173,6 +174,7 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes, own: Seque
             tokenizer_path=model.tokenizer_path,
             task_paraphrase=config.task_paraphrase,
             given=_given_statistics(config, own),
+            began_with=began_with(own),
             relative=RelativeActions(model.relative_exclude_joints, model.action_feature_names)
             if model.use_relative_actions
             else None,
@@ -239,6 +241,19 @@ def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: An
 
 
 def _load(reference: str, key: str, match: Any, config: TrainPipelineConfig, processes: Processes, policy: Any) -> None:
-    files = processes.main_first(partial(weights.find_weights, reference, key))
-    fit = registry.adapter(config.model_cfg).fit
-    log.info(weights.load_into(policy.state_dict(), files, partial(match, config=config.model_cfg), fit).table())
+    found = processes.main_first(partial(weights.find_weights, reference, key))
+    files = [file.parent.resolve() / file.name for file in found]
+    fit, folder = registry.adapter(config.model_cfg).fit, Folder(files[0].parent)
+    verification = None
+    if folder.checkpoint is not None and processes.is_main:  # another run's, with checksums
+        verification = Verification(folder.checkpoint, f"{folder.path.relative_to(folder.checkpoint)}/")
+    coverage = weights.load_into(
+        policy.state_dict(),
+        files,
+        partial(match, config=config.model_cfg),
+        fit,
+        verification.checksum if verification is not None else None,
+    )
+    if damage := processes.main_decides(verification.result if verification is not None else lambda: None):
+        raise ValueError(f"{key}: the checkpoint {folder.checkpoint} is damaged: {damage}; name another one")
+    log.info(coverage.table())

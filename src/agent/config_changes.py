@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import draccus
 import yaml
 
 from agent.checkpoint import TRAINING
 from agent.configuration_pipeline import TrainPipelineConfig, dump
+from agent.data.frame_store import frames_folder, jpeg_of
+from agent.manifest import Folder, Verification
+
+if TYPE_CHECKING:
+    from agent.data.build import Data
+    from agent.data.source import Source
 
 # Keys that may differ between a checkpoint and the run that continues it: they change neither mathematics nor data.
 # Where data, tokenizer and paraphrases lie is free too, because what they contain is compared by its fingerprint.
@@ -97,31 +104,70 @@ def settle(config: TrainPipelineConfig, checkpoint: Path | None) -> list[str]:
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
     """The config that a checkpoint was made with; keys that are newer than it say what was done then."""
-    saved = yaml.safe_load((checkpoint / TRAINING / "config.yaml").read_text(encoding="utf-8"))
+    saved = yaml.safe_load(Folder(checkpoint / TRAINING).text("config.yaml"))
     for key, then in _DONE_THEN.items():
         part, name = key.split(".")
         saved[part].setdefault(name, then)
     return saved
 
 
-def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, fingerprint: str | None) -> list[str]:
+def began_with(checkpoints: Sequence[Path]) -> dict[str, str | None]:
+    """Data set → the frame store that a run has read so far, by name, or None for the videos; empty if nothing is known.
+
+    Args:
+        checkpoints: of the run, the newest first, unverified; older ones do not say it.
+    """
+    state = f"{TRAINING}/state.json"
+    sound = next((path for path in checkpoints if Verification(path, state).result() is None), None)
+    return json.loads((sound / state).read_text(encoding="utf-8")).get("frame_stores", {}) if sound is not None else {}
+
+
+def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, data: Data | None) -> list[str]:
     """What a run with this config would silently do otherwise than the one that wrote the checkpoint, a line each.
 
     Args:
         checkpoint: with its training state.
         config: with the model's features completed from the data.
-        fingerprint: of the data; None if it is not known.
+        data: of the run; None if it is not known.
     """
-    training = checkpoint / TRAINING
+    training = Folder(checkpoint / TRAINING)
     saved = _completed(_saved_config(checkpoint), config)
     changes = changes_since(saved, dump(config))
-    trained_on = json.loads((training / "state.json").read_text(encoding="utf-8"))["data_fingerprint"]
-    if fingerprint is not None and fingerprint != trained_on:
-        changes.append(
-            "the training data itself (states, actions, episodes or instructions as tokens): "
-            f"fingerprint {trained_on} → {fingerprint}"
-        )
-    return changes
+    state = json.loads(training.text("state.json"))
+    trained_on = state["data_fingerprint"]
+    if data is None or data.fingerprint == trained_on:
+        return changes
+    if (pictures := _pictures_changed(data, state, config)) is not None:
+        return [*changes, *pictures]
+    told = "the training data itself (states, actions, episodes or instructions as tokens)"
+    return [*changes, f"{told}: fingerprint {trained_on} → {data.fingerprint}"]
+
+
+def _pictures_changed(data: Data, state: dict[str, Any], config: TrainPipelineConfig) -> list[str] | None:
+    """A line for each data set, if nothing else differs than that its pictures come from another place; else None."""
+    sources, size = data.reader.sources, "{}x{}".format(*data.spec.image_resolution)
+    known = state.get("frame_stores")
+    if known is not None:
+        before = [[known.get(source.config.repo_id, source.store_name) for source in sources]]
+    else:  # a checkpoint of an earlier version
+        before = [[store] * len(sources) for store in (None, f"{size}-jpeg{config.data.train.frame_quality}")]
+    for stores in before:
+        if data.fingerprint_if(stores) != state["data_fingerprint"]:
+            continue
+        return [
+            f"data.train.frame_store: the pictures of {source} came from {_spoken(source, then)} → come from "
+            f"{_spoken(source, source.store_name)}; to go on as before write --data.train.frame_store "
+            + ("none" if jpeg is None else f"jpeg --data.train.frame_quality {jpeg.removeprefix('jpeg')}")
+            for source, then in zip(sources, stores, strict=True)
+            if (jpeg := jpeg_of(then)) != jpeg_of(source.store_name)
+        ]
+    return None
+
+
+def _spoken(source: Source, store: str | None) -> str:
+    if store is None:
+        return "the videos"
+    return f"the frame store {frames_folder(source.metadata, source.config.frames) / store}"
 
 
 def _completed(saved: Any, config: Any) -> Any:

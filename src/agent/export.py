@@ -33,6 +33,7 @@ from agent.export_source import (
     statistics_of,
     trained_on,
 )
+from agent.manifest import Folder
 
 if TYPE_CHECKING:
     import torch
@@ -131,7 +132,8 @@ def _small_files(
         documents["config.json"] = dict(documents["config.json"])
         if not is_hub_id(documents["config.json"].get("pretrained_path") or ""):
             documents["config.json"]["pretrained_path"] = None  # a folder of this machine
-        for path in sorted([*source.pretrained.glob("policy_*"), *source.pretrained.glob("dimension_names.json")]):
+        there = Folder(source.pretrained)
+        for path in [*there.matching("policy_*"), *there.matching("dimension_names.json")]:
             files[path.name] = path.read_bytes()
         files |= deployed.processors if deployed is not None else {}
         if PREPROCESSOR in files:

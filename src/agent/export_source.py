@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from agent.manifest import Folder
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -79,7 +81,9 @@ def open_checkpoint(reference: str) -> Source:
             hint = f"; there are also {', '.join(others)}" if others else ""
             raise ValueError(f"--checkpoint: {checkpoint} is damaged: {damage}{hint}")
         step = int(json.loads((checkpoint / manifest.MANIFEST).read_text(encoding="utf-8"))["step"])
-    written = read_json(pretrained / "config.json")
+    if (config := Folder(pretrained).file("config.json")) is None:
+        raise ValueError(f"there is no {pretrained / 'config.json'}, which says what model the weights are of")
+    written = read_json(config)
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
     return Source(
         files, pretrained, written, _model_config(pretrained, written), run, step, _training_config(pretrained)
@@ -89,8 +93,6 @@ def open_checkpoint(reference: str) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}, which says what model the weights are of") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -121,10 +123,11 @@ def _model_config(pretrained: Path, written: dict[str, Any]) -> Any:
 def _training_config(pretrained: Path) -> dict[str, Any]:
     """The config that a checkpoint was trained with; empty for weights from elsewhere."""
     checkpoint = pretrained.parent
-    for path in (checkpoint / "training_state" / "config.yaml", checkpoint.parent.parent / "config.yaml"):
-        if pretrained.name in FOLDERS and path.is_file():
-            return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return {}
+    if pretrained.name not in FOLDERS:
+        return {}
+    of_run = checkpoint.parent.parent / "config.yaml"
+    path = Folder(checkpoint / "training_state").file("config.yaml") or (of_run if of_run.is_file() else None)
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path is not None else {}
 
 
 def prevailing_dtype(files: list[Path]) -> torch.dtype:
@@ -145,13 +148,15 @@ def statistics_of(pretrained: Path) -> dict[str, dict[str, np.ndarray]] | None:
     """Feature → statistic → (dims,), as the checkpoint's preprocessor normalises."""
     from safetensors.numpy import load_file
 
-    path = pretrained / PREPROCESSOR
-    if not path.is_file():
+    there = Folder(pretrained)
+    if (path := there.file(PREPROCESSOR)) is None:
         return None
     for step in read_json(path).get("steps", []):
         if step.get("registry_name") == "normalizer_processor" and "state_file" in step:
             statistics: dict[str, dict[str, np.ndarray]] = {}
-            for key, values in load_file(pretrained / step["state_file"]).items():
+            if (stored := there.file(step["state_file"])) is None:
+                raise ValueError(f"{path} names {step['state_file']}, which is not there")
+            for key, values in load_file(stored).items():
                 feature, _, name = key.rpartition(".")
                 statistics.setdefault(feature, {})[name] = values
             return statistics
@@ -200,8 +205,8 @@ def bases(source: Source) -> list[str]:
             pretrained = find_weights(reference, "load_from_checkpoint")[0].parent.resolve()
         except ValueError:
             break  # the weights are gone by now, and with them what they came from
-        config = pretrained / "config.json"
-        training, written = _training_config(pretrained), read_json(config) if config.is_file() else {}
+        config = Folder(pretrained).file("config.json")
+        training, written = _training_config(pretrained), read_json(config) if config is not None else {}
     return found
 
 

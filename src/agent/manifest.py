@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import lru_cache
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import xxhash
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "manifest.json"
+FOLDERS = ("pretrained_model", "pretrained_model_ema", "training_state")
+"""Of a checkpoint."""
 _BLOCK = 1 << 22  # stays in the processor's cache between the read and the hash
 # What the system says of a disk that has lost something. Any other error is of the moment: too many open files, a file
 # server that restarts, a permission. A checkpoint that cannot be read then is not damaged.
@@ -100,11 +106,85 @@ def files_of(folder: Path) -> dict[str, tuple[int, str]]:
         raise Damaged(f"its {MANIFEST} cannot be read") from None
     if not files:
         raise Damaged(f"its {MANIFEST} lists no file")
+    if outside := [name for name in files if not is_inside(name)]:
+        raise Damaged(f"its {MANIFEST} names {outside[0]}, which is outside of it")
     return files
 
 
-def check_sizes(folder: Path) -> str | None:
+def is_inside(name: str) -> bool:
+    """Whether a name that a file gives for another stays within the folder that both are in."""
+    path = PurePath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts
+
+
+class Folder:
+    """A folder with weights and what belongs to them. Of a checkpoint's, only what the manifest lists is there.
+
+    Args:
+        path: ``pretrained_model`` or another folder of a checkpoint, or one without a manifest, as others publish it.
+
+    Raises:
+        ValueError: if there is a manifest that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint: Path | None = None
+        """The one with the manifest that lists this folder's files."""
+        self._listed: set[str] | None = None
+        place = path.resolve()
+        for checkpoint, of in ((place.parent, place.name), (place.parent.parent, place.parent.name)):
+            if of in FOLDERS and (checkpoint / MANIFEST).is_file():
+                try:
+                    names = set(files_of(checkpoint))
+                except Damaged as damage:
+                    raise Damaged(f"the checkpoint {checkpoint} is damaged: {damage}") from None
+                _tell_unlisted(checkpoint, frozenset(names))
+                self.checkpoint, begin = checkpoint, f"{place.relative_to(checkpoint)}/"
+                self._listed = {name.removeprefix(begin) for name in names if name.startswith(begin)}
+
+    def file(self, name: str) -> Path | None:
+        """Where a file is; None if there is none of this name.
+
+        Raises:
+            ValueError: if the name leads out of the folder, as no file of weights may make it.
+        """
+        if not is_inside(name):
+            raise ValueError(f"{self.path}: the file name {name!r} leads out of this folder")
+        path = self.path / name
+        return path if (self._listed is None or name in self._listed) and path.is_file() else None
+
+    def text(self, name: str) -> str:
+        """The contents of a file.
+
+        Raises:
+            ValueError: if it is not there, or its name leads out of the folder.
+        """
+        if (path := self.file(name)) is None:
+            listed = "" if self._listed is None else f", or not in the {MANIFEST} of the checkpoint"
+            raise ValueError(f"{self.path / name} is not there{listed}")
+        return path.read_text(encoding="utf-8")
+
+    def matching(self, pattern: str) -> list[Path]:
+        """The files of a pattern, as ``Path.glob`` has it, by name."""
+        found = sorted(path for path in self.path.glob(pattern) if path.is_file())
+        return [p for p in found if self._listed is None or str(p.relative_to(self.path)) in self._listed]
+
+
+@lru_cache(maxsize=16)  # once for a checkpoint, however many of its folders are looked into
+def _tell_unlisted(checkpoint: Path, listed: frozenset[str]) -> None:
+    found = (path for folder in FOLDERS for path in (checkpoint / folder).rglob("*") if path.is_file())
+    names = sorted(str(path.relative_to(checkpoint)) for path in found if not path.name.startswith("."))
+    if extra := [name for name in names if name not in listed]:
+        log.warning("%s: not in its %s, and ignored: %s", checkpoint, MANIFEST, ", ".join(extra))
+
+
+def check_sizes(folder: Path, under: str = "") -> str | None:
     """None if every file of the manifest is there in its size; otherwise what is wrong. Reads no file.
+
+    Args:
+        folder: of the checkpoint.
+        under: how the names begin that are looked at.
 
     Raises:
         OSError: if it cannot be looked at now, which says nothing about it.
@@ -114,6 +194,8 @@ def check_sizes(folder: Path) -> str | None:
     except Damaged as damage:
         return str(damage)
     for name, (size, _) in listed.items():
+        if not name.startswith(under):
+            continue
         path = folder / name
         try:
             if not path.is_file():
@@ -141,10 +223,14 @@ class Verification:
     """Holds a checkpoint against its manifest while it is loaded, so that no file is read twice.
 
     Whoever reads a file feeds its :meth:`checksum`. What nobody has read to the end, :meth:`result` reads.
+
+    Args:
+        folder: of the checkpoint.
+        under: how the names of the files begin that are held against it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, under: str = "") -> None:
+        self._folder, self._under = folder, under
         self._fed: dict[str, _Digest] = {}
 
     def checksum(self, path: Path) -> _Digest:
@@ -166,10 +252,11 @@ class Verification:
             return f"it could not be verified: {error!r}"
 
     def _compare(self) -> str | None:
-        damage = check_sizes(self._folder)
+        damage = check_sizes(self._folder, self._under)
         if damage is not None:
             return damage
-        by_size = sorted(files_of(self._folder).items(), key=lambda item: -item[1][0])
+        listed = {name: entry for name, entry in files_of(self._folder).items() if name.startswith(self._under)}
+        by_size = sorted(listed.items(), key=lambda item: -item[1][0])
         with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
             # The largest first: one file is hashed by one thread.
             checks = [pool.submit(self._check, name, size, expected) for name, (size, expected) in by_size]

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from agent import weights
-from agent.checkpoint import PRETRAINED_EMA, TRAINING, CheckpointStore
+from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization import NARROW_RULE
 from agent.distributed import Processes
 from agent.ema import Ema
-from agent.manifest import Verification
+from agent.manifest import Folder, Verification
 from agent.models import registry
 from agent.saving import exact_weights, restore
 from agent.tensor_reader import Checksums
@@ -128,7 +130,7 @@ def _load(
     )
     state = policy.state_dict()
     log.info(read(state, weights.find_weights(str(exact_weights(path)), "resume")).table())
-    if ema is not None and (path / PRETRAINED_EMA).is_dir():
+    if ema is not None and Folder(path / PRETRAINED_EMA).matching("*"):
         read(ema.state(state), weights.find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
     elif ema is not None:  # switched on by resume_changes
         log.warning("%s has no moving average of the weights; it begins now, at these weights", path)
@@ -144,7 +146,7 @@ def narrow_rule(found: Sequence[Path]) -> int:
     """
     for path in found:
         try:
-            rule = json.loads((path / TRAINING / "state.json").read_text(encoding="utf-8")).get("narrow_rule", 1)
+            rule = json.loads(Folder(path / TRAINING).text("state.json")).get("narrow_rule", 1)
         except (OSError, ValueError, AttributeError):  # damaged, which is found out where it is loaded
             continue
         if rule not in range(1, NARROW_RULE + 1):
@@ -161,7 +163,10 @@ def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -
         raise RuntimeError(
             f"the data were normalised by rule {data.narrow_rule}, the checkpoint has {rule}; start again"
         )
-    changes = changes_since_checkpoint(checkpoint, config, data.fingerprint)
+    changes = changes_since_checkpoint(checkpoint, config, data)
+    if not any(change.startswith(("data.", "model_cfg.", "the training data")) for change in changes):
+        for line in keep_statistics(config, data, checkpoint):
+            log.warning(line)
     if changes and not config.resume_changes:
         raise ValueError(
             f"this run was started with another config than the one it would continue with ({checkpoint}):\n  "
@@ -170,3 +175,34 @@ def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -
         )
     for line in changes:
         log.warning("resume_changes: %s", line)
+
+
+def keep_statistics(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> list[str]:
+    """Normalises with the statistics that the run began with, a checkpoint's of the same data and config.
+
+    Those of now are the same, unless another version of this program computes them otherwise, or a cache is wrong in a way
+    that its checksum does not show.
+
+    Returns:
+        A line for each feature whose statistics of now are others.
+    """
+    saved = registry.deployment(config.model_cfg).saved_statistics(checkpoint / PRETRAINED, config.model_cfg)
+    lines = []
+    for robot in data.robots:
+        of_robot = saved[robot.name if len(data.robots) > 1 else None]
+        for feature, normalizer in (("state", robot.state), ("action", robot.action)):
+            now = normalizer.statistics
+            then = {name: values for name, values in of_robot[feature].items() if name in now.known}
+            others = [n for n in then if not np.array_equal(then[n], getattr(now, n), equal_nan=True)]
+            if not others:
+                continue
+            name, of_now, of_then = others[0], getattr(now, others[0]), then[others[0]]
+            dim = int(np.flatnonzero(of_now != of_then)[0])
+            lines.append(
+                f"{feature} statistics: {name} of dimension {dim} is {of_now[dim]} as computed now"
+                + (f" (kept in {now.kept_in})" if now.kept_in is not None else "")
+                + f" and {of_then[dim]} in {checkpoint / PRETRAINED}, though data and config are the same: another version "
+                "computed it, or one of the two is wrong. The run goes on with the checkpoint's, with which it began"
+            )
+            normalizer.statistics = replace(now, **then)
+    return lines

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from agent.data.normalization import Normalizer, given_statistics
+from agent.manifest import Folder
 
 STATE, ACTION = "observation.state", "action"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -111,7 +112,7 @@ def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[di
     from agent.export_source import read_json
 
     path = pretrained / file
-    if file not in instead and not path.is_file():
+    if file not in instead and Folder(pretrained).file(file) is None:
         raise ValueError(
             f"{pretrained} has no {file}: without the processors nobody knows the policy's tokenizer and statistics. Name a "
             "checkpoint that training saved, or copy the policy_*.json and policy_*.safetensors of such a one into it"
@@ -153,7 +154,10 @@ def _statistics(pretrained: Path, file: str, name: str, instead: Mapping[str, by
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
+    stored = None if name in instead else Folder(pretrained).file(name)
+    if name not in instead and stored is None:
+        raise ValueError(f"{pretrained / file} names {name}, which is not there")
     try:
-        return load(instead[name] if name in instead else (pretrained / name).read_bytes())
+        return load(instead[name] if stored is None else stored.read_bytes())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{pretrained / name}, statistics of {file}, cannot be read: {error}") from None

@@ -21,6 +21,7 @@ from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
 from agent.data.robot import names_document, robots_document
+from agent.manifest import Folder
 from agent.models import registry
 from agent.parallelize import is_sharded_module
 from agent.replicas import check_replicas
@@ -173,6 +174,7 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     details = {
         "data_fingerprint": run.data.fingerprint,
         "narrow_rule": run.data.narrow_rule,
+        "frame_stores": run.data.frame_stores,
         "world_size": run.processes.world_size,
         "torch": torch.__version__,
     }
@@ -202,7 +204,7 @@ def _stored(run: Run) -> dict[str, torch.dtype]:
 
 def exact_weights(checkpoint: Path, of: str = PRETRAINED) -> Path:
     """The folder with the weights as they were in training; ``of`` is the folder of the published ones."""
-    return checkpoint / (_EXACT[of] if (checkpoint / _EXACT[of] / _WEIGHTS).is_file() else of)
+    return checkpoint / (_EXACT[of] if Folder(checkpoint / _EXACT[of]).file(_WEIGHTS) is not None else of)
 
 
 def restore(
@@ -223,6 +225,6 @@ def restore(
     for path in files:
         digest = checksums(path) if checksums is not None else None
         tensor_reader.stream(path, {entry.name: state[entry.name] for entry in entries[path]}, digest)
-    saved = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
+    saved = json.loads(Folder(checkpoint / TRAINING).text("state.json"))
     # what is newer than the checkpoint begins anew
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})

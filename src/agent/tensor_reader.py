@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from agent.manifest import Folder
 from agent.sharding import rows
 from agent.tensor_file import TYPES
 
@@ -116,13 +117,15 @@ def parts(folder: Path, name: str) -> list[Path]:
     Raises:
         ValueError: if there is no such file, or one of several is absent.
     """
-    single = folder / f"{name}.safetensors"
-    if single.is_file():
+    there = Folder(folder)
+    if (single := there.file(f"{name}.safetensors")) is not None:
         return [single]
-    found = sorted(single.parent.glob(f"{single.stem}-*-of-*.safetensors"))
+    found = there.matching(f"{name}-*-of-*.safetensors")
     counts = {int(number[1]) for path in found if (number := re.search(r"-of-(\d+)\.safetensors$", path.name))}
     if not found or counts != {len(found)}:
-        raise ValueError(f"{single} is not there, nor all of its parts: {[path.name for path in found]}")
+        raise ValueError(
+            f"{folder / name}.safetensors is not there, nor all of its parts: {[path.name for path in found]}"
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import hub
+from agent.manifest import Folder, is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,6 +121,11 @@ def find_weights(reference: str, key: str) -> list[Path]:
     if path.suffix in _PICKLES and path.exists():
         raise ValueError(f"{key}: {path} is a pickle file, which can run code when opened{_converting(path)}")
     if path.is_file():
+        if Folder(path.parent).file(path.name) is None:
+            raise ValueError(
+                f"{key}: {path} is in a checkpoint, whose manifest does not list it; copy it to a folder of its own if it is "
+                "meant"
+            )
         return [path]
     for folder in (
         path,
@@ -155,22 +161,26 @@ def _converting(pickle: Path) -> str:
 
 
 def _files_in(folder: Path, key: str) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    there = Folder(folder)
+    if (index := there.file("model.safetensors.index.json")) is not None:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             names = []
         if not names:
             raise ValueError(f"{key}: {index} cannot be read as an index, it is truncated or damaged")
-        absent = [name for name in names if not (folder / name).is_file()]
+        if outside := [name for name in names if not is_inside(name)]:
+            raise ValueError(
+                f"{key}: {index} names {outside[0]}, which is outside of its folder; nothing is read from there"
+            )
+        absent = [name for name in names if there.file(name) is None]
         if absent:
             raise ValueError(
                 f"{key}: {index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
             )
         return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else []
+    single = there.file("model.safetensors")
+    return [single] if single is not None else []
 
 
 def _files_on_hub(repository: hub.Repository, key: str) -> list[Path]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import xxhash
@@ -13,7 +14,7 @@ from agent.data.augmentation import augmentations
 from agent.data.episodes import hold_out
 from agent.data.features import check_features
 from agent.data.frame_manifest import PREPARE
-from agent.data.frame_store import WantedStore
+from agent.data.frame_store import WantedStore, jpeg_of, stores_there
 from agent.data.loader import DataConfig, start_fork_server
 from agent.data.metadata import spelled
 from agent.data.mixture import Mixture
@@ -46,12 +47,27 @@ class Data:
     """Of the validation samples, or None when nothing is held out."""
     robots: list[Robot]
     """How states and actions are normalised. The first is the one that a checkpoint's processors are made for."""
-    fingerprint: str
-    """Of what is trained on: episodes, states, actions, instructions as tokens. A copy elsewhere has the same."""
+    fingerprint_if: Callable[[Sequence[str | None]], str]
+    """What the fingerprint would be if each training data set's pictures were those of this frame store, by its name, or
+    of the videos: None."""
     narrow_rule: int
     """What the statistics take for narrow, see ``agent.data.normalization.made_safe``."""
     report: list[str]
     """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what is trained on: episodes, states, actions, pictures, instructions as tokens. A copy has the same."""
+        return self.fingerprint_if([source.store_name for source in self.reader.sources])
+
+    @property
+    def frame_stores(self) -> dict[str, str | None]:
+        """Data set → the frame store that its pictures come from, by name; None where they are decoded."""
+        found: dict[str, set[str | None]] = {}
+        for source in [*self.reader.sources, *(self.validation.sources if self.validation is not None else [])]:
+            found.setdefault(source.config.repo_id, set()).add(source.store_name)
+        # Of two folders under one name with a store each nothing can be said.
+        return {repo_id: next(iter(names)) for repo_id, names in found.items() if len(names) == 1}
 
     @property
     def labels(self) -> list[str]:
@@ -85,6 +101,7 @@ def build_data(
     given: GivenStatistics | None = None,
     relative: RelativeActions | None = None,
     narrow_rule: int = NARROW_RULE,
+    began_with: Mapping[str, str | None] | None = None,
 ) -> Data:
     """Opens and verifies all data of a run.
 
@@ -100,6 +117,7 @@ def build_data(
         given: statistics to normalise with, instead of those of the training frames.
         relative: that actions are learnt relative to the state; None for absolute ones.
         narrow_rule: what the statistics take for narrow; of a run that is continued, the one that it began with.
+        began_with: of a run that goes on, see ``WantedStore``.
 
     Raises:
         ValueError: on anything wrong with the data or its config, before a sample is read.
@@ -108,13 +126,14 @@ def build_data(
         raise ValueError("data.train.datasets is empty: name at least one data set")
     if normalization_mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
         raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
-    training, validation, report = _open_sources(config, spec)
+    wanted = WantedStore(config.train.frame_store, config.train.frame_quality, spec.image_resolution, began_with or {})
+    training, validation, report = _open_sources(config, spec, wanted)
     if config.train.num_workers:
         start_fork_server(training)
     names, deployed = assign_robots(training, validation, config.train)
     spec, notes = check_features([*training, *validation], spec, names, deployed)
     notes += check_agreement([*training, *validation], names)
-    report += notes + _stores([*training, *validation], _wanted(config, spec))
+    report += notes + _stores([*training, *validation], wanted)
     mixture = Mixture([len(s) for s in training], config.train.weights(), seed)
     report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
     digest = xxhash.xxh3_128()
@@ -152,14 +171,6 @@ def build_data(
     report += [f"{s}: pictures of {', '.join(c)} are augmented" for s, c in zip(training, changes, strict=True) if c]
     tokens = cached_task_tokens(tokenizer_path, spec.tokenizer_max_length, texts, training[0].metadata.root)
     report += tokens.warnings()
-    for source in training:
-        digest.update(np.ascontiguousarray(source.episodes))
-        if (
-            source.store is not None and source.store.encoding.kind == "jpeg"
-        ):  # other stores hold the very same pictures
-            digest.update(str(source.store.encoding).encode())
-    for text in sorted(set(texts)):
-        digest.update(tokens(text))
     return Data(
         spec=spec,
         reader=SampleReader(training, each[: len(training)], tokens, spec, draw, seed, paraphrases, changes),
@@ -168,21 +179,36 @@ def build_data(
         if validation
         else None,
         robots=[robots.pop(deployed), *robots.values()],
-        fingerprint=digest.hexdigest(),
+        fingerprint_if=partial(
+            _fingerprint, digest, [s.episodes for s in training], [tokens(t) for t in sorted(set(texts))]
+        ),
         narrow_rule=narrow_rule,
         report=report,
     )
 
 
-def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], list[Source], list[str]]:
+def _fingerprint(
+    numbers: xxhash.xxh3_128, episodes: Sequence[np.ndarray], tokens: Sequence[np.ndarray], stores: Sequence[str | None]
+) -> str:
+    digest = numbers.copy()
+    for chosen, store in zip(episodes, stores, strict=True):
+        digest.update(np.ascontiguousarray(chosen))
+        if (jpeg := jpeg_of(store)) is not None:  # other stores hold the very same pictures
+            digest.update(jpeg.encode())
+    for ids in tokens:
+        digest.update(ids)
+    return digest.hexdigest()
+
+
+def _open_sources(
+    config: DataConfig, spec: SampleSpec, wanted: WantedStore
+) -> tuple[list[Source], list[Source], list[str]]:
     """Training and validation sources, and a line of the log for each."""
 
     def opened(dataset: DatasetConfig) -> Source:
         return open_source(
             dataset, spec.chunk_size, config.train.video_backend, config.train.tolerance_s, wanted=wanted
         )
-
-    wanted = _wanted(config, spec)
 
     training = [opened(dataset) for dataset in config.train.datasets]
     if config.val.datasets:
@@ -196,10 +222,6 @@ def _open_sources(config: DataConfig, spec: SampleSpec) -> tuple[list[Source], l
         validation = []
     report = _described("training", training) + _described("validation", validation) + _overlaps(training, validation)
     return training, validation, report
-
-
-def _wanted(config: DataConfig, spec: SampleSpec) -> WantedStore:
-    return WantedStore(config.train.frame_store, config.train.frame_quality, spec.image_resolution)
 
 
 def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -216,6 +238,9 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
     for source in sources:
         if source.store is not None:
             source.store.require(list(source.cameras.values()), wanted)
+        if wanted.setting == "auto" and source.config.repo_id in wanted.began_with:
+            lines.append(_kept_to(source, wanted.began_with[source.config.repo_id]))
+        elif source.store is not None:
             lines.append(f"{source}: pictures from {source.store} ({source.store.manifest.encoding})")
         elif wanted.setting != "none":
             without.append(str(source))
@@ -223,9 +248,23 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
         names = ", ".join(dict.fromkeys(without))
         lines.append(
             f"{names}: pictures are decoded from the data set as they are needed. A frame store would be read 4 times as "
-            f"fast for videos of 224 × 224, 18 times for 640 × 480 (measured; docs/data.md); make one with {PREPARE}"
+            f"fast for videos of 224 × 224, 18 times for 640 × 480 (measured; docs/data.md); make one with {PREPARE}. "
+            "A JPEG store is for runs that begin with it; this one would read a raw or lossless one when it is resumed"
         )
     return list(dict.fromkeys(lines))
+
+
+def _kept_to(source: Source, began_with: str | None) -> str:
+    """Where the pictures of a run come from that goes on under `auto`; what it began with says which may serve."""
+    now = f"{source}: pictures are " + (
+        f"from {source.store}" if source.store is not None else "decoded from the data set"
+    )
+    if source.store_name != began_with:
+        before = f"from the frame store {began_with}" if began_with is not None else "decoded from the data set"
+        return f"{now}; they were {before} before, and are the same bit for bit"
+    others = [name for name in stores_there(source.metadata, source.config.frames) if name != began_with]
+    unread = f", not from {' or '.join(others)}, which a new run may read" if others else ""
+    return f"{now}, as when this run began{unread}"
 
 
 def _described(role: str, sources: Sequence[Source]) -> list[str]:

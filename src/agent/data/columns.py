@@ -91,7 +91,7 @@ class ColumnTable:
     def _load(self) -> tuple[dict[str, np.ndarray], Path | None]:
         files, root = self._files(), self.metadata.root
         name = f"columns-{self._fingerprint([path for path, _ in files])}"
-        place = cache.find(root, name)
+        place = cache.find(root, name, partial(_checked, names=self.names))
         if place is None:
             arrays = self._read(files)
             place = cache.keep(root, name, partial(_save, arrays=arrays))
@@ -214,6 +214,11 @@ def _save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     for number, array in enumerate(arrays.values()):
         np.save(folder / f"{number}.npy", array)
     (folder / "columns.json").write_text(json.dumps(list(arrays)))
+
+
+def _checked(folder: Path, names: Sequence[str]) -> Path:
+    _mapped(folder, names)
+    return folder
 
 
 def _mapped(folder: Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -33,10 +33,8 @@ def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, 
         ValueError: if a file is damaged.
     """
     name = f"episodes-{xxhash.xxh3_64(json.dumps([_VERSION, *cache.describe(root, paths)]).encode()).hexdigest()}.npz"
-    place = cache.find(root, name)
-    if place is not None:
-        with np.load(place) as kept:
-            return dict(kept)
+    if (kept := cache.find(root, name, _load)) is not None:
+        return kept
     if sum(path.stat().st_size for path in paths) < LARGE:
         return _parsed(repo_id, paths)
     episodes = _parsed_apart(repo_id, paths)
@@ -56,8 +54,7 @@ def _parsed_apart(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
             raise RuntimeError(
                 f"reading {paths[0].parent} failed with exit code {process.returncode}: {process.stderr}"
             )
-        with np.load(result) as columns:
-            return dict(columns)
+        return _load(result)
 
 
 def _parsed(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -83,6 +80,11 @@ def _parsed(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
 def _save(path: Path, columns: dict[str, Any]) -> None:
     with path.open("wb") as file:  # a name would be given another ending
         np.savez(file, **columns)
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as columns:
+        return dict(columns)
 
 
 def _main(repo_id: str, result: str, *paths: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Buffer, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from agent.data.metadata import Metadata
+from agent.manifest import is_inside
 
 VERSION = 1
 PREPARE = "uv run python -m agent.data.prepare --config_path CONFIG"
@@ -60,21 +61,60 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
-        """Raises ValueError if the file is not one."""
+        """Raises ValueError if the file is not one, or damaged."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            content = path.read_bytes()
+            values: dict[str, Any] = json.loads(content)
+            if values["version"] == VERSION:  # that of another one is told by its version
+                values = unseal(content)
+            names = [values.get("index", cls.index), *values["sources"], *values["cameras"]]
+            names += [part for parts in values["cameras"].values() for part in parts]
+            if outside := [name for name in names if not is_inside(name)]:
+                raise ValueError(f"it names {outside[0]}, which is outside of its folder")
             values["resolution"] = tuple(values["resolution"])
             values["sources"] = {name: SourceFile(**source) for name, source in values["sources"].items()}
             values["left_out"] = {int(episode): why for episode, why in values["left_out"].items()}
-            return cls(**values)
+            return cls(**{name: value for name, value in values.items() if name != "xxh3"})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{path} is no manifest that this version reads ({error}). Remove that folder and make it anew with `{PREPARE}`"
+                f"{path} is no manifest that this version reads ({error}). Remove this file and run `{PREPARE}` again, which "
+                "keeps the pictures that are there"
             ) from error
 
     def write(self, path: Path) -> None:
         """Replaces the file in one step."""
-        write_whole(path, json.dumps(asdict(self), indent=1).encode())
+        write_whole(path, seal(asdict(self)))
+
+
+def seal(values: dict[str, Any]) -> bytes:
+    """A JSON object with a checksum of the rest of it."""
+    content = json.dumps(values, indent=1)
+    return json.dumps({**values, "xxh3": xxhash.xxh3_64_hexdigest(content.encode())}, indent=1).encode()
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """What was sealed; earlier versions left no checksum.
+
+    Raises:
+        ValueError: if it is no JSON object, or not what was written.
+    """
+    values = json.loads(content)
+    if not isinstance(values, dict):
+        raise ValueError("it is no JSON object")
+    wanted = values.pop("xxh3", None)
+    if wanted is not None and wanted != xxhash.xxh3_64_hexdigest(json.dumps(values, indent=1).encode()):
+        raise ValueError("its checksum does not match")
+    return values
+
+
+def picture_checksum(data: Buffer, episode: int, frame: int) -> int:
+    """Of the bytes of a picture and of whose it is, so that a whole picture of another frame does not pass for this one."""
+    return xxhash.xxh3_64_intdigest(data, (episode << 32) + frame)  # type: ignore[arg-type]
+
+
+def index_name(content: Buffer) -> str:
+    """Of an index file, with a hash of its contents in it: an older one stays as it is."""
+    return f"index-{xxhash.xxh3_64(content).hexdigest()}.arrow"  # type: ignore[arg-type]
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from agent.data.arrow import to_numpy
 from agent.data.frame_encoding import Encoding
+from agent.data.frame_manifest import picture_checksum
 from agent.data.orphans import end_with_parent
 from agent.data.pictures import NoColours, stored_picture
 from agent.data.transforms import fitted_size
@@ -50,6 +51,8 @@ class Written:
     frames: int
     bad: dict[int, str] = field(default_factory=dict)
     """Episode → why it could not be read."""
+    checksums: list[int] = field(default_factory=list)
+    """Of the pictures, in the order of the file."""
 
 
 def start_worker(done: Synchronized[int]) -> None:
@@ -87,7 +90,7 @@ def write_part(part: Part) -> Written:
         temporary.replace(part.target)
     finally:
         temporary.unlink(missing_ok=True)
-    return Written(writer.frames, bad)
+    return Written(writer.frames, bad, writer.checksums)
 
 
 class _Writer:
@@ -97,6 +100,7 @@ class _Writer:
         import pyarrow as pa
 
         self.frames = 0
+        self.checksums: list[int] = []
         self._part = part
         self._rows: tuple[list[int], list[int], list[bytes | memoryview]] = ([], [], [])
         height, width = part.resolution
@@ -120,6 +124,7 @@ class _Writer:
         episodes.append(episode)
         frames.append(frame)
         pictures.append(data)
+        self.checksums.append(picture_checksum(data, episode, frame))
         self.frames += 1
         if len(self._rows[0]) == _BATCH:
             self._flush()
@@ -267,6 +272,28 @@ def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
                 bad[episode] = f"the picture of frame {frame} in {part.source} cannot be read ({error})"
                 break
             writer.add(episode, frame, _resized(part, pixels, halved_colours=False))
+
+
+def checksums_of(path: Path, encoding: Encoding) -> list[int]:
+    """The checksums of the pictures in a part as they are now, in order.
+
+    Raises:
+        ValueError: if the part is damaged so that they cannot be found.
+    """
+    import pyarrow as pa
+
+    try:
+        found = places(path, encoding)
+    except (pa.ArrowInvalid, OSError, IndexError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+    sums = []
+    with path.open("rb", buffering=0) as file:
+        for episode, frame, offset, size in zip(*(found[n].tolist() for n in found), strict=True):
+            data = np.empty(max(size, 0), dtype=np.uint8)
+            if size < 0 or os.preadv(file.fileno(), [data], offset) != size or min(episode, frame) < 0:
+                raise ValueError("a picture reaches beyond its end")
+            sums.append(picture_checksum(data, episode, frame))
+    return sums
 
 
 def places(path: Path, encoding: Encoding) -> dict[str, np.ndarray]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +13,24 @@ import numpy as np
 import xxhash
 
 from agent.data.arrow import to_numpy
-from agent.data.frame_manifest import VERSION, Manifest, SourceFile, describe_metadata, write_whole
-from agent.data.frame_parts import Part, places
-from agent.data.frame_store import WantedStore, frames_folder, read_index
+from agent.data.frame_manifest import (
+    VERSION,
+    Manifest,
+    SourceFile,
+    describe_metadata,
+    index_name,
+    seal,
+    unseal,
+    write_whole,
+)
+from agent.data.frame_parts import Part, checksums_of, places
+from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import FileIndex, times_of_episodes
 
 if TYPE_CHECKING:
     from agent.data.source import Source
+
+log = logging.getLogger("agent.data.prepare")
 
 PART_FRAMES = 4096  # at least, unless the file ends: many enough for all cores, few enough files
 
@@ -69,7 +81,9 @@ class Preparation:
         known = [key for key in before.cameras if key in self.metadata.camera_keys]
         if before.version != VERSION or before.metadata != describe_metadata(self.metadata, known):
             return
-        stored = np.unique(read_index(self.folder / before.index)["episode_index"])
+        notes = [read_note(self.folder / camera / part) for camera in known for part in before.cameras[camera]]
+        listed = {int(episode) for note in notes if note is not None for episode in note["episodes"]}
+        stored = np.asarray(sorted(listed - set(before.left_out)), dtype=np.int64)
         self._sources = before.sources
         self.cameras = sorted({*self.cameras, *known})
         self.episodes = np.union1d(self.episodes, stored)
@@ -104,6 +118,56 @@ class Preparation:
         return int(self.metadata.episodes["length"][np.asarray(episodes, dtype=np.int64)].sum())
 
     # ---- what is done already
+
+    def verify(self, workers: int) -> None:
+        """Holds every part that is there against its checksums; what is damaged counts as not done.
+
+        A part that an earlier version wrote gets checksums of the pictures that it holds now.
+        """
+        from tqdm import tqdm
+
+        there = [
+            target for job in self.jobs for target, _ in job.parts if target.is_file() and note_of(target).is_file()
+        ]
+        if not there:
+            return
+        new = 0
+        # Reading and hashing leave Python's lock to the others.
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            tqdm(total=len(there), unit="part", desc="verifying", disable=None) as bar,
+        ):
+            for added in pool.map(self._verify, there):
+                new += added
+                bar.update()
+        if new:
+            log.warning(
+                "%s: %d of %d parts were written by an earlier version, without checksums; they were taken now, of the pictures "
+                "as they are. If you have reason to doubt these, remove %s and prepare anew",
+                self.source,
+                new,
+                len(there),
+                self.folder,
+            )
+
+    def _verify(self, target: Path) -> bool:
+        """Whether the part has had no checksums; removes the note of a damaged one."""
+        if (note := read_note(target)) is None:
+            return False
+        try:
+            found = checksums_of(target, self.encoding)
+        except ValueError as error:
+            problem = str(error)
+        else:
+            if "checksums" not in note:
+                write_whole(note_of(target), seal({**note, "checksums": to_text(found)}))
+                return True
+            if to_text(found) == note["checksums"]:
+                return False
+            problem = "the checksums of its pictures do not match"
+        log.warning("%s is damaged, and made anew: %s", target, problem)
+        note_of(target).unlink()
+        return False
 
     def look(self) -> list[Job]:
         """Finds what an earlier preparation left; returns the jobs that need a closer look."""
@@ -228,13 +292,16 @@ class Preparation:
             "part": np.full(rows, -1, dtype=np.int32),
             "offset": np.zeros(rows, dtype=np.int64),
             "size": np.zeros(rows, dtype=np.int32),
+            "xxh3": np.zeros(rows, dtype=np.uint64),
         }
         for number, part in enumerate(parts):
-            found = places(self.folder / camera / part, self.encoding)
+            note = read_note(self.folder / camera / part)
+            assert note is not None
+            found = places(self.folder / camera / part, self.encoding) | {"xxh3": from_text(note["checksums"])}
             kept = first[found["episode"]] >= 0  # not of an episode that is bad
             there = first[found["episode"][kept]] + found["frame"][kept]
             columns["part"][there] = number
-            for name in ("offset", "size"):
+            for name in ("offset", "size", "xxh3"):
                 columns[name][there] = found[name][kept]
         assert (columns["part"] >= 0).all(), "every frame of a good episode was written"
         return {f"{camera}/{name}": values for name, values in columns.items()}
@@ -254,8 +321,26 @@ def note_of(target: Path) -> Path:
 
 
 def read_note(target: Path) -> dict[str, Any] | None:
+    """What is known of a part; None if it is not there, or that cannot be read: it is not done then."""
     note = note_of(target)
-    return json.loads(note.read_text()) if note.is_file() and target.is_file() else None
+    if not (note.is_file() and target.is_file()):
+        return None
+    try:
+        return unseal(note.read_bytes())
+    except ValueError as error:
+        log.warning("%s is damaged, and its part is made anew: %s", note, error)
+        note.unlink()
+        return None
+
+
+def to_text(checksums: list[int]) -> str:
+    """As a note has them."""
+    return np.asarray(checksums, dtype="<u8").tobytes().hex()
+
+
+def from_text(text: str) -> np.ndarray:
+    """(pictures,) uint64."""
+    return np.frombuffer(bytes.fromhex(text), dtype="<u8")
 
 
 def _write_index(folder: Path, columns: dict[str, np.ndarray]) -> str:
@@ -267,6 +352,6 @@ def _write_index(folder: Path, columns: dict[str, np.ndarray]) -> str:
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
-    name = f"index-{xxhash.xxh3_64(content).hexdigest()}.arrow"
+    name = index_name(content)
     write_whole(folder / name, content)
     return name

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,15 @@ import numpy as np
 from agent.data.arrow import to_numpy
 from agent.data.files import files_of
 from agent.data.frame_encoding import Encoding
-from agent.data.frame_manifest import PREPARE, VERSION, Manifest, SourceFile, describe_metadata
+from agent.data.frame_manifest import (
+    PREPARE,
+    VERSION,
+    Manifest,
+    SourceFile,
+    describe_metadata,
+    index_name,
+    picture_checksum,
+)
 from agent.data.metadata import Metadata, spelled
 
 logger = logging.getLogger(__name__)
@@ -48,6 +57,8 @@ class WantedStore:
     """Of JPEG."""
     resolution: tuple[int, int]
     """Height and width."""
+    began_with: Mapping[str, str | None] = field(default_factory=dict)
+    """Of a run that goes on: data set → the store that it has read, by the name of its folder, or None for the videos."""
 
     def encoding(self) -> Encoding:
         """Of a store to be made; JPEG unless the config names another one."""
@@ -81,36 +92,62 @@ def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, epis
         episodes: the chosen ones.
 
     Raises:
-        ValueError: if a store is asked for and not there, or one is there that does not fit, with the command that
-            makes it anew.
+        ValueError: if a store is asked for and not there, or one is there that does not fit, or the one is gone that a
+            run under `auto` began with and whose pictures no other has; with the command that makes it anew.
     """
     if wanted.setting == "none":
         return None
-    place = frames_folder(metadata, frames)
-    there = [path.parent.name for path in sorted(place.glob("*/manifest.json"))]
+    place, there = frames_folder(metadata, frames), stores_there(metadata, frames)
     size = "{}x{}-".format(*wanted.resolution)
     if wanted.setting == "auto":
-        order = {"raw": 0, "lossless": 1}
-        fitting = sorted(
-            (name for name in there if name.startswith(size)), key=lambda name: order.get(name[len(size) :], 2)
-        )
-        name = fitting[0] if fitting else ""
-        # Of several JPEG stores, the one of the stated quality.
-        if f"{size}jpeg{wanted.quality}" in fitting and "jpeg" in name:
-            name = f"{size}jpeg{wanted.quality}"
+        name = _best(there, size, wanted, metadata.repo_id)
     else:
         name = wanted.folder(place).name
     if name in there and name:
         store = FrameStore(place / name, Manifest.read(place / name / "manifest.json"))
         store.verify(metadata, episodes, wanted)
         return store
-    if wanted.setting == "auto" and not there:
+    began_with = wanted.began_with.get(metadata.repo_id)
+    if wanted.setting == "auto" and (jpeg := jpeg_of(began_with)) is not None:
+        raise ValueError(
+            f"data set {metadata.repo_id}: this run began with the pictures of the frame store {place / str(began_with)}, "
+            f"which is not there any more. Bring it back, or make it again with\n  {PREPARE} --data.train.frame_store jpeg "
+            f"--data.train.frame_quality {jpeg.removeprefix('jpeg')}\nThe videos hold other pictures than its JPEGs: to go on "
+            "with them all the same, write --data.train.frame_store none --resume_changes true"
+        )
+    if wanted.setting == "auto" and (not there or metadata.repo_id in wanted.began_with):
         return None
     raise ValueError(
         f"data set {metadata.repo_id}: {place} holds "
         + (f"the frame store {' and '.join(there)}, not {name or size.rstrip('-')}" if there else "no frame store")
         + f". Make it with\n  {wanted.command()}\nor set data.train.frame_store: none to decode the videos while training."
     )
+
+
+def stores_there(metadata: Metadata, frames: str | None) -> list[str]:
+    """The names of a data set's complete stores, of any resolution."""
+    return [path.parent.name for path in sorted(frames_folder(metadata, frames).glob("*/manifest.json"))]
+
+
+def jpeg_of(store: str | None) -> str | None:
+    """``jpeg95`` and the like where a store, by its name, holds other pictures than the videos; None for the others."""
+    match = re.search(r"-(jpeg\d+)", store or "")
+    return match[1] if match is not None else None
+
+
+def _best(there: Sequence[str], size: str, wanted: WantedStore, repo_id: str) -> str:
+    """What `auto` takes of the stores that are there; empty for none of them."""
+    fitting = [name for name in there if name.startswith(size)]
+    if repo_id in wanted.began_with:
+        began_with = wanted.began_with[repo_id]
+        if began_with is not None and jpeg_of(began_with) is not None:
+            return began_with
+        fitting = [name for name in fitting if jpeg_of(name) is None]  # the very pictures of the videos
+    order = {"raw": 0, "lossless": 1}
+    name = min(fitting, key=lambda name: order.get(name[len(size) :], 2), default="")
+    # Of several JPEG stores, the one of the stated quality.
+    stated = f"{size}jpeg{wanted.quality}"
+    return stated if jpeg_of(name) is not None and stated in fitting else name
 
 
 class FrameStore:
@@ -126,6 +163,7 @@ class FrameStore:
         self.manifest = manifest
         self.encoding = Encoding.parse(manifest.encoding)
         self._index: dict[str, np.ndarray] | None = None
+        self._told = False
         self._first_row: dict[int, int] = {}
         self._files: OrderedDict[tuple[str, int], int] = OrderedDict()
 
@@ -160,7 +198,7 @@ class FrameStore:
         missing = [key for key in manifest.cameras if key not in metadata.features]
         if missing or manifest.metadata != describe_metadata(metadata, list(manifest.cameras)):
             raise ValueError(f"{self} was made of other metadata than {metadata.root / 'meta'} now holds. {anew}")
-        self.open()
+        self.open(verify=True)
         lacking = [episode for episode in episodes.tolist() if not self._knows(episode)]
         if lacking:
             raise ValueError(
@@ -208,8 +246,8 @@ class FrameStore:
                 path = self._part(camera, number)
                 if not path.is_file() or path.stat().st_size < least[number]:
                     raise ValueError(
-                        f"{path} is {'cut short' if path.is_file() else 'missing'}. Copy it again, or remove the folder "
-                        f"{self.folder} and make it anew with `{PREPARE}`"
+                        f"{path} is {'cut short' if path.is_file() else 'missing'}. Copy it again, or run `{PREPARE}` again, "
+                        "which makes it anew"
                     )
 
     def _knows(self, episode: int) -> bool:
@@ -246,19 +284,32 @@ class FrameStore:
 
     # ---- reading
 
-    def open(self) -> None:
-        """Maps the index into memory."""
+    def open(self, verify: bool = False) -> None:
+        """Maps the index into memory; ``verify`` holds it against its checksum first."""
         if self._index is None:
-            self._index = read_index(self.folder / self.manifest.index)
+            self._index = read_index(self.folder / self.manifest.index, verify)
+            if not self.has_checksums and not self._told:
+                self._told = True
+                logger.info(
+                    "%s was made by an earlier version and holds no checksums: damage in it is not noticed. `%s` adds them",
+                    self,
+                    PREPARE,
+                )
             episodes = self._index["episode_index"]
             firsts = np.flatnonzero(np.diff(episodes, prepend=-1))
             self._first_row = dict(zip(episodes[firsts].tolist(), firsts.tolist(), strict=True))
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether a damaged picture would be noticed; earlier versions wrote none."""
+        assert self._index is not None
+        return all(f"{camera}/xxh3" in self._index for camera in self.manifest.cameras)
 
     def image(self, camera: str, episode: int, frame: int) -> np.ndarray:
         """A picture, (3, H, W) uint8.
 
         Raises:
-            ValueError: if it cannot be decoded, or its file is cut short.
+            ValueError: if it is not the one that was written, or its file is cut short.
         """
         self.open()
         assert self._index is not None
@@ -266,7 +317,11 @@ class FrameStore:
         part, offset, size = (int(self._index[f"{camera}/{name}"][row]) for name in ("part", "offset", "size"))
         data = np.empty(size, dtype=np.uint8)
         if os.preadv(self._descriptor(camera, part), [data], offset) != size:
-            raise ValueError(f"{self._part(camera, part)} is cut short; make the store anew")
+            raise ValueError(f"{self._part(camera, part)} is cut short")
+        checksums = self._index.get(f"{camera}/xxh3")
+        if checksums is not None and picture_checksum(data, episode, frame) != int(checksums[row]):
+            path = self._part(camera, part)
+            raise ValueError(f"the picture of {camera} in {path} is damaged: its checksum does not match")
         return self.encoding.decode(data, *self.manifest.resolution)
 
     def _part(self, camera: str, part: int) -> Path:
@@ -284,16 +339,26 @@ class FrameStore:
         return descriptor
 
 
-def read_index(path: Path) -> dict[str, np.ndarray]:
-    """Column → its values (rows,), mapped into memory. Raises ValueError if the file is missing or cut short."""
+def read_index(path: Path, verify: bool = False) -> dict[str, np.ndarray]:
+    """Column → its values (rows,), mapped into memory.
+
+    Args:
+        path: named after its contents.
+        verify: whether the contents are held against the name.
+
+    Raises:
+        ValueError: if the file is missing, cut short or damaged.
+    """
     import pyarrow as pa
 
     try:
+        if verify and index_name(path.read_bytes()) != path.name and path.name != Manifest.index:
+            raise pa.ArrowInvalid("its contents are not those it is named after")
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
     except (pa.ArrowInvalid, FileNotFoundError) as error:
         raise ValueError(
-            f"{path} is missing or cut short ({str(error).splitlines()[0]}). Copy it again, or remove the folder "
-            f"{path.parent} and make it anew with `{PREPARE}`"
+            f"{path} is missing, cut short or damaged ({str(error).splitlines()[0]}). Copy it again, or run `{PREPARE}` again, "
+            "which makes the index anew from the pictures that are there"
         ) from error
     return {name: to_numpy(table[name]) for name in table.column_names}

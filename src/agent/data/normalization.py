@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     Values = TypeVar("Values", np.ndarray, torch.Tensor)
@@ -51,6 +53,8 @@ class FeatureStatistics:
     """Those among them that stay unnormalised: the standard deviation, or minimum and maximum, is not the data's."""
     known: tuple[str, ...] = STATISTIC_NAMES
     """The other ones are NaN: a policy that was made elsewhere brings those only that it needs."""
+    kept_in: Path | None = None
+    """The file that an earlier start left them in, or this one did."""
 
     def to_dict(self) -> dict[str, np.ndarray]:
         """Name → (dims,), as LeRobot's ``stats.json`` and processors have it."""

@@ -9,7 +9,6 @@ put right first.
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import os
 import shutil
@@ -24,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data.frame_manifest import write_whole
+from agent.data.frame_manifest import seal, write_whole
 from agent.data.frame_parts import Part, start_worker, write_part
-from agent.data.frame_preparation import Preparation, note_of
+from agent.data.frame_preparation import Preparation, note_of, to_text
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
@@ -76,6 +75,7 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
 def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
     for leftover in work.folder.glob("*/.*.tmp"):  # of a preparation that was killed
         leftover.unlink()
+    work.verify(workers)
     unsure = work.look()
     if unsure:
         with _Pool(workers) as pool:
@@ -94,8 +94,8 @@ def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
                 episodes = dict(job.parts)[part.target].tolist()
                 unread = {str(episode): job.bad[episode] for episode in episodes if episode in job.bad}
                 note = {"source": asdict(job.source), "metadata": work.described(job), "episodes": episodes}
-                note |= {"frames": written.frames, "bad": unread}
-                write_whole(note_of(part.target), json.dumps(note).encode())
+                note |= {"frames": written.frames, "bad": unread, "checksums": to_text(written.checksums)}
+                write_whole(note_of(part.target), seal(note))
     bad = work.bad()
     for episode, why in bad.items():
         log.warning("%s: episode %d is bad: %s", work.source, episode, why)

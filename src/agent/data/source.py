@@ -125,6 +125,11 @@ class Source:
     def __str__(self) -> str:
         return f"data set {self.config.repo_id}"
 
+    @property
+    def store_name(self) -> str | None:
+        """Of the frame store that pictures are read from; None where they are decoded."""
+        return self.store.folder.name if self.store is not None else None
+
     def view(self, episodes: np.ndarray, with_previous_action: bool = False) -> Source:
         """The same data set, seen through fewer of its episodes."""
         return replace(self, episodes=np.sort(episodes), with_previous_action=with_previous_action)
@@ -206,8 +211,8 @@ class Source:
             told = f"{self}, episode {episode}, frame {frame} cannot be read ({type(error).__name__}: {error})"
             if self.store is not None:  # the data set's own files are not read
                 raise RuntimeError(
-                    f"{told}, of {self.store}. Remove that folder and make it anew with `{PREPARE}`, or set "
-                    "data.train.frame_store: none"
+                    f"{told}, of {self.store}. Run `{PREPARE}` again, which finds what is damaged in a store and makes it "
+                    "anew; or set data.train.frame_store: none"
                 ) from error
             used = [self.metadata.data_file(episode)]
             used += [self.metadata.video_file(episode, key) for key in self._mapped_videos()]

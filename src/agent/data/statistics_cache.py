@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,11 @@ def cached_chunk_statistics(
 
 
 def _kept(name: str, root: Path, compute: Callable[[], FeatureStatistics]) -> FeatureStatistics:
-    place = cache.find(root, name)
-    if place is not None:
-        return _read(place)
-    statistics = compute()
-    cache.keep(root, name, partial(_write, statistics=statistics))
+    statistics = cache.find(root, name, _read)
+    if statistics is None:
+        statistics = compute()
+        place = cache.keep(root, name, partial(_write, statistics=statistics))
+        statistics = replace(statistics, kept_in=place)
     return statistics
 
 
@@ -71,4 +72,5 @@ def _read(path: Path) -> FeatureStatistics:
     # float32 → float64 → decimal and back is exact
     stored: dict[str, Any] = {name: np.asarray(values[name], dtype=np.float32) for name in STATISTIC_NAMES}
     clamped = tuple(values["clamped"])
-    return FeatureStatistics(**stored, clamped=clamped, constant=tuple(values.get("constant", clamped)))
+    constant = tuple(values.get("constant", clamped))
+    return FeatureStatistics(**stored, clamped=clamped, constant=constant, kept_in=path)

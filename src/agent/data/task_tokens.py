@@ -71,13 +71,11 @@ def cached_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str
     name = _name(tokenizer_path, max_length, texts)
     if name is None:
         return make_task_tokens(tokenizer_path, max_length, texts)
-    place = cache.find(root, name)
-    if place is None:
-        made = make_task_tokens(tokenizer_path, max_length, texts)
-        cache.keep(root, name, partial(_write, tokens=made, texts=texts))
-        return made
-    kept = json.loads(place.read_text(encoding="utf-8"))
-    return TaskTokens(max_length, kept["pad_token_id"], kept["tokens"], kept["too_long"])
+    tokens = cache.find(root, name, partial(_read, max_length=max_length))
+    if tokens is None:
+        tokens = make_task_tokens(tokenizer_path, max_length, texts)
+        cache.keep(root, name, partial(_write, tokens=tokens, texts=texts))
+    return tokens
 
 
 def make_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str]) -> TaskTokens:
@@ -142,6 +140,11 @@ def _write(path: Path, tokens: TaskTokens, texts: Sequence[str]) -> None:
         "too_long": tokens.too_long,
     }
     path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+def _read(path: Path, max_length: int) -> TaskTokens:
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    return TaskTokens(max_length, kept["pad_token_id"], kept["tokens"], kept["too_long"])
 
 
 def load_tokenizer(tokenizer_path: str) -> Any:

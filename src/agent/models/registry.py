@@ -106,5 +106,6 @@ def memory(config: ModelConfig) -> ModuleType:
 
 def deployment(config: ModelConfig) -> ModuleType:
     """The module with ``robots_of(pretrained)`` and ``deployment(pretrained, config, written, robot)``: a checkpoint of
-    several robots for one of them; and ``dimension_names(pretrained)``."""
+    several robots for one of them; ``dimension_names(pretrained)``; and ``saved_statistics(pretrained, config)``: what it
+    normalises with."""
     return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.deployment")

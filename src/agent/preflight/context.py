@@ -145,7 +145,10 @@ class Context:
     @cached_property
     def surveys(self) -> list[Survey]:
         """What is to be said of each data set, those to train on first."""
-        return [survey(key, dataset, self.config) for key, dataset in needs.data_sets(self.config)]
+        from agent.config_changes import began_with
+
+        known = began_with(self.own[0])
+        return [survey(key, dataset, self.config, known) for key, dataset in needs.data_sets(self.config)]
 
     @cached_property
     def tokenizer_problem(self) -> ValueError | None:

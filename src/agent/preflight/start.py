@@ -9,6 +9,7 @@ from pathlib import Path
 from agent import hub
 from agent.checkpoint import TRAINING
 from agent.config_changes import changes_since_checkpoint
+from agent.manifest import Folder
 from agent.metrics import JsonLines
 from agent.preflight import needs
 from agent.preflight.context import Context
@@ -84,7 +85,7 @@ def _resume(context: Context, checkpoint: Path) -> Row:
     whole = same_words and not any(survey.bad for survey in context.surveys)
     # The model's features, where the config leaves them open, are completed from the data.
     completed = replace(config, model_cfg=context.usable.model_cfg)
-    changes = changes_since_checkpoint(checkpoint, completed, context.data.fingerprint if whole else None)
+    changes = changes_since_checkpoint(checkpoint, completed, context.data if whole else None)
     text = f"continues from {checkpoint}"
     if changes and not config.resume_changes:
         change = "take these changes back, write another name, or allow them with --resume_changes true"
@@ -100,7 +101,7 @@ def _resume(context: Context, checkpoint: Path) -> Row:
 
 def _owes_a_validation(run_dir: Path, checkpoint: Path) -> bool:
     """As ``trainer.forget_reported`` decides it when the run starts."""
-    state = json.loads((checkpoint / TRAINING / "state.json").read_text(encoding="utf-8"))
+    state = json.loads(Folder(checkpoint / TRAINING).text("state.json"))
     return state.get("unreported") is not None and not JsonLines(run_dir / "metrics.jsonl").has(state["step"])
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +74,10 @@ class Survey:
         return f"{self.key} ({self.config.repo_id})"
 
 
-def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Survey:
-    """Looks through one data set; nothing is downloaded."""
+def survey(
+    key: str, dataset: DatasetConfig, config: TrainPipelineConfig, began_with: Mapping[str, str | None] | None = None
+) -> Survey:
+    """Looks through one data set; nothing is downloaded. ``began_with``: of the run so far, see ``WantedStore``."""
     patience = _SECONDS / (len(config.data.train.datasets) + len(config.data.val.datasets))
     found = Survey(key, dataset)
     try:
@@ -82,9 +85,8 @@ def survey(key: str, dataset: DatasetConfig, config: TrainPipelineConfig) -> Sur
             root = files.locate(dataset.repo_id, dataset.root, dataset.revision)
         found.metadata = read_metadata(dataset.repo_id, root)
         found.chosen = choose_episodes(found.metadata, dataset.episodes, dataset.split)
-        wanted = WantedStore(
-            config.data.train.frame_store, config.data.train.frame_quality, needs.sample_spec(config).image_resolution
-        )
+        train, size = config.data.train, needs.sample_spec(config).image_resolution
+        wanted = WantedStore(train.frame_store, train.frame_quality, size, began_with or {})
         stored = find_store(found.metadata, dataset.frames, wanted, found.chosen) is not None
         _look_at_files(found, found.metadata, not stored, patience)
         _look_at_numbers(found, found.metadata)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.manifest import Folder
 from agent.simulation.configuration import MOST_STEPS, check_episodes
 from agent.simulation.results import ResultsFolder
 from agent.simulation.rollout import Actor, PolicyActor, check_policy, play
@@ -50,7 +51,7 @@ class Request:
 def digest_of(pretrained: Path) -> str:
     """A fingerprint of weights, config and processors of a ``pretrained_model``."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(pretrained.iterdir()):
+    for path in Folder(pretrained).matching("*"):
         if path.suffix in (".safetensors", ".json") and path.name != "train_config.json":
             with open(path, "rb") as stream:
                 digest.update(f"{path.name}:".encode() + hashlib.file_digest(stream, "blake2b").digest())

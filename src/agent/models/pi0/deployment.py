@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from agent.manifest import Folder
 from agent.models.pi0.configuration import ACTION, STATE, FeatureSpec, PI0Config
 from agent.models.pi0.pretrained import NAMES, ROBOTS, Statistics
+from agent.models.pi0.statistics import read_statistics
 
 PREPROCESSOR = "policy_preprocessor.json"
 
@@ -31,12 +33,32 @@ class Deployment:
 
 def robots_of(pretrained: Path) -> list[str]:
     """The robots that a checkpoint has statistics of, the one of its own processors first; empty for a single robot."""
-    path = pretrained / ROBOTS
-    if not path.is_file():
+    if (path := Folder(pretrained).file(ROBOTS)) is None:
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
     first = content["processors_are_of"]
     return [first, *(name for name in content["robots"] if name != first)]
+
+
+def saved_statistics(pretrained: Path, config: PI0Config) -> dict[str | None, Statistics]:
+    """What a checkpoint of this project normalises with.
+
+    Returns:
+        Robot, None where there is but one → ``state`` and ``action`` → statistic → (dims,).
+
+    Raises:
+        ValueError: if that cannot be read.
+    """
+    there = Folder(pretrained)
+    if there.file(ROBOTS) is None:
+        return {None: dict(read_statistics([pretrained / "model.safetensors"], config))}
+    return {
+        robot: {
+            feature: {name: np.asarray(values, np.float32) for name, values in entry["statistics"][key].items()}
+            for feature, key in (("state", STATE), ("action", ACTION))
+        }
+        for robot, entry in json.loads(there.text(ROBOTS))["robots"].items()
+    }
 
 
 def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], robot: str) -> Deployment:
@@ -53,7 +75,7 @@ def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], rob
             )
         near = get_close_matches(robot, known, n=1) or known
         raise ValueError(f"--statistics: {robot!r} is no robot of {pretrained}; write {' or '.join(near)}")
-    entry = json.loads((pretrained / ROBOTS).read_text(encoding="utf-8"))["robots"][robot]
+    entry = json.loads(Folder(pretrained).text(ROBOTS))["robots"][robot]
     statistics = {
         feature: {name: np.asarray(values, np.float32) for name, values in some.items()}
         for feature, some in entry["statistics"].items()
@@ -71,7 +93,7 @@ def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], rob
     if config.use_relative_actions:
         changes["action_feature_names"] = written["action_feature_names"] = entry["action_names"]
     files: dict[str, bytes] = {}
-    for path in sorted(pretrained.glob("policy_*.json")):
+    for path in Folder(pretrained).matching("policy_*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
         for step in content["steps"]:
             for feature in shapes.keys() & step["config"].get("features", {}).keys():
@@ -96,16 +118,20 @@ def dimension_names(pretrained: Path, instead: Mapping[str, bytes] | None = None
     Raises:
         ValueError: if its file of names is damaged.
     """
-    path = pretrained / NAMES
-    text = (instead or {}).get(NAMES) or (path.read_bytes() if path.is_file() else None)
+
+    def content(name: str) -> bytes | None:
+        path = there.file(name)
+        return (instead or {}).get(name) or (path.read_bytes() if path is not None else None)
+
+    there, path = Folder(pretrained), pretrained / NAMES
+    text = content(NAMES)
     if text is not None:
         try:
             return {feature: [str(name) for name in names] for feature, names in json.loads(text).items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again, or remove that file") from None
-    path = pretrained / PREPROCESSOR  # LeRobot has those of relative actions, in there
-    text = (instead or {}).get(PREPROCESSOR) or (path.read_bytes() if path.is_file() else b"{}")
-    for step in json.loads(text).get("steps", []):
+    described = json.loads(content(PREPROCESSOR) or b"{}")  # LeRobot has those of relative actions, in there
+    for step in described.get("steps", []):
         if step["registry_name"] == "relative_actions_processor" and step["config"].get("action_names"):
             return {ACTION: list(map(str, step["config"]["action_names"]))}
     return {}

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.manifest import Folder
+
 if TYPE_CHECKING:
     from agent.models.pi0.configuration import PI0Config
 
@@ -47,13 +49,13 @@ def read_statistics(files: Sequence[Path], config: PI0Config) -> Statistics:
         )
     if set(found) != {"state", "action"}:
         raise ValueError(f"{folder} holds statistics of {', '.join(found) or 'nothing'}, not of state and action")
-    if (folder / _PREPROCESSOR).is_file():
+    if Folder(folder).file(_PREPROCESSOR) is not None:
         _check_relative(folder, config)
     return found
 
 
 def _check_relative(folder: Path, config: PI0Config) -> None:
-    steps = json.loads((folder / _PREPROCESSOR).read_text(encoding="utf-8"))["steps"]
+    steps = json.loads(Folder(folder).text(_PREPROCESSOR))["steps"]
     theirs: dict[str, Any] = next(
         (step["config"] for step in steps if step["registry_name"] == "relative_actions_processor"), {}
     )
@@ -75,13 +77,13 @@ def _from_processor(folder: Path) -> Statistics | None:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    description = folder / _PREPROCESSOR
-    if not description.is_file():
+    there = Folder(folder)
+    if (description := there.file(_PREPROCESSOR)) is None:
         return None
     try:
         steps = json.loads(description.read_text(encoding="utf-8"))["steps"]
         names = [s["state_file"] for s in steps if s["registry_name"] == "normalizer_processor" and "state_file" in s]
-        if absent := [name for name in names if not (folder / name).is_file()]:
+        if absent := [name for name in names if there.file(name) is None]:
             raise ValueError(f"it names {absent[0]}, which is not there")
         flat = {key: value for name in names for key, value in load_file(folder / name).items()}
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -105,7 +107,7 @@ def _from_buffers(files: Sequence[Path]) -> Statistics | None:
 
 
 def _from_openpi(folder: Path) -> Statistics | None:
-    files = sorted(folder.glob("assets/**/norm_stats.json"))
+    files = Folder(folder).matching("assets/**/norm_stats.json")
     if len(files) > 1:
         listed = ", ".join(str(path.relative_to(folder)) for path in files)
         raise ValueError(f"{folder} holds the statistics of several robots ({listed}); leave one of them there")
