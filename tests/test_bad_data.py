@@ -12,13 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checking import check
 from forked import ForkServer, fork_server
 from launching import Workplace
 from make_dataset import write_dataset
 
 from agent.configuration_pipeline import load_config
+from agent.data.frame_store import WantedStore
+from agent.data.metadata import read_metadata
 from agent.data.prepare import prepare_all
+from agent.data.source import DatasetConfig, open_source
+from agent.data.stretches import Stretches
+from agent.data.transforms import resize_with_pad
 
+FRONT = "observation.images.front"
 FEW = ("--n_updates", "4", "--eval_start", "false")
 
 
@@ -135,6 +142,125 @@ def test_preparing_leaves_a_bad_episode_out_and_so_does_training(place, server, 
     assert "holds the frame store 32x32-jpeg95, not 48x48" in reason and "uv run python -m agent.data.prepare" in reason
 
 
+SHORT = "its stretch of {video}, 0.0000 to 1.1000 s, has room for 11 frames at 10 a second, and it has 12 rows"
+
+
+def set_times(root: Path, starts: list[float], ends: list[float]) -> None:
+    def change(table):
+        for name, values in (("from", starts), ("to", ends)):
+            table = set_column(table, f"videos/{FRONT}/{name}_timestamp", values)
+        return table
+
+    rewrite(only(root, "meta/episodes/*/*.parquet"), change)
+
+
+@pytest.fixture
+def short(copy) -> Path:
+    """A data set of which episode 0 has one picture too few and episode 1 one more than it has rows: the sum agrees."""
+    set_times(copy, [0.0, 1.1, 2.4, 3.6, 4.8, 6.0], [1.1, 2.4, 3.6, 4.8, 6.0, 7.2])
+    return copy
+
+
+def test_fewer_pictures_than_rows_are_said_alike_everywhere(place, server, short, tmp_path, refusal):
+    told = f"{FRONT}: " + SHORT.format(video=only(short, "videos/*/*/*.mp4"))
+    reason = refusal(*root(short))
+    assert f"videos and rows of episodes 0 do not fit together. Episode 0: {told}. Leave these episodes out" in reason
+    assert "`episodes`" in reason and "--skip_bad_episodes" in reason
+    (row,) = check(server, place, tmp_path.name, *root(short)).rows("data: test/data", "fail")
+    assert row["details"]["bad_episodes"] == {"0": told} and row["details"]["good_episodes"] == [1, 2, 3, 4, 5]
+    config = load_config(place.folder / "tiny.yaml", [*root(short), "--data.train.frame_store", "lossless"], 1)[0]
+    (problem,) = prepare_all(config, workers=1)
+    assert f"episodes 0 cannot be read. The first: {told}." in problem
+
+    assert prepare_all(config, skip_bad_episodes=True, workers=1) == []
+    wanted = WantedStore("lossless", 95, (32, 32))
+    stored, plain, recorded = (
+        open_source(DatasetConfig("test/data", str(data), episodes=episodes), 4, "pyav", 1e-4, wanted=store)
+        for data, episodes, store in ((short, None, wanted), (short, [1, 2], None), (place.folder / "data", None, None))
+    )
+    assert stored.episodes.tolist() == [1, 2, 3, 4, 5]
+    for source in (stored, plain, recorded):
+        source.cameras = {FRONT: FRONT}
+    for position in range(24):  # the second episode begins with the twelfth picture of the video, at 1.1 s
+        theirs = recorded.read(position + (11 if position < 12 else 12)).images[FRONT]
+        assert plain.read(position).images[FRONT].equal(theirs)
+        assert stored.read(position).images[FRONT].equal(resize_with_pad(theirs, 32, 32))
+
+
+def test_a_store_that_was_made_without_heeding_the_stretches_is_made_anew(place, server, short, refusal, monkeypatch):
+    config = load_config(place.folder / "tiny.yaml", [*root(short)], 1)[0]
+    with monkeypatch.context() as before:  # the fingerprints of then
+        before.setattr(Stretches, "counted", lambda self: np.ones(len(self.lengths), bool))
+        assert prepare_all(config, skip_bad_episodes=True, workers=1) == []
+    assert "when the ends of the episodes' stretches of video were not heeded. Make it anew" in refusal(*root(short))
+    assert prepare_all(config, skip_bad_episodes=True, workers=1) == []
+    stretches = Stretches.of(read_metadata("test/data", short), FRONT)
+    assert not stretches.counted().any()
+    assert Stretches.of(read_metadata("test/data", place.folder / "data"), FRONT).counted().all()
+
+
+def test_a_video_that_lacks_a_frame_of_an_episode(place, copy, refusal):
+    """The metadata say nothing of it, and the file has as many frames as all rows."""
+    import av
+
+    video = only(copy, "videos/*/*/*.mp4")
+    with av.open(str(video)) as source, av.open(str(copy / "other.mp4"), "w") as target:
+        inward = source.streams.video[0]
+        outward = target.add_stream_from_template(inward)
+        packets = [packet for packet in source.demux(inward) if packet.pts is not None]
+        step = packets[1].dts - packets[0].dts
+        for number, packet in enumerate(packets):
+            packet.stream = outward
+            # From frame 17 on everything comes a frame later, and that it ends later is not seen by the metadata.
+            if number >= 17:
+                packet.pts, packet.dts = packet.pts + step, packet.dts + step
+            target.mux(packet)
+    (copy / "other.mp4").replace(video)
+    reason = refusal(*root(copy))
+    assert "videos and rows of episodes 1 do not fit together" in reason
+    assert (
+        f"{video} holds 11 of its 12 frames from 1.2000 to 2.4000 s, not frame 5 (72 frames in all where the " in reason
+    )
+
+
+def test_stretches_that_overlap(copy, refusal):
+    set_times(copy, [0.0, 1.1, 2.4, 3.6, 4.8, 6.0], [1.2, 2.3, 3.6, 4.8, 6.0, 7.2])
+    reason = refusal(*root(copy))
+    assert "videos and rows of episodes 0 do not fit together" in reason
+    assert "its 12 rows take" in reason and "0.0000 to 1.2000 s, and episode 1 begins there at 1.1000 s" in reason
+
+
+def test_time_stamps_of_another_clock(place, server, copy, tmp_path, refusal):
+    rewrite(
+        only(copy, "data/*/*.parquet"),
+        lambda table: set_column(table, "timestamp", [1.7e9 + value for value in table["timestamp"].to_pylist()]),
+    )
+    said = "frame 0 has the time stamp 1700000000 s, and its stretch of"
+    reason = refusal(*root(copy))
+    assert "episodes 0-5 do not fit together" in reason and said in reason
+    assert "`timestamp` counts seconds from the episode's first frame, write frame_index / fps there" in reason
+    checked = check(server, place, tmp_path.name, *root(copy))
+    assert "Traceback" not in checked.output, checked.output
+    first, second = checked.rows("data: test/data", "fail")
+    assert said in first["text"] and "6 of 6 episodes cannot be used" in first["text"]
+    assert "none of the 6 episodes can be used" in second["text"] and second["details"] == {}
+    # A store goes by the numbers of the frames.
+    config = load_config(place.folder / "tiny.yaml", [*root(copy)], 1)[0]
+    assert prepare_all(config, workers=1) == []
+
+
+def test_a_check_whose_frames_are_all_unreadable(place, server, copy, tmp_path):
+    rewrite(
+        only(copy, "data/*/*.parquet"),
+        lambda table: set_column(table, "timestamp", [0.04 + value for value in table["timestamp"].to_pylist()]),
+    )
+    checked = check(server, place, tmp_path.name, *root(copy))
+    assert "Traceback" not in checked.output, checked.output
+    bad, none = checked.rows("data: test/data", "fail")
+    assert "6 of 6 episodes cannot be used" in bad["text"] and "raise data.train.tolerance_s above 0.04" in bad["text"]
+    assert "none of the 6 episodes can be used" in none["text"]
+
+
 # ── data files ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -149,6 +275,14 @@ def test_rows_of_another_episode(copy, refusal):
     rewrite(path, lambda table: set_column(table, "frame_index", [*table["frame_index"].to_pylist()[:-1], 3]))
     reason = refusal(*root(copy))
     assert "hold 71 of the 72 frames" in reason and "frame 11 of episode 5 in" in reason and str(path) in reason
+
+
+def test_frames_that_are_counted_on(copy, refusal):
+    path = only(copy, "data/*/*.parquet")
+    rewrite(path, lambda table: set_column(table, "frame_index", table["index"].to_pylist()))
+    reason = refusal(*root(copy))
+    assert f"frame_index of episode 1 in {path} runs from 12 to 23, and LeRobot counts the 12 frames of each" in reason
+    assert "what it is less the first of its episode" in reason
 
 
 def test_a_value_that_is_not_finite(copy, refusal):

@@ -31,6 +31,7 @@ from agent.data.frame_parts import decode, resize
 from agent.data.frame_store import WantedStore, read_index
 from agent.data.frame_times import FileIndex, times_of_episodes
 from agent.data.source import open_source
+from agent.data.stretches import Stretches, wrong_by_the_table
 from agent.data.transforms import resize_with_pad
 
 SIZE = (32, 32)
@@ -245,33 +246,70 @@ def test_which_stores_serve_a_run_under_way(stores, began, taken):
 # ── which frame is whose ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_frames_are_counted_and_not_matched_by_time():
-    path = Path("video.mp4")
-    drifted = FileIndex(path, SourceFile(0, 0, ""), np.arange(20) * 11, unit=0.01)  # 10 % slower than it says
-    first, second = times_of_episodes(drifted, [0.0, 1.2], [12, 8], 10.0)
+def frames_of(times, starts, lengths, ends=None, unit=0.01, fps=10.0):
+    """What belongs to the episodes of one video that begin and end at these seconds; without ends, when their rows do."""
+    starts, lengths = np.asarray(starts, np.float64), np.asarray(lengths)
+    ends = starts + lengths / fps if ends is None else np.asarray(ends)
+    stretches = Stretches(np.arange(len(starts)), np.zeros(len(starts), np.int64), starts, ends, lengths, fps)
+    bad = wrong_by_the_table(stretches, lambda _: Path("v.mp4"))
+    index = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.asarray(times, np.int64), unit)
+    return times_of_episodes(index, stretches, stretches.offsets(), bad)
+
+
+def test_frames_are_counted_where_the_clock_is_another_one_and_nothing_contradicts_it():
+    first, second = frames_of(np.arange(20) * 11, [0.0, 1.2], [12, 8])  # 10 % slower than it says
     assert first.tolist() == list(range(0, 132, 11)) and second.tolist() == list(range(132, 220, 11))
+    # One per cent slower, so that at 10 s every time is that of the frame before.
+    _, second = frames_of(np.arange(120) * 101, [0.0, 10.0], [100, 20], unit=0.001)
+    assert second.tolist() == list(range(10100, 12120, 101))
     # With frames to spare, such as those of a deleted episode, the clock decides.
-    spare = FileIndex(path, SourceFile(0, 0, ""), np.arange(30) * 10, unit=0.01)
-    assert times_of_episodes(spare, [2.0], [10], 10.0)[0].tolist() == list(range(200, 300, 10))
-    short = FileIndex(path, SourceFile(0, 0, ""), np.arange(15) * 10, unit=0.01)
-    whole, cut = times_of_episodes(short, [0.0, 1.2], [12, 8], 10.0)
+    assert frames_of(np.arange(30) * 10, [2.0], [10])[0].tolist() == list(range(200, 300, 10))
+    whole, cut = frames_of(np.arange(15) * 10, [0.0, 1.2], [12, 8])
     assert len(whole) == 12
-    assert cut == "video.mp4 holds 3 of its 8 frames (15 frames in all where the metadata count 20)"
+    assert cut == (
+        "v.mp4 holds 3 of its 8 frames from 1.2000 to 2.0000 s, not frame 3 (15 frames in all where the metadata count 20)"
+    )
+
+
+def test_the_stretches_of_the_metadata_win_where_they_fit():
+    """The sum agrees: one picture is missing in the first episode, and the second has one more than it has rows."""
+    times = np.arange(36) * 10
+    first, second, third = frames_of(times, [0.0, 1.1, 2.4], [12, 12, 12], ends=[1.1, 2.4, 3.6])
+    assert first == (
+        "its stretch of v.mp4, 0.0000 to 1.1000 s, has room for 11 frames at 10 a second, and it has 12 rows"
+    )
+    assert second.tolist() == list(range(110, 230, 10)) and third.tolist() == list(range(240, 360, 10))
+    # The stretches are as long as the rows need, and a picture is missing in one and there twice in the other.
+    gap = np.delete(np.append(times[:24], 125), 5)
+    first, second = frames_of(np.sort(gap), [0.0, 1.2], [12, 12])
+    assert "v.mp4 holds 11 of its 12 frames from 0.0000 to 1.2000 s, not frame 5 (24 frames in all" in first
+    assert second.tolist() == list(range(120, 240, 10))
+    # Of a stretch with as many frames as rows they are all, however uneven.
+    uneven = [0, 16, 18, 29, 40]
+    assert frames_of([*uneven, 50, 60], [0.0, 0.5], [5, 2])[0].tolist() == uneven
+
+
+def test_stretches_that_overlap():
+    first, second = frames_of(np.arange(23) * 10, [0.0, 1.1], [12, 12])
+    assert first == ("its 12 rows take v.mp4 from 0.0000 to 1.2000 s, and episode 1 begins there at 1.1000 s")
+    assert second.tolist() == list(range(110, 230, 10))
+    # Every episode begins at 0, as after merging data sets without moving their times.
+    assert all("begins there at 0.0000 s" in why for why in frames_of(np.arange(30) * 10, [0.0, 0.0], [12, 18]))
+    # Two that are the same on purpose, with other instructions perhaps.
+    first, second = frames_of(np.arange(12) * 10, [0.0, 0.0], [12, 12])
+    assert first.tolist() == second.tolist() == list(range(0, 120, 10))
 
 
 def test_of_several_frames_near_a_time_the_nearest_is_taken():
     """As LeRobot's decoders do; here the camera ran three times as fast as the rest was recorded."""
-    index = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.arange(90), 1 / 30)
-    (found,) = times_of_episodes(index, [1.0], [10], 10.0)
+    (found,) = frames_of(np.arange(90), [1.0], [10], unit=1 / 30)
     assert found.tolist() == list(range(30, 60, 3))
-    late = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.asarray([0, 60, 130]), 1e-3)
-    (found,) = times_of_episodes(late, [0.0], [2], 10.0)
+    (found,) = frames_of([0, 60, 130], [0.0], [2], unit=1e-3)
     assert found.tolist() == [0, 130]
 
 
 def test_a_video_without_a_frame():
-    index = FileIndex(Path("v.mp4"), SourceFile(0, 0, ""), np.zeros(0, np.int64), 0.1)
-    assert times_of_episodes(index, [0.0, 0.3], [3, 2], 10.0) == ["v.mp4 holds no frame"] * 2
+    assert frames_of([], [0.0, 0.3], [3, 2]) == ["v.mp4 holds no frame"] * 2
 
 
 def test_decoding_begins_anywhere(place):

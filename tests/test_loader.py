@@ -30,7 +30,7 @@ from agent.data.frame_manifest import Manifest
 from agent.data.frame_store import read_index
 from agent.data.loader import TrainLoader
 from agent.data.transforms import SampleSpec
-from agent.data.video import decode_frame
+from agent.data.video import Moment, decode_frame
 
 FRONT = "observation.images.front"
 FEW = ("--n_updates", "3", "--eval_freq", "0", "--save_model_freq", "100")
@@ -285,7 +285,7 @@ def test_few_videos_are_open_at_a_time(place: Workplace, tmp_path: Path, backend
 
     def look_at_all() -> int:
         for path in videos:
-            assert decode_frame(path, 0.3, 1e-4, backend).shape == (3, 64, 80)
+            assert decode_frame(path, Moment(0.3, 1e-4, 0.1, 0.0, 1.0), backend).shape == (3, 64, 80)
         gc.collect()
         assert sum(path.parent == tmp_path for path in open_files()) <= 32
         return own_memory(os.getpid())

@@ -137,15 +137,28 @@ class ColumnTable:
                 done.result()
         pa.default_memory_pool().release_unused()  # what the tables took would stay with this process
         if not seen.all():
-            row = int(np.flatnonzero(~seen)[0])
-            held = np.flatnonzero(self._held())
-            episode = int(held[np.searchsorted(self.begins(held), row, side="right") - 1])
-            raise ValueError(
-                f"data set {self.metadata.repo_id}: its files hold {int(seen.sum())} of the {rows} frames of the metadata; "
-                f"the first that is missing is frame {row - int(self.begins(np.array([episode]))[0])} of episode {episode} "
-                f"in {self.metadata.data_file(episode)}. Copy the file again, or leave the episode out with `episodes`."
-            )
+            raise self._missing(seen)
         return arrays
+
+    def _missing(self, seen: np.ndarray) -> ValueError:
+        """What is wrong where not every row has been seen."""
+        row = int(np.flatnonzero(~seen)[0])
+        held = np.flatnonzero(self._held())
+        episode = int(held[np.searchsorted(self.begins(held), row, side="right") - 1])
+        path, length = self.metadata.data_file(episode), int(self.metadata.episodes["length"][episode])
+        owner, frame, _ = _columns_of(path, {})
+        mine = np.sort(frame[owner == episode])
+        if len(mine) == length and (np.diff(mine) == 1).all():
+            return ValueError(
+                f"data set {self.metadata.repo_id}: frame_index of episode {episode} in {path} runs from {mine[0]} to "
+                f"{mine[-1]}, and LeRobot counts the {length} frames of each episode from 0: write it anew there, as what it is "
+                "less the first of its episode, or leave the episode out with `episodes`."
+            )
+        return ValueError(
+            f"data set {self.metadata.repo_id}: its files hold {int(seen.sum())} of the {len(seen)} frames of the metadata; "
+            f"the first that is missing is frame {row - int(self.begins(np.array([episode]))[0])} of episode {episode} "
+            f"in {path}. Copy the file again, or leave the episode out with `episodes`."
+        )
 
     def unreadable(self) -> Iterator[tuple[np.ndarray, ValueError]]:
         """The wanted episodes in each file that cannot be read or lacks some of their frames, and why; keeps nothing."""

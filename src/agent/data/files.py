@@ -15,6 +15,7 @@ import numpy as np
 
 from agent import hub
 from agent.data.metadata import Metadata, read_metadata, spelled
+from agent.data.mp4 import frame_times
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def look_through(
     for key in metadata.video_keys if videos else []:
         place = f"videos/{key}"
         for path, members in files_of(metadata, episodes, place, partial(metadata.video_file, key=key)):
-            last = float(metadata.episodes[f"{place}/to_timestamp"][members].max())
+            ends = metadata.episodes[f"{place}/to_timestamp"][members]
             fps = float(metadata.info["fps"])
-            yield members, _problem(partial(_verify_video, metadata.repo_id, path, members, last, fps))
+            yield members, _problem(partial(_verify_video, metadata.repo_id, path, members, ends, fps))
 
 
 def _problem(verify: Callable[[], None]) -> ValueError | None:
@@ -146,7 +147,8 @@ def _verify_parquet(repo_id: str, path: Path, episodes: np.ndarray, rows: int) -
         raise _damaged(repo_id, path, episodes, f"has {found} rows where the metadata counts {rows}")
 
 
-def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, last: float, fps: float) -> None:
+def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, ends: np.ndarray, fps: float) -> None:
+    """Whether its frames are those of its episodes is found out elsewhere, by `agent.data.stretches`, where its index tells."""
     import av
 
     if not path.is_file():
@@ -164,7 +166,7 @@ def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, last: float, f
             duration = float(stream.duration * stream.time_base) if known else None  # type: ignore[operator]
     except (av.FFmpegError, IndexError) as error:
         raise _damaged(repo_id, path, episodes, f"cannot be opened as a video ({error})") from error
-    if duration is not None and duration < last - 1.5 / fps:
+    if duration is not None and duration < (last := ends.max()) - 1.5 / fps and frame_times(path) is None:
         raise _damaged(repo_id, path, episodes, f"ends at {duration:.2f} s, its episodes reach {last:.2f} s")
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from agent.data.metadata import Metadata
+from agent.data.stretches import Stretches
 from agent.manifest import is_inside
 
 VERSION = 1
@@ -138,6 +139,8 @@ def describe_metadata(metadata: Metadata, cameras: Sequence[str]) -> str:
         digest.update(json.dumps([key, metadata.features[key]["dtype"], metadata.features[key]["shape"]]).encode())
         if key in metadata.video_keys:
             names += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+            # Where the ends say more than the lengths, stores were made once that did not heed them.
+            names += [] if Stretches.of(metadata, key).counted().all() else [f"videos/{key}/to_timestamp"]
     for name in names:
         digest.update(np.ascontiguousarray(metadata.episodes[name], dtype=np.float64))
     return digest.hexdigest()

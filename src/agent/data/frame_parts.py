@@ -197,9 +197,24 @@ def _workspace(size: tuple[int, int]) -> torch.Tensor:
 
 
 def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
+    for episodes in _passes(part.episodes):
+        _in_one_pass(part, episodes, writer, bad)
+
+
+def _passes(episodes: dict[int, np.ndarray]) -> list[list[int]]:
+    """The episodes in groups whose frames come one after the other: two may be of the same stretch of a video."""
+    groups: list[list[int]] = []
+    for episode, times in episodes.items():
+        if groups and episodes[groups[-1][-1]][-1] < times[0]:
+            groups[-1].append(episode)
+        else:
+            groups.append([episode])
+    return groups
+
+
+def _in_one_pass(part: Part, episodes: list[int], writer: _Writer, bad: dict[int, str]) -> None:
     import av
 
-    episodes = list(part.episodes)
     while episodes:
         times = np.concatenate([part.episodes[episode] for episode in episodes])
         owners = [(episode, frame) for episode in episodes for frame in range(len(part.episodes[episode]))]
@@ -216,7 +231,7 @@ def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
 
 
 def decode(path: Path, times: np.ndarray) -> Iterator[av.VideoFrame]:
-    """The frames of a video at ascending presentation times, decoded in one pass.
+    """The frames of a video at presentation times that do not descend, decoded in one pass.
 
     Raises:
         av.FFmpegError: if the stream is damaged.
@@ -246,11 +261,12 @@ def decode(path: Path, times: np.ndarray) -> Iterator[av.VideoFrame]:
                 if frame.is_corrupt:
                     raise FrameMissing("the decoder calls it corrupt")
                 first = False
-                yield frame
-                following = next(wanted, None)
-                if following is None:
-                    return
-                next_one = following
+                while next_one == frame.pts:  # more than once, where the tolerance lets rows share a frame
+                    yield frame
+                    following = next(wanted, None)
+                    if following is None:
+                        return
+                    next_one = following
             else:
                 raise FrameMissing("the file ends before it")
 

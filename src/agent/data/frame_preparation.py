@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from agent.data.frame_manifest import (
 from agent.data.frame_parts import Part, checksums_of, places
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import FileIndex, times_of_episodes
+from agent.data.stretches import Stretches, astray, offsets_of, wrong_by_the_table
 
 if TYPE_CHECKING:
     from agent.data.source import Source
@@ -70,6 +72,12 @@ class Preparation:
         self._sources: dict[str, SourceFile] = {}
         """The files that the store as it is was made of, those of left out episodes among them."""
         self._keep_what_is_there()
+        videos = [camera for camera in self.cameras if camera in self.metadata.video_keys]
+        self._stretches = {camera: Stretches.of(self.metadata, camera, source.tolerance_s) for camera in videos}
+        self._wrong = {
+            camera: wrong_by_the_table(stretches, partial(self.metadata.video_file, key=camera))
+            for camera, stretches in self._stretches.items()
+        }
         self.jobs = [job for camera in self.cameras for job in self._jobs(camera)]
 
     def _keep_what_is_there(self) -> None:
@@ -97,7 +105,7 @@ class Preparation:
         for chunk, file in sorted({(int(chunks[e]), int(files[e])) for e in self.episodes}):
             members = np.flatnonzero((chunks == chunk) & (files == file))
             if video:
-                members = members[np.argsort(metadata.episodes[f"{place}/from_timestamp"][members], kind="stable")]
+                members = members[np.argsort(self._stretches[camera].starts[members], kind="stable")]
             path = metadata.video_file(members[0], camera) if video else metadata.data_file(members[0])
             # Always the same groups, whichever episodes are wanted, so that parts can be used again.
             group = np.cumsum(metadata.episodes["length"][members]) // PART_FRAMES
@@ -197,10 +205,25 @@ class Preparation:
         episodes, digest = self.metadata.episodes, xxhash.xxh3_128()
         columns = [[float(self.metadata.info["fps"])], job.episodes, episodes["length"][job.episodes]]
         if job.video:
-            columns.append(episodes[f"videos/{job.camera}/from_timestamp"][job.episodes])
+            stretches = self._stretches[job.camera][job.episodes]
+            columns.append(stretches.starts)
+            if not stretches.counted().all():  # else the ends say nothing more
+                columns.append(stretches.ends)
+            if (abs((offsets := self._offsets(stretches)) - stretches.offsets()) >= stretches.half).any():
+                columns.append(offsets)
         for column in columns:
             digest.update(np.ascontiguousarray(column, dtype=np.float64))
         return digest.hexdigest()
+
+    def _offsets(self, stretches: Stretches) -> np.ndarray:
+        """Seconds from its episode's first row to each row. Time stamps that are none count for nothing: what a store
+        holds is found by its number."""
+        offsets = stretches.offsets()
+        known = np.isin(stretches.episodes, self.source.table.episodes)
+        if known.any():
+            offsets[np.repeat(known, stretches.lengths)] = offsets_of(self.source.table, stretches[known])
+        owner = np.repeat(np.arange(len(known)), stretches.lengths)
+        return np.where(np.isin(owner, owner[astray(offsets, stretches)]), stretches.offsets(), offsets)
 
     def _is_of(self, note: dict[str, Any], job: Job, episodes: np.ndarray) -> bool:
         return note.get("metadata") == self.described(job) and set(episodes.tolist()) <= set(note["episodes"])
@@ -214,8 +237,8 @@ class Preparation:
         job.source = index.source
         lengths = self.metadata.episodes["length"]
         if job.video:
-            starts = self.metadata.episodes[f"videos/{job.camera}/from_timestamp"][job.episodes]
-            found = times_of_episodes(index, starts, lengths[job.episodes], float(self.metadata.info["fps"]))
+            stretches = self._stretches[job.camera][job.episodes]
+            found = times_of_episodes(index, stretches, self._offsets(stretches), self._wrong[job.camera])
         else:
             found = list(np.split(_rows(job.path), np.cumsum(lengths[job.episodes])[:-1]))
         of_episode = dict(zip(job.episodes.tolist(), found, strict=True))

@@ -197,7 +197,10 @@ class FrameStore:
             raise ValueError("{} holds frames of {}, the model wants {}. {}".format(self, *sizes, anew))
         missing = [key for key in manifest.cameras if key not in metadata.features]
         if missing or manifest.metadata != describe_metadata(metadata, list(manifest.cameras)):
-            raise ValueError(f"{self} was made of other metadata than {metadata.root / 'meta'} now holds. {anew}")
+            raise ValueError(
+                f"{self} was made of other metadata than {metadata.root / 'meta'} now holds, or at a time when the ends of the "
+                f"episodes' stretches of video were not heeded. {anew}"
+            )
         self.open(verify=True)
         lacking = [episode for episode in episodes.tolist() if not self._knows(episode)]
         if lacking:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from agent.data.frame_manifest import SourceFile
+from agent.data.stretches import Stretches, by_counting, lacking, match
 
 
 @dataclass
@@ -37,7 +38,9 @@ def index_file(path: Path, video: bool) -> FileIndex:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             unit = float(stream.time_base or 0)
-            times = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+            times = [
+                packet.pts for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard
+            ]
     except (av.FFmpegError, IndexError) as error:
         if not times:
             return FileIndex(path, source, np.zeros(0, np.int64), 1.0, f"cannot be opened as a video ({error})")
@@ -45,12 +48,19 @@ def index_file(path: Path, video: bool) -> FileIndex:
 
 
 def times_of_episodes(
-    index: FileIndex, starts: Sequence[float], lengths: Sequence[int], fps: float
+    index: FileIndex, stretches: Stretches, offsets: np.ndarray, bad: Mapping[int, str]
 ) -> list[np.ndarray | str]:
-    """Which frames of a video belong to its episodes, in order of their start.
+    """Which frames of a video belong to its episodes.
 
-    A video with as many frames as its episodes has them one after the other, whatever its clock says. In any other
-    one the frame nearest to each time is taken, at most half a frame away.
+    A video with as many frames as its episodes have rows, at an even rate of its own, has them one after the other, whatever
+    its clock says, if the metadata do not contradict that. In any other one they are those of the episode's stretch: the
+    nearest to each time, at most half a frame away, or all, if there are as many as rows.
+
+    Args:
+        index: of the file.
+        stretches: of all episodes in it, in order of their start.
+        offsets: seconds from its episode's first row to each row.
+        bad: episode → why the metadata alone make it unusable.
 
     Returns:
         For each episode the presentation times of its frames, or what is wrong with it.
@@ -58,22 +68,22 @@ def times_of_episodes(
     times = index.times
     assert times is not None
     if index.trouble is not None or not len(times):
-        return [f"{index.path} {index.trouble or 'holds no frame'}"] * len(starts)
-    if len(times) == sum(lengths):
-        return np.split(times, np.cumsum(lengths)[:-1])  # type: ignore[return-value]
+        return [f"{index.path} {index.trouble or 'holds no frame'}"] * len(stretches.lengths)
+    seconds, lengths = times * index.unit, stretches.lengths
+    counted = by_counting(seconds, stretches)
+    if counted is not None:
+        return np.split(times, counted[1:])  # type: ignore[return-value]
+    matched = match(seconds, stretches, offsets)
     found: list[np.ndarray | str] = []
-    seconds = times * index.unit
-    for start, length in zip(starts, lengths, strict=True):
-        asked = start + np.arange(length) / fps
-        after = np.searchsorted(seconds, asked).clip(max=len(seconds) - 1)
-        before = np.maximum(after - 1, 0)
-        places = np.where(asked - seconds[before] <= np.abs(seconds[after] - asked), before, after)
-        there = np.abs(seconds[places] - asked) < 0.5 / fps
-        if there.all():
-            found.append(times[places])
+    ends = np.cumsum(lengths)
+    for place, (episode, end, length) in enumerate(zip(stretches.episodes.tolist(), ends, lengths, strict=True)):
+        near = matched.near[end - length : end]
+        if episode in bad:
+            found.append(bad[episode])
+        elif near.all():
+            found.append(times[matched.places[end - length : end]])
+        elif matched.stop[place] - matched.first[place] == length:
+            found.append(times[matched.first[place] : matched.stop[place]])
         else:
-            found.append(
-                f"{index.path} holds {int(there.sum())} of its {length} frames "
-                f"({len(times)} frames in all where the metadata count {sum(lengths)})"
-            )
+            found.append(lacking(index.path, len(times), stretches, place, near))
     return found

@@ -22,7 +22,8 @@ from agent.data.frame_manifest import PREPARE
 from agent.data.frame_store import FrameStore, WantedStore, find_store
 from agent.data.metadata import Metadata, read_metadata
 from agent.data.pictures import NoColours, stored_picture
-from agent.data.video import decode_frame
+from agent.data.stretches import mapped_videos, moment_of, picture_problems, refusal
+from agent.data.video import WrongTime, decode_frame
 
 if TYPE_CHECKING:
     import torch
@@ -217,8 +218,9 @@ class Source:
             used = [self.metadata.data_file(episode)]
             used += [self.metadata.video_file(episode, key) for key in self._mapped_videos()]
             names = ", ".join(str(path) for path in used)
+            put_right = "Put that right" if isinstance(error, WrongTime) else "Copy them again"
             raise RuntimeError(
-                f"{told}; its files: {names}. Copy them again, or leave the episode out with `episodes`; for a damaged video "
+                f"{told}; its files: {names}. {put_right}, or leave the episode out with `episodes`; for a damaged video "
                 "`python -m agent.data.prepare --skip_bad_episodes` finds all such episodes and leaves them out"
             ) from error
 
@@ -251,9 +253,8 @@ class Source:
             return self._stored(self.store, episode, frame)
         stamp, images = float(self.table["timestamp"][row, 0]), {}
         for key in self._mapped_videos():
-            seconds = float(self.metadata.episodes[f"videos/{key}/from_timestamp"][episode]) + stamp
-            path = self.metadata.video_file(episode, key)
-            images[key] = decode_frame(path, seconds, self.tolerance_s, self.video_backend)
+            moment = moment_of(self.metadata, key, episode, frame, stamp, self.tolerance_s)
+            images[key] = decode_frame(self.metadata.video_file(episode, key), moment, self.video_backend)
         if keys := self._image_keys():
             self.open()
             item = self._pictures[self._picture_row(episode, frame)]
@@ -367,6 +368,11 @@ def open_source(
     names = dict.fromkeys([config.state, config.action, "task_index", "timestamp"])
     table = ColumnTable(metadata, chosen, tuple(names))
     backend = choose_video_backend(video_backend, needed=store is None and bool(metadata.video_keys))
+    # A column that is not there is told with all else that does not fit the model.
+    if verify_videos and store is None and {config.state, config.action} <= metadata.features.keys():
+        problems = picture_problems(metadata, table, chosen, mapped_videos(metadata, config.cameras), tolerance_s)
+        if problems:
+            raise refusal(config.repo_id, problems)
     return Source(config, metadata, chosen, chosen, chunk_size, backend, tolerance_s, table, store=store)
 
 

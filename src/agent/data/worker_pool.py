@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import queue
 import signal
@@ -19,6 +20,8 @@ from typing import Any, NamedTuple
 from agent.batch import Batch
 from agent.data.shared_batches import Description, create_memory, read, write
 
+log = logging.getLogger(__name__)
+
 _READY = 2  # batches that wait in the training process, besides those in the workers' slots
 _FREE = b"."
 _SERVER_GONE = 255  # multiprocessing's exit code of every worker when the fork server, which would know it, is gone
@@ -30,6 +33,8 @@ class Made(NamedTuple):
     description: Description
     resident: int
     """Bytes of memory that the worker holds."""
+    said: list[str]
+    """What it would have written into the log meanwhile."""
 
 
 class Failed(NamedTuple):
@@ -77,6 +82,7 @@ class WorkerPool:
         self._ahead, self._pin, self._advice = ahead, pin, advice
         self._gpu = _current_gpu() if pin else None
         self._kills_before = _kills_for_memory()
+        self._told: set[str] = set()  # each worker may find the same
         self._closed = threading.Event()
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(_READY)
         self._workers: list[_Worker] = []
@@ -147,6 +153,10 @@ class WorkerPool:
         batch = read(said.description, worker.memory, worker.received % self._ahead, self._pin)
         worker.received += 1
         worker.resident = said.resident
+        for line in said.said:
+            if line not in self._told:
+                self._told.add(line)
+                log.info(line)
         with suppress(ConnectionError):  # if it is gone, that is noticed when it is listened to
             worker.pipe.send_bytes(_FREE)
         return batch
@@ -216,13 +226,16 @@ def _work(make: Callable[[int], Batch], number: int, workers: int, ahead: int, p
     from agent.data import worker
 
     worker.settle()
+    lines = _Lines()
+    logging.getLogger("agent").addHandler(lines)
+    logging.getLogger("agent").setLevel(logging.INFO)
     memory = create_memory()
     try:
         reduction.send_handle(pipe, memory, 0)  # the receiver's process id, which only Windows needs
         for turn in itertools.count():
             if turn >= ahead:
                 pipe.recv_bytes()  # until the slot is free
-            said = _made(make, number + turn * workers, memory, turn % ahead)
+            said = _made(make, number + turn * workers, memory, turn % ahead, lines)
             pipe.send(said)
             if isinstance(said, Failed):
                 pipe.recv_bytes()  # until the trainer, having heard it, ends this process
@@ -230,9 +243,24 @@ def _work(make: Callable[[int], Batch], number: int, workers: int, ahead: int, p
         return  # the trainer has closed, or is gone
 
 
-def _made(make: Callable[[int], Batch], number: int, memory: int, slot: int) -> Made | Failed:
+class _Lines(logging.Handler):
+    """Keeps what is logged in a worker, whose log nobody reads, until the training process takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._kept.append(self.format(record))
+
+    def taken(self) -> list[str]:
+        kept, self._kept = self._kept, []
+        return kept
+
+
+def _made(make: Callable[[int], Batch], number: int, memory: int, slot: int, lines: _Lines) -> Made | Failed:
     try:
-        return Made(write(make(number), memory, slot), _resident())
+        return Made(write(make(number), memory, slot), _resident(), lines.taken())
     except Exception as error:
         # Errors of the program have their type said; those that this program words itself need none.
         message = str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"

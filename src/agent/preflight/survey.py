@@ -22,6 +22,7 @@ from agent.data.frame_store import WantedStore, find_store
 from agent.data.metadata import Metadata, read_metadata
 from agent.data.robot_names import robot_alone
 from agent.data.source import Source, open_source
+from agent.data.stretches import mapped_videos, picture_problems
 from agent.preflight import needs
 
 if TYPE_CHECKING:
@@ -89,10 +90,11 @@ def survey(
         wanted = WantedStore(train.frame_store, train.frame_quality, size, began_with or {})
         stored = find_store(found.metadata, dataset.frames, wanted, found.chosen) is not None
         _look_at_files(found, found.metadata, not stored, patience)
-        _look_at_numbers(found, found.metadata)
+        _look_at_numbers(found, found.metadata, None if stored else config.data.train.tolerance_s)
         _open(found, config, wanted)
         if found.source is not None and found.mismatch is None:
             _look_at_frames(found, found.source, patience)
+            _require_some(found)
     except ValueError as error:
         found.problem, found.source = error, None
     except Exception as error:  # nobody has thought of this damage; the other data sets are still worth a look
@@ -118,8 +120,8 @@ def _look_at_files(found: Survey, metadata: Metadata, videos: bool, patience: fl
     found.files = (looked, skipped)
 
 
-def _look_at_numbers(found: Survey, metadata: Metadata) -> None:
-    """State, action, time stamps and instructions of every frame."""
+def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | None) -> None:
+    """State, action, time stamps and instructions of every frame; where videos are read, whether each has its picture there."""
     good = found.good
     if not len(good):
         return
@@ -133,6 +135,9 @@ def _look_at_numbers(found: Survey, metadata: Metadata) -> None:
                 f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json; copy "
                 "the data set again, or correct the shape there"
             )
+    if tolerance_s is not None:
+        cameras = mapped_videos(metadata, found.config.cameras)
+        found.bad |= picture_problems(metadata, table, good, cameras, tolerance_s)
     lengths, begins = metadata.episodes["length"][good], table.begins(good)
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(good)), lengths)
@@ -170,10 +175,7 @@ def _columns(found: Survey, metadata: Metadata, names: tuple[str, ...]) -> Colum
 
 
 def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> None:
-    if not len(found.good):
-        raise ValueError(
-            f"{found.key}: none of the {len(found.chosen)} episodes can be used. The first: {next(iter(found.bad.values()))}"
-        )
+    _require_some(found)
     train, model = config.data.train, needs.sample_spec(config)
     usable = replace(found.config, episodes=found.good.tolist(), split=None)
     with hub.offline():
@@ -186,6 +188,13 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
         check_features([source], model, *robot_alone(found.config, train))
     except ValueError as error:
         found.mismatch = error
+
+
+def _require_some(found: Survey) -> None:
+    if not len(found.good):
+        raise ValueError(
+            f"{found.key}: none of the {len(found.chosen)} episodes can be used. The first: {found.bad[min(found.bad)]}"
+        )
 
 
 def _look_at_frames(found: Survey, source: Source, patience: float) -> None:

@@ -1,0 +1,128 @@
+"""When the pictures of an mp4 are shown, by its index alone: nothing is decoded, no picture is read.
+
+FFmpeg tells it only by reading every packet, which for a large data set is every video. The index of a file with a hundred
+thousand pictures is read here in milliseconds. Boxes and fields are those of ISO/IEC 14496-12.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+_INSIDE = (b"trak", b"mdia", b"minf", b"stbl", b"edts")
+
+
+def frame_times(path: Path) -> np.ndarray | None:
+    """Seconds at which the pictures of the first video track are shown, ascending, (frames,) float64.
+
+    None where this index does not tell: a fragmented file, several edits, or no mp4 at all.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    index = _movie(path)
+    if index is None:
+        return None
+    try:
+        return _times(index)
+    except (struct.error, KeyError, ValueError):  # cut short, or of another form: it does not tell
+        return None
+
+
+def _movie(path: Path) -> bytes | None:
+    """The contents of the box ``moov``."""
+    size, offset = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while offset < size:
+            file.seek(offset)
+            header = file.read(16)
+            length, begin = int.from_bytes(header[:4], "big"), 8
+            if length == 1:  # a 64-bit length follows
+                length, begin = int.from_bytes(header[8:16], "big"), 16
+            elif length == 0:  # to the end of the file
+                length = size - offset
+            if length < begin:
+                return None
+            if header[4:8] == b"moov":
+                file.seek(offset + begin)
+                return file.read(length - begin)
+            offset += length
+    return None
+
+
+def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    offset = 0
+    while offset + 8 <= len(data):
+        length, begin = int.from_bytes(data[offset : offset + 4], "big"), 8
+        if length == 1:
+            length, begin = int.from_bytes(data[offset + 8 : offset + 16], "big"), 16
+        elif length == 0:
+            length = len(data) - offset
+        if length < begin:
+            raise ValueError("a box shorter than its header")
+        yield bytes(data[offset + 4 : offset + 8]), data[offset + begin : offset + length]
+        offset += length
+
+
+def _track(data: memoryview) -> dict[bytes, memoryview]:
+    """The boxes of a track, those within others among them."""
+    found: dict[bytes, memoryview] = {}
+    for kind, content in _boxes(data):
+        found |= (
+            {name: inner for name, inner in _track(content).items() if name not in found} if kind in _INSIDE else {}
+        )
+        found.setdefault(kind, content)
+    return found
+
+
+def _times(movie: bytes) -> np.ndarray | None:
+    parts = list(_boxes(memoryview(movie)))
+    if any(kind == b"mvex" for kind, _ in parts):  # fragments follow, each with times of its own
+        return None
+    tracks = [_track(content) for kind, content in parts if kind == b"trak"]
+    track = next(track for track in tracks if bytes(track[b"hdlr"][8:12]) == b"vide")
+    unit, movie_unit = (_timescale(boxes[kind]) for boxes, kind in ((track, b"mdhd"), (dict(parts), b"mvhd")))
+    durations = _runs(track[b"stts"], ">u4")
+    times = np.cumsum(durations) - durations
+    if b"ctts" in track:
+        times = times + _runs(track[b"ctts"], ">i4")
+    if b"elst" not in track:
+        return np.sort(times) / unit
+    edits = _edits(track[b"elst"])
+    delay = 0.0
+    if edits and edits[0][1] == -1:  # nothing is shown at first
+        delay, edits = edits[0][0] / movie_unit, edits[1:]
+    if len(edits) != 1:
+        return None
+    duration, begin = edits[0]
+    # What is outside the edit is decoded and not shown; FFmpeg moves the first picture of the rest to the edit's begin.
+    shown = times >= begin
+    if duration:
+        shown &= times < begin + duration * unit / movie_unit
+    times = np.sort(times[shown])
+    return (times - times[:1]) / unit + delay
+
+
+def _timescale(header: memoryview) -> int:
+    """Units in a second; of ``mdhd`` or ``mvhd``, which begin alike."""
+    (units,) = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)
+    if not units:
+        raise ValueError("no time scale")
+    return units
+
+
+def _runs(box: memoryview, kind: str) -> np.ndarray:
+    """A table of (count, value), written out; ``kind`` is the type of the values."""
+    (count,) = struct.unpack_from(">I", box, 4)
+    table = np.frombuffer(box, dtype=[("count", ">u4"), ("value", kind)], count=count, offset=8)
+    return np.repeat(table["value"].astype(np.int64), table["count"])
+
+
+def _edits(box: memoryview) -> list[tuple[int, int]]:
+    """(duration, first time shown) of each edit; -1 as time for an empty one."""
+    (count,) = struct.unpack_from(">I", box, 4)
+    form, size = (">Qq", 20) if box[0] == 1 else (">Ii", 12)
+    return [struct.unpack_from(form, box, 8 + size * number) for number in range(count)]
