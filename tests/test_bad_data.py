@@ -139,7 +139,10 @@ def test_preparing_leaves_a_bad_episode_out_and_so_does_training(place, server, 
     assert "training: data set test/data, 4 episodes" in output and "32x32-jpeg95" in output
     # The same store for a model that sees more.
     reason = refusal(*root(damaged), "--model_cfg.image_resolution", "[48, 48]")
-    assert "holds the frame store 32x32-jpeg95, not 48x48" in reason and "uv run python -m agent.data.prepare" in reason
+    assert (
+        "32x32-jpeg95 holds frames of 32 × 32, the model wants 48 × 48" in reason
+        and "uv run python -m agent.data.prepare" in reason
+    )
 
 
 SHORT = "its stretch of {video}, 0.0000 to 1.1000 s, has room for 11 frames at 10 a second, and it has 12 rows"
