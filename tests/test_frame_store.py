@@ -26,7 +26,7 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from agent.configuration_pipeline import load_config
 from agent.data import frame_preparation, prepare
 from agent.data.frame_encoding import Encoding
-from agent.data.frame_manifest import Manifest, SourceFile, seal, unseal, index_name
+from agent.data.frame_manifest import Manifest, SourceFile, index_name, seal, unseal
 from agent.data.frame_parts import decode, resize
 from agent.data.frame_store import WantedStore, read_index
 from agent.data.frame_times import FileIndex, times_of_episodes
