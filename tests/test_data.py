@@ -539,7 +539,7 @@ def test_an_instruction_is_that_of_its_number_and_not_of_its_row(video, tmp_path
     assert one.fingerprint == other.fingerprint
     np.testing.assert_array_equal(one.reader.sample(0, 0, 12).tokens, other.reader.sample(0, 0, 12).tokens)
     found = Survey("data", dataset_config(root), chosen=source.chosen)
-    _look_at_numbers(found, source.metadata)
+    _look_at_numbers(found, source.metadata, None)
     assert found.bad == {}
 
 
