@@ -210,7 +210,7 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
     for name, text, change in (
         ("wandb", "no wandb key", "use_wandb: false"),
         ("data: test/missing", "does not exist", "`root`"),
-        ("data: test/damaged", "could not be looked through (", "Copy it again"),
+        ("data: test/damaged", "which cannot be filled in with chunk_index", "copy the file again"),
         ("weights", "there is no file or folder", ""),
         ("tokenizer", "there is no such folder", "model_cfg.tokenizer_path to a local folder"),
         ("batch", "6 is not a multiple", "write global_batch_size: 4 or 8"),
@@ -226,7 +226,7 @@ def test_everything_wrong_is_named_at_once_with_what_to_change(place: Workplace,
     assert any(text.startswith("n_epochs has no effect") for text in warned)
     assert any("not checked" in text for text in warned)
     assert any("there is no nowhere.sh in" in text for text in warned)
-    assert (process.stderr + process.stdout).count("Traceback") == 1  # of the damage that nobody has thought of
+    assert "Traceback" not in process.stderr + process.stdout
     assert Image.open(tmp_path / "runs" / "broken" / "check" / "cameras.png").size[0] > 256
 
 

@@ -306,12 +306,22 @@ def _wrong_in_a_file(path: Path, every: Stretches, members: np.ndarray, table: C
     counted = by_counting(times, whole)
     if counted is not None:
         firsts = counted[[place_in_file[int(episode)] for episode in members]]
-        for place in np.unique(owner[matched.places != firsts[owner] + s.frames()]).tolist():
-            rate = (len(times) - 1) / (times[-1] - times[0])
-            told = (
-                f"{path} shows {rate:.6g} frames a second where meta/info.json says {s.fps:g}, so that a time is another "
-                "frame's; a frame store, made by `python -m agent.data.prepare`, counts them instead"
-            )
+        shown = matched.places - firsts[owner]
+        others = np.flatnonzero(shown != s.frames())
+        rate = (len(times) - 1) / (times[-1] - times[0])
+        for place, row in zip(*np.unique(owner[others], return_index=True), strict=True):
+            number = others[row]
+            if f"{rate:.6g}" == f"{s.fps:.6g}":
+                told = (
+                    f"frame {s.frames()[number]} has the time stamp {offsets[number]:.10g} s, at which {path} shows frame "
+                    f"{shown[number]} of the episode: `timestamp` counts seconds from the episode's first frame, write "
+                    "frame_index / fps there"
+                )
+            else:
+                told = (
+                    f"{path} shows {rate:.6g} frames a second where meta/info.json says {s.fps:g}, so that a time is another "
+                    "frame's; a frame store, made by `python -m agent.data.prepare`, counts them instead"
+                )
             found.setdefault(int(members[place]), told)
     return found
 

@@ -103,7 +103,7 @@ def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], rob
             if "state_file" in step:
                 files[step["state_file"]] = _statistics_file(statistics)
         files[path.name] = (json.dumps(content, indent=2) + "\n").encode()
-    names = {STATE: entry.get("state_names"), ACTION: entry["action_names"]}
+    names = {STATE: entry.get("state_names"), ACTION: entry.get("action_names")}
     files[NAMES] = (json.dumps({feature: some for feature, some in names.items() if some}, indent=2) + "\n").encode()
     return Deployment(replace(config, **changes), written, statistics, files)
 
