@@ -27,6 +27,7 @@ from launching import MODEL, REPOSITORY, Workplace
 
 from agent import evaluate_sim
 from agent.export_source import statistics_of
+from agent.manifest import seal
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig, known_tasks
 from agent.simulation.evaluation import Request, digest_of
@@ -584,7 +585,7 @@ def saved(run: Path, step: int, contents: str = "{}") -> Path:
     checkpoint = run / "checkpoints" / f"step_{step:08d}"
     (checkpoint / "pretrained_model").mkdir(parents=True)
     (checkpoint / "pretrained_model" / "config.json").write_text(contents)
-    (checkpoint / "manifest.json").write_text("{}")
+    seal(checkpoint, step)
     return checkpoint
 
 

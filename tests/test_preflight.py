@@ -248,7 +248,7 @@ def test_bad_episodes_are_listed_by_number(server: ForkServer, place: Workplace,
     assert "1-2, 4-6" in row["text"] and "5 of 7 episodes" in row["text"]
     assert bad["1"] == "frame 0: its instruction is empty or missing"
     assert bad["2"] == "frame 5: action is not finite"
-    assert bad["5"] == "frame 7: its time stamp is not after the one before it"
+    assert "frame 7 has the time stamp 0.1" in bad["5"] and "shows frame 1 of the episode" in bad["5"]
     assert "has no frame within" in bad["6"]
     assert checked.state["state"] == "failed" and checked.rows("update", "pass")  # with what is good
     good = ["--data.train.datasets.0.episodes", json.dumps(row["details"]["good_episodes"])]

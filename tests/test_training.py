@@ -271,12 +271,18 @@ def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: s
     assert status["state"] == ("stopped" if by_person else "preempted"), output
     assert status["reason"] == ("Ctrl-C" if by_person else "received SIGTERM")
     assert place.checkpoint(name).name == f"step_{status['step']:08d}"
-    assert f"to continue: python {RUN} --config_path {place.folder / 'tiny.yaml'} --name {name} " in last_line(output)
+    command = f"{starter()} {RUN} --config_path {place.folder / 'tiny.yaml'} --name {name} "
+    assert f"to continue: {command}" in last_line(output)
     assert not by_person or "once more leaves at once" in output
     code, output = place.run("--name", name)
     assert code == 0, output
     losses = [line["loss"] for line in place.metrics(name)]
     assert losses == pytest.approx([line["loss"] for line in place.metrics(through)], rel=1e-5)
+
+
+def starter() -> str:
+    """What a person starts Python with: uv says in ``UV`` that it started us."""
+    return "uv run python" if "UV" in os.environ else "python"
 
 
 def last_line(output: str) -> str:
@@ -295,7 +301,7 @@ def test_ctrl_c_leaves_a_start_at_once(place: Workplace, tmp_path: Path) -> None
     assert process.returncode == 130 and "Traceback" not in output, output
     record = json.loads(told.read_text())
     assert (record["attempt"], record["state"], record["reason"]) == ("7", "stopped", "Ctrl-C")
-    assert last_line(output).startswith("Ctrl-C: left at once; to continue: python ")
+    assert last_line(output).startswith(f"Ctrl-C: left at once; to continue: {starter()} ")
 
 
 def test_ranks_end_when_their_torchrun_is_killed(place: Workplace) -> None:

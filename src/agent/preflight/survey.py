@@ -135,6 +135,9 @@ def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | Non
                 f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json; copy "
                 "the data set again, or correct the shape there"
             )
+    if tolerance_s is not None:  # first, because a start says it in these words
+        cameras = mapped_videos(metadata, found.config.cameras)
+        found.bad |= picture_problems(metadata, table, good, cameras, tolerance_s)
     lengths, begins = metadata.episodes["length"][good], table.begins(good)
     ends = np.cumsum(lengths)
     owner = np.repeat(np.arange(len(good)), lengths)
@@ -151,10 +154,6 @@ def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | Non
     for why, fine in tests.items():
         for place, row in zip(*np.unique(owner[~fine], return_index=True), strict=True):
             found.bad.setdefault(int(good[place]), f"frame {frame[~fine][row]}: {why}")
-    if tolerance_s is not None:
-        cameras = mapped_videos(metadata, found.config.cameras)
-        for episode, problem in picture_problems(metadata, table, good, cameras, tolerance_s).items():
-            found.bad.setdefault(episode, problem)
     off = np.abs(stamps - frame / float(metadata.info["fps"]))
     for place, row in zip(*np.unique(owner[off > _EVEN], return_index=True), strict=True):
         number, late = int(frame[off > _EVEN][row]), off[off > _EVEN][row]
