@@ -54,8 +54,9 @@ def write(folder: Path) -> None:
     import numpy as np
     import torch
 
+    from agent import tensor_file
     from agent.models.pi0.model import PI0
-    from agent.models.pi0.pretrained import write_pretrained
+    from agent.models.pi0.pretrained import pretrained_contents
 
     config = model_config()
     with torch.device("meta"):
@@ -64,7 +65,11 @@ def write(folder: Path) -> None:
     for tensor in policy.state_dict().values():
         tensor.fill_(NUMBER)
     statistic = {name: np.ones(7, np.float32) for name in ("mean", "std", "min", "max", "q01", "q99")}
-    write_pretrained(folder, config, policy.state_dict(), {"observation.state": statistic, "action": statistic}, 1)
+    statistics = {"observation.state": statistic, "action": statistic}
+    files, write_small = pretrained_contents(config, policy.state_dict(), statistics, last_update=1)
+    for name, tensors in files.items():
+        tensor_file.write(folder / name, tensors)
+    write_small(folder)
 
 
 @contextmanager

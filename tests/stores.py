@@ -1,13 +1,16 @@
-"""What tests do with a checkpoint store: save in one go, and find what a resume would take."""
+"""What tests do with checkpoints: save one in one go, find what a resume would take, and write the published form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from agent import tensor_file
 from agent.checkpoint import CheckpointStore
 from agent.manifest import verify
+from agent.models.pi0.pretrained import pretrained_contents
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,18 @@ def newest(store: CheckpointStore) -> Found:
             return Found(path, passed_over)
         passed_over.append(f"{path}: {damage}")
     return Found(None, passed_over)
+
+
+def write_pretrained(folder: Path, *arguments: Any, **settings: Any) -> None:
+    """Writes what `pretrained_contents` says of these arguments into an existing folder."""
+    files, write_small = pretrained_contents(*arguments, **settings)
+    for name, tensors in files.items():
+        on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+        tensor_file.write(
+            folder / name,
+            {
+                key: tensor if tensor_file.is_one_number(tensor) else tensor.contiguous()
+                for key, tensor in on_host.items()
+            },
+        )
+    write_small(folder)

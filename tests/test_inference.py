@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from stores import write_pretrained
 from test_lerobot_checkpoint import (
     ACTION_DIM,
     CAMERAS,
@@ -36,7 +37,6 @@ from test_lerobot_checkpoint import (
 from agent.data.normalization import compute_statistics, to_lerobot_stats
 from agent.inference import LoadedPolicy, load_policy
 from agent.models.pi0.configuration import FeatureSpec
-from agent.models.pi0.pretrained import write_pretrained
 
 
 def observations(recording: Recording) -> list[dict]:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from stores import write_pretrained
 
 from agent import export
 from agent.data.loader import SampleReader, collate
@@ -25,7 +26,6 @@ from agent.data.transforms import SampleSpec
 from agent.models.pi0 import adapter, configuration
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
-from agent.models.pi0.pretrained import write_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = "demo/tokenizer"

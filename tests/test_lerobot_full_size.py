@@ -21,12 +21,12 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 import torch
+from stores import write_pretrained
 from test_lerobot_checkpoint import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
 
 from agent.data.normalization import to_lerobot_stats
 from agent.models.pi0.configuration import FeatureSpec
 from agent.models.pi0.model import PI0
-from agent.models.pi0.pretrained import write_pretrained
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,6 +15,7 @@ import torch
 from forked import ForkServer
 from launching import REPOSITORY, Workplace
 from make_dataset import write_dataset
+from stores import write_pretrained
 from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for its own
     ACTION_DIM,
     CHUNK,
@@ -37,7 +38,6 @@ from agent.data.relative import Chunks, chunk_statistics, relative_mask
 from agent.data.source import DatasetConfig
 from agent.data.transforms import SampleSpec
 from agent.models.pi0 import statistics as given
-from agent.models.pi0.pretrained import write_pretrained
 from agent.reproducibility import stream
 
 NAMES = ["shoulder", "elbow", "wrist", "Gripper_left"]

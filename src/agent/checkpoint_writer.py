@@ -56,11 +56,6 @@ class CheckpointWriter:
         self._flight: _Flight | None = None
         self._ended: deque[Outcome] = deque()
 
-    @property
-    def in_flight(self) -> bool:
-        """Whether a save has not ended yet; the same on every process."""
-        return self._flight is not None
-
     def prepare(self, tensor_files: TensorFiles, shardable: set[str]) -> None:
         """Allocates the memory for saves of these tensors, which takes longer than a save; no collective."""
         self._snapshot.prepare(share(tensor_files, shardable, self._processes.world_size)[self._processes.rank])

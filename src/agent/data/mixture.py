@@ -141,10 +141,6 @@ class Mixture:
                 _count(self._tree, places + np.uint64(begin), found)
         return found.tolist()
 
-    def epoch_of(self, k: int) -> float:
-        """How many times ``k`` samples fill the frames of all data sets together."""
-        return k / self.frames
-
 
 def _complete(weights: Sequence[float | None] | None, count: int) -> list[float] | None:
     """The weights as numbers, or None where there are none at all."""

@@ -84,13 +84,8 @@ def adapter(config: ModelConfig) -> ModuleType:
     return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.adapter")
 
 
-def pretrained_writer(config: ModelConfig) -> Callable[..., None]:
-    """``write(folder, config, tensors, statistics)``: what a published checkpoint of this model consists of."""
-    return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.pretrained").write_pretrained
-
-
 def pretrained_contents(config: ModelConfig) -> Callable[..., Any]:
-    """``contents(config, tensors, statistics, last_update)``: the same as tensor files and a writer of the rest."""
+    """``contents(config, tensors, statistics, last_update)``: as published: tensor files, and a writer of the rest."""
     return import_module(f"{_IMPLEMENTATIONS[config.type][0]}.pretrained").pretrained_contents
 
 

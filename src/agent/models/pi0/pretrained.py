@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent import tensor_file
 from agent.models.pi0.adapter import to_lerobot
 
 if TYPE_CHECKING:
@@ -26,24 +25,6 @@ NAMES = "dimension_names.json"
 Statistics = dict[str, dict[str, np.ndarray]]
 
 
-def write_pretrained(
-    folder: Path, config: PI0Config, tensors: dict[str, Tensor], statistics: Statistics, last_update: int
-) -> None:
-    """Fills ``pretrained_model/``.
-
-    Args:
-        folder: an existing folder.
-        config: the model's config, with its features.
-        tensors: the model's state, by its own names.
-        statistics: feature → statistic → values, as LeRobot's normaliser wants them.
-        last_update: of the run, at which the learning rate's decay ends when the config does not say.
-    """
-    files, write_small = pretrained_contents(config, tensors, statistics, last_update)
-    for file, weights in files.items():
-        tensor_file.write(folder / file, {name: _on_host(tensor) for name, tensor in weights.items()})
-    write_small(folder)
-
-
 def pretrained_contents(
     config: PI0Config,
     tensors: dict[str, Tensor],
@@ -54,7 +35,11 @@ def pretrained_contents(
 ) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
     """What ``pretrained_model/`` consists of, for a writer that works in the background.
 
-    Args: as of :func:`write_pretrained`, and
+    Args:
+        config: the model's config, with its features.
+        tensors: the model's state, by its own names.
+        statistics: feature → statistic → values, as LeRobot's normaliser wants them.
+        last_update: of the run, at which the learning rate's decay ends when the config does not say.
         robots: statistics of every robot, for ``robots.json``; None if it is one.
         names: feature → names of its dimensions, for ``dimension_names.json``; None if it has none.
 
@@ -83,11 +68,6 @@ def pretrained_contents(
             (folder / name).write_text(text, encoding="utf-8")
 
     return {"model.safetensors": to_lerobot(tensors, config)}, write_small
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu()
-    return tensor if tensor_file.is_one_number(tensor) else tensor.contiguous()
 
 
 def _processors(config: PI0Config) -> dict[str, list[dict[str, Any]]]:
