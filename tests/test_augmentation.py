@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import REPOSITORY, Workplace
 from make_dataset import write_dataset
 from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
@@ -308,12 +308,6 @@ def test_a_camera_that_the_model_does_not_have(video):
 
 
 # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def server():
-    with fork_server() as server:
-        yield server
 
 
 def test_a_run_that_is_killed_and_one_of_another_split(place: Workplace, server: ForkServer):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checking import check
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from make_dataset import write_dataset
 
@@ -33,12 +33,6 @@ FEW = ("--n_updates", "4", "--eval_start", "false")
 def place(tmp_path_factory) -> Workplace:
     """Six episodes of 12 frames in one video."""
     return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
-def server():
-    with fork_server() as server:
-        yield server
 
 
 @pytest.fixture

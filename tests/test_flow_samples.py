@@ -5,13 +5,12 @@ Run: pytest tests/test_flow_samples.py   (under a minute; the runs are real proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from test_pi0_model import CAMERAS, TIME, lively_model, make_batch, relative
 
@@ -117,26 +116,20 @@ def test_draws_are_a_function_of_seed_sample_and_number() -> None:
     assert abs(np.corrcoef(everything) - np.eye(50 * K)).max() < 0.4
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
 SHORT = ("--n_updates", "6", "--eval_freq", "3")
 
 
-def finished(place: Workplace, forks: ForkServer, name: str, *overrides: str, ranks: int = 1) -> list[dict]:
-    output = forks.start(place, name, *SHORT, *overrides, ranks=ranks).wait()
+def finished(place: Workplace, server: ForkServer, name: str, *overrides: str, ranks: int = 1) -> list[dict]:
+    output = server.start(place, name, *SHORT, *overrides, ranks=ranks).wait()
     assert place.status(name)["state"] == "finished", output
     return place.metrics(name)
 
 
-def test_the_split_does_not_matter_and_every_draw_counts(place: Workplace, forks: ForkServer) -> None:
+def test_the_split_does_not_matter_and_every_draw_counts(place: Workplace, server: ForkServer) -> None:
     four = ("--flow_samples_per_observation", "4")
-    alone = finished(place, forks, "alone", *four, "--per_device_batch_size", "8")
-    split = finished(place, forks, "split", *four, ranks=2)  # two micro-batches of two on each
-    single = finished(place, forks, "single", "--per_device_batch_size", "8")
+    alone = finished(place, server, "alone", *four, "--per_device_batch_size", "8")
+    split = finished(place, server, "split", *four, ranks=2)  # two micro-batches of two on each
+    single = finished(place, server, "single", "--per_device_batch_size", "8")
     for ours, theirs in zip(split, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
@@ -145,32 +138,32 @@ def test_the_split_does_not_matter_and_every_draw_counts(place: Workplace, forks
     assert {"val/loss", "val/action_l1"} <= set(alone[-1])
 
 
-def test_a_resume_continues_k_draws_and_refuses_another_k(place: Workplace, forks: ForkServer) -> None:
+def test_a_resume_continues_k_draws_and_refuses_another_k(place: Workplace, server: ForkServer) -> None:
     two = ("--flow_samples_per_observation", "2", "--save_model_freq", "3")
-    through = finished(place, forks, "through", *two)
-    run = forks.start(place, "killed", *SHORT, *two)
+    through = finished(place, server, "through", *two)
+    run = server.start(place, "killed", *SHORT, *two)
     run.wait_for_step(4)
     run.kill_all()
-    assert finished(place, forks, "killed", *two)[-1]["loss"] == through[-1]["loss"]
+    assert finished(place, server, "killed", *two)[-1]["loss"] == through[-1]["loss"]
     assert place.tensors("killed") == place.tensors("through")
-    output = forks.start(place, "through", *SHORT, "--flow_samples_per_observation", "3").wait()
+    output = server.start(place, "through", *SHORT, "--flow_samples_per_observation", "3").wait()
     assert "flow_samples_per_observation: 2 → 3" in output
 
 
-def test_a_checkpoint_older_than_the_key_had_one_draw(place: Workplace, forks: ForkServer) -> None:
-    finished(place, forks, "old")
+def test_a_checkpoint_older_than_the_key_had_one_draw(place: Workplace, server: ForkServer) -> None:
+    finished(place, server, "old")
     config = place.checkpoint("old") / "training_state" / "config.yaml"
     lines = config.read_text().splitlines()
     assert "flow_samples_per_observation: 1" in lines
     config.write_text("\n".join(line for line in lines if not line.startswith("flow_samples")) + "\n")
     (place.checkpoint("old") / MANIFEST).unlink()
     seal(place.checkpoint("old"), 6)
-    output = forks.start(place, "old", *SHORT, "--n_updates", "8").wait()
+    output = server.start(place, "old", *SHORT, "--n_updates", "8").wait()
     assert "n_updates: 6 → 8" in output and "flow_samples" not in output
 
 
 @pytest.mark.parametrize("value", ["0", "-2"])
-def test_less_than_one_draw_is_refused(place: Workplace, forks: ForkServer, value: str) -> None:
-    output = forks.start(place, "refused", "--flow_samples_per_observation", value).wait()
+def test_less_than_one_draw_is_refused(place: Workplace, server: ForkServer, value: str) -> None:
+    output = server.start(place, "refused", "--flow_samples_per_observation", value).wait()
     assert "flow_samples_per_observation must be at least 1" in output
     assert not (place.folder / "runs" / "refused").exists()

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checking import check, contents, rewrite
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import MODEL, REPOSITORY, RUN, Workplace
 from make_dataset import frame_image, write_dataset
 from PIL import Image
@@ -47,12 +46,6 @@ EVAL_KEYS = ("eval_freq", "eval_size")  # that tiny.yaml sets
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Workplace:
     return Workplace.make(tmp_path_factory.mktemp("preflight"))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    with fork_server() as running:
-        yield running
 
 
 # ---- a sound run

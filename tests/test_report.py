@@ -16,7 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from forked import fork_server
+from forked import ForkServer
 from launching import Workplace
 from run_folders import RunFolderSpec, attempt, write_run
 
@@ -664,19 +664,18 @@ def test_many_runs_stay_small(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- a run writes its own
 
 
-def test_a_run_writes_its_report_and_survives_that_it_cannot(tmp_path: Path) -> None:
+def test_a_run_writes_its_report_and_survives_that_it_cannot(server: ForkServer, tmp_path: Path) -> None:
     place = Workplace.make(tmp_path)
     updates = ("--n_updates", "4", "--eval_freq", "2", "--eval_size", "2")
     page = tmp_path / "runs" / "mine" / "report.html"
     page.mkdir(parents=True)  # where the file belongs
-    with fork_server() as server:
-        said = server.start(place, "mine", *updates).wait()
-        assert place.status("mine")["state"] == "finished", said
-        assert "E the report could not be written" in said and "report.html is a folder" in said
-        assert "finished at update 4" in said
-        page.rmdir()
-        said = server.start(place, "mine", *updates).wait()  # which finds that all is done
-        assert f"report: {page}" in said and "Traceback" not in said
+    said = server.start(place, "mine", *updates).wait()
+    assert place.status("mine")["state"] == "finished", said
+    assert "E the report could not be written" in said and "report.html is a folder" in said
+    assert "finished at update 4" in said
+    page.rmdir()
+    said = server.start(place, "mine", *updates).wait()  # which finds that all is done
+    assert f"report: {page}" in said and "Traceback" not in said
     found = Page(page)
     assert found.row("updates") == ["4 of 4"] and found.row("at update")[0] in ("2", "4")
     assert found.row("torch")[0].startswith("2.") and found.row("gpus") == ["none"]

@@ -9,13 +9,12 @@ Run: pytest tests/test_synchronisations.py   (half a minute)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer, fork_server
+from forked import ForkServer
 from launching import Workplace
 from test_flow_samples import several_pairs
 from test_pi0_model import make_batch, small_config
@@ -26,17 +25,11 @@ from agent.batch import to_device
 from agent.models.pi0.model import PI0
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[ForkServer]:
-    with fork_server() as server:
-        yield server
-
-
-def waits(place: Workplace, forks: ForkServer, name: str, *overrides: str, ranks: int = 1, **environment: str) -> list:
+def waits(place: Workplace, server: ForkServer, name: str, *overrides: str, ranks: int = 1, **environment: str) -> list:
     """What waited in each update of a run, rank after rank."""
     target = place.folder / name
     short = ("--n_updates", "2", "--eval_freq", "0", "--per_device_batch_size", "2")
-    run = forks.start(
+    run = server.start(
         place, name, *short, *overrides, ranks=ranks, hook=("hooks", "count_waits"), WAITS=str(target), **environment
     )
     output = run.wait()
@@ -53,8 +46,8 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_micro_batch_waits(place: Workplace, forks: ForkServer, kind: str) -> None:
-    updates = waits(place, forks, kind.replace(" ", "-"), *KINDS[kind])
+def test_no_micro_batch_waits(place: Workplace, server: ForkServer, kind: str) -> None:
+    updates = waits(place, server, kind.replace(" ", "-"), *KINDS[kind])
     assert [update["within"] for update in updates] == [[], []]
     # Whether the gradient is finite is asked once, before the weights change.
     assert all(update["after"] for update in updates)
@@ -63,13 +56,13 @@ def test_no_micro_batch_waits(place: Workplace, forks: ForkServer, kind: str) ->
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: on a CPU DDP itself reads numbers")
-def test_no_micro_batch_waits_with_two_processes(place: Workplace, forks: ForkServer) -> None:
-    updates = waits(place, forks, "two", ranks=2)
+def test_no_micro_batch_waits_with_two_processes(place: Workplace, server: ForkServer) -> None:
+    updates = waits(place, server, "two", ranks=2)
     assert [update["within"] for update in updates] == [[]] * 4
 
 
-def test_a_wait_would_be_seen(place: Workplace, forks: ForkServer) -> None:
-    updates = waits(place, forks, "looking", LOOK="1")
+def test_a_wait_would_be_seen(place: Workplace, server: ForkServer) -> None:
+    updates = waits(place, server, "looking", LOOK="1")
     assert all(len(update["within"]) >= 4 for update in updates)  # one in each of four micro-batches
 
 
