@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -332,6 +333,29 @@ def test_a_column_of_other_dimensions_than_the_metadata_say(copy, refusal):
     path = only(copy, "data/*/*.parquet")
     rewrite(path, widen)
     assert f"{path}: action has 8 dimensions, meta/info.json says 7; copy the data set again" in refusal(*root(copy))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [
+        ("action", {"x": 0.5}, "struct<x: double>"),
+        ("observation.state", ["left"] * 7, "string"),
+        ("timestamp", datetime(2026, 1, 1), "timestamp[us]"),
+        ("task_index", None, "null"),
+    ],
+    ids=["named", "words", "dates", "nothing"],
+)
+def test_a_column_of_something_else_than_numbers(copy, refusal, place, server, tmp_path, column, value, told):
+    import pyarrow as pa
+
+    path = only(copy, "data/*/*.parquet")
+    rewrite(
+        path, lambda table: table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
+    )
+    said = f"{path}: {column} holds {told} instead of numbers"
+    assert f"{said}; convert the data set again, or leave" in refusal(*root(copy))
+    (row,) = check(server, place, tmp_path.name, *root(copy)).rows("data: test/data", "fail")
+    assert said in row["text"]
 
 
 @pytest.mark.parametrize("value", [None, 7])

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -23,6 +24,9 @@ from agent.data import cache
 from agent.data.arrow import to_numpy
 from agent.data.files import files_of
 from agent.data.metadata import Metadata
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 _VERSION = 1
 
@@ -199,6 +203,11 @@ def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.n
     values = {}
     for name, width in widths.items():
         column = table[name].combine_chunks()
+        if (kind := _not_numbers(column.type)) is not None:
+            raise ValueError(
+                f"{path}: {name} holds {kind} instead of numbers; convert the data set again, or leave this file's episodes "
+                "out with `episodes`"
+            )
         lists = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         uneven = lists and len(np.unique(np.diff(to_numpy(column.offsets)))) > 1
         if uneven or (column.null_count and pa.types.is_nested(column.type)):
@@ -213,6 +222,18 @@ def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.n
                 "or correct its shape there"
             )
     return to_numpy(table["episode_index"]), to_numpy(table["frame_index"]), values
+
+
+def _not_numbers(kind: pa.DataType) -> pa.DataType | None:
+    """What a column holds, or the lists in it, if that is neither numbers nor true and false."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.BaseExtensionType):  # those of the package `datasets` for arrays
+        kind = kind.storage_type
+    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    fine = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    return None if fine else kind
 
 
 def _with_gaps(rows: list, width: int) -> np.ndarray:
