@@ -342,8 +342,10 @@ def test_a_column_of_other_dimensions_than_the_metadata_say(copy, refusal):
         ("observation.state", ["left"] * 7, "string"),
         ("timestamp", datetime(2026, 1, 1), "timestamp[us]"),
         ("task_index", None, "null"),
+        ("frame_index", "one", "string"),
+        ("episode_index", [0, 1], "list<element: int64>"),
     ],
-    ids=["named", "words", "dates", "nothing"],
+    ids=["named", "words", "dates", "nothing", "places", "lists"],
 )
 def test_a_column_of_something_else_than_numbers(copy, refusal, place, server, tmp_path, column, value, told):
     import pyarrow as pa
@@ -352,8 +354,9 @@ def test_a_column_of_something_else_than_numbers(copy, refusal, place, server, t
     rewrite(
         path, lambda table: table.set_column(table.column_names.index(column), column, pa.array([value] * len(table)))
     )
-    said = f"{path}: {column} holds {told} instead of numbers"
-    assert f"{said}; convert the data set again, or leave" in refusal(*root(copy))
+    whole = "whole " if column in ("frame_index", "episode_index") else ""
+    said = f"{path}: {column} holds {told} instead of {whole}numbers"
+    assert f"{said}; convert the data set again" in refusal(*root(copy))
     (row,) = check(server, place, tmp_path.name, *root(copy)).rows("data: test/data", "fail")
     assert said in row["text"]
 

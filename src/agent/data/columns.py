@@ -200,6 +200,11 @@ def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.n
                 f"{path} is damaged ({str(error).splitlines()[0]}); copy the file again, or leave its episodes out with "
                 "`episodes`"
             ) from error
+    for name in ("episode_index", "frame_index"):
+        column = table[name]
+        if not pa.types.is_integer(column.type) or column.null_count:
+            held = f"{column.null_count} rows without a number" if column.null_count else column.type
+            raise ValueError(f"{path}: {name} holds {held} instead of whole numbers; convert the data set again")
     values = {}
     for name, width in widths.items():
         column = table[name].combine_chunks()
