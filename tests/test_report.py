@@ -20,12 +20,12 @@ from forked import ForkServer
 from launching import Workplace
 from run_folders import RunFolderSpec, attempt, write_run
 
-from agent.locking import lock
 from agent.report import main
 from agent.reporting.axes import linear_ticks, log_ticks, text_width, tick_text
 from agent.reporting.charts import SMALL, Frame, Line, dot_chart, line_chart
 from agent.reporting.markup import duration, number
 from agent.reporting.sampling import columns_of
+from agent.safe_files import lock
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)> & \'"`'
 

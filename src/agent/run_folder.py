@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent import history
-from agent.locking import lock
 from agent.run_records import read_status, set_aside
+from agent.safe_files import lock
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from typing import Any
 import yaml
 
 from agent import history
-from agent.locking import lock
 from agent.run_records import parse_metrics, read_metrics, read_status
+from agent.safe_files import lock
 from agent.wandb_sink import Wandb, WandbConfig, missing_key
 
 _OPENS_WITHIN_S, _WRITES_WITHIN_S, _CLOSES_WITHIN_S = 150, 60, 45

@@ -26,7 +26,7 @@ from agent.data.orphans import end_with_parent
 from agent.data.rlds import Tree, open_tree
 from agent.data.rlds_shard import Layout, Place, convert_shard
 from agent.data.v3_metadata import Totals, write_metadata
-from agent.locking import alone
+from agent.safe_files import alone
 
 log = logging.getLogger("agent.data.from_rlds")
 

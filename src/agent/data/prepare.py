@@ -30,7 +30,7 @@ from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
 from agent.data.pictures import NoColours, check_pictures
-from agent.locking import alone
+from agent.safe_files import alone
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.locking import lock
 from agent.run_folder import write_atomically
+from agent.safe_files import lock
 
 log = logging.getLogger(__name__)
 EPISODES, SETTINGS, SUMMARY = "episodes.jsonl", "settings.json", "results.json"

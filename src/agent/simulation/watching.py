@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from agent.locking import lock
 from agent.run_folder import write_atomically
 from agent.run_records import read_object, read_status
+from agent.safe_files import lock
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request, digest_of, evaluate
 from agent.simulation.results import SUMMARY, table
