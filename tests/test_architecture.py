@@ -29,7 +29,8 @@ LEAVES = [
     "progress",
     "run_folder",
     "run_records",
-]  # import nothing of agent but history, safe_files and each other; anyone may import the last four
+    "safe_files",
+]  # import nothing of agent but history and each other; anyone may import the last five
 TRAINER_PARTS = ["trainer", "building", "resuming", "saving", "train_state", "validation"]  # one file would be too long
 
 # Module → what else of agent it may import. The first matching row counts.
@@ -122,7 +123,7 @@ MAY_IMPORT = {
     "data.mixture": [],
     "data.normalization": [],
     "data.transforms": ["batch", "data.normalization"],
-    "data.*": ["batch", "data.*", "hub", "safe_files", "manifest"],
+    "data.*": ["batch", "data.*", "hub", "manifest"],
     "models.base": ["batch"],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
@@ -140,16 +141,15 @@ MAY_IMPORT = {
     "optim": ["low_memory_adamw", "sharding"],
     "low_memory_adamw": ["adamw8bit", "sharding", "stochastic_rounding"],
     **{name: [] for name in ("adamw8bit", "stochastic_rounding")},
-    "run_folder": ["history", "safe_files", "run_records"],
+    "run_folder": ["history", "run_records", "safe_files"],
     "run_records": [],
     **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video")},
-    "simulation.results": ["safe_files"],
-    "safe_files": [],
+    "simulation.results": [],
     "simulation.starting": ["simulation.configuration"],
     "simulation.environment": ["simulation.rendering"],
     "simulation.rollout": ["simulation.results"],
     "simulation.evaluation": ["inference", "manifest", "simulation.*"],
-    "simulation.watching": ["safe_files", "simulation.*"],
+    "simulation.watching": ["simulation.*"],
 }
 
 

@@ -627,18 +627,18 @@ def test_noting_that_a_copy_is_unchanged_may_fail(place, copy, tmp_path, monkeyp
 
 
 def test_two_nodes_replace_a_manifest_at_once_under_one_process_id(tmp_path, monkeypatch):
-    from agent.data.frame_manifest import write_whole
+    from agent.safe_files import write_bytes
 
     path, sync = tmp_path / "manifest.json", os.fsync
 
     def second(descriptor):
         monkeypatch.setattr(os, "fsync", sync)
-        write_whole(path, b"second")
+        write_bytes(path, b"second")
         assert path.read_bytes() == b"second"
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", second)
-    write_whole(path, b"first")
+    write_bytes(path, b"first")
     assert path.read_bytes() == b"first" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -24,7 +24,7 @@ import pytest
 from agent.checkpoint import CheckpointStore
 from agent.disk_space import which_disk
 from agent.distributed import StopRequest
-from agent.run_folder import RunFolder, report_attempt, write_atomically
+from agent.run_folder import RunFolder, report_attempt, write_text
 from agent.validation_record import ValidationRecords
 
 
@@ -34,7 +34,7 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/status.json'"):
-        write_atomically(tmp_path / "status.json", "{}")
+        write_text(tmp_path / "status.json", "{}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -34,6 +32,7 @@ from agent.export_source import (
     trained_on,
 )
 from agent.manifest import Folder
+from agent.safe_files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -74,18 +73,13 @@ def export(options: argparse.Namespace) -> None:
     small = _small_files(options, source, contents, deployed)
     if options.push_to_hub:
         publishing.create(options.push_to_hub, options.private)
-    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(out) as temporary:
+        temporary.mkdir(parents=True)
         size = _write_weights(temporary / "model.safetensors", source, contents, cast)
         for name, content in small.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_bytes(content)
         _write_card(temporary, options, source, contents, dtype)
-        os.replace(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
     for note in contents.notes:
         print(f"note: {note}")
     print(f"{out}: {options.to}, {len(contents.names)} tensors, {size / 1e9:.3g} GB")

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import xxhash
 
+from agent.safe_files import sync, write_text
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -68,7 +70,8 @@ def seal(folder: Path, step: int, known: Mapping[str, Known] | None = None) -> i
         raise OSError(f"{', '.join(sorted(absent))} was written and is not there")
     for path in sorted(p for p in folder.rglob("*") if p.is_dir()):
         sync(path)
-    _write(folder / MANIFEST, {"step": step, "files": files})
+    (folder / MANIFEST).write_text(_text({"step": step, "files": files}), encoding="utf-8")
+    sync(folder / MANIFEST)
     sync(folder)
     return sum(entry["size"] for entry in files.values())
 
@@ -77,15 +80,12 @@ def forget(folder: Path, beginning: str) -> None:
     """Takes the files under ``beginning`` out of the manifest, in one step; the files themselves stay."""
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     content["files"] = {name: entry for name, entry in content["files"].items() if not name.startswith(beginning)}
-    temporary = folder / f".{MANIFEST}.tmp"
-    _write(temporary, content)
-    os.replace(temporary, folder / MANIFEST)
+    write_text(folder / MANIFEST, _text(content))
     sync(folder)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    sync(path)
+def _text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1) + "\n"
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, str]]:
@@ -296,16 +296,3 @@ def checksum(path: Path) -> str:
         while size := stream.readinto(block):
             digest.update(block[:size])
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # What the system says where no folder can be synced (AFS, OrangeFS): no failure, and the files themselves are.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
-            raise
-    finally:
-        os.close(handle)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.progress import LinesAboveBars, bar, clock
-from agent.run_folder import write_atomically
 from agent.run_records import MetricsLines, read_metrics
+from agent.safe_files import write_text
 from agent.wandb_follower import WandbFollower
 from agent.wandb_sink import WandbConfig
 
@@ -50,7 +50,7 @@ class JsonLines:
                 "%s %s, but the run continues after update %d: the lines between are lost, training loses nothing",
                 self.path, what, step,
             )  # fmt: skip
-        write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
         self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self._size = os.fstat(self._handle).st_size
         return kept

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from agent import run_records
 from agent.history import refused
-from agent.run_folder import write_atomically
+from agent.safe_files import write_text
 
 Action = Literal["done", "fail", "stop", "requeue", "hold"]
 
@@ -148,7 +148,7 @@ def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashe
         started = attempt.rpartition("-")[2]
         entry = {"attempt": attempt, "state": "running", "reason": reason, "step": None}
         unlisted.append({**entry, "started": int(started) if started.isdigit() else 0})
-        write_atomically(crashes, json.dumps({"attempts": unlisted[-PATIENCE:]}, indent=1) + "\n")
+        write_text(crashes, json.dumps({"attempts": unlisted[-PATIENCE:]}, indent=1) + "\n")
     return sorted(listed + unlisted, key=lambda entry: entry.get("started") or 0)
 
 

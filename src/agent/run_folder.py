@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,30 +13,12 @@ from typing import Any, Literal
 
 from agent import history
 from agent.run_records import read_status, set_aside
-from agent.safe_files import lock
+from agent.safe_files import is_locked, lock, write_text
 
 log = logging.getLogger(__name__)
 
 State = Literal["running", "stopped", "preempted", "finished", "failed"]
 """``stopped`` by a person (Ctrl-C), ``preempted`` by a cluster or another program, which starts it again."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file so that a reader sees the old or the new contents, never a part.
-
-    Raises:
-        OSError: naming the file, which an error of writing does not do by itself.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def report_attempt(state: State, *, reason: str = "", error_kind: str | None = None, **details: Any) -> None:
@@ -53,7 +34,7 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     record = {"attempt": os.environ.get("VLA_ATTEMPT", ""), "state": state, "error_kind": error_kind, "reason": reason}
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
+        write_text(Path(target), json.dumps({**record, **details}, indent=1) + "\n")
     except OSError as error:
         log.error("the launcher is not told how this run does (VLA_STATUS_FILE): %s", error)
 
@@ -65,24 +46,8 @@ def holder(path: Path) -> str | None:
 
 def is_held(path: Path) -> tuple[bool | None, str | None]:
     """Whether a process runs in this folder, None where that cannot be told, and who it is."""
-    try:
-        handle = os.open(path / ".lock", os.O_RDONLY)
-    except OSError:
-        return None, None
-    try:
-        # Shared, and given back at once: a run that starts in this moment tries again.
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True, _described_holder(handle)
-    except OSError:
-        return None, None
-    finally:
-        os.close(handle)
-    return False, None
-
-
-def _described_holder(handle: int) -> str:
-    return os.pread(handle, 4096, 0).decode(errors="replace") or "an unknown process"
+    held, who = is_locked(path / ".lock")
+    return held, (who or "an unknown process") if held else None
 
 
 def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
@@ -103,7 +68,7 @@ def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
         now["updated"] = time.time()
         attempt.update({**now, "ended": now["updated"]})
         status |= now | history.summary(status["attempts"])
-        write_atomically(path / "status.json", json.dumps(status, indent=1) + "\n")
+        write_text(path / "status.json", json.dumps(status, indent=1) + "\n")
     report_attempt("failed", reason=now["reason"], error_kind=kind, step=status.get("step", 0), run_dir=str(path))
     return True
 
@@ -119,7 +84,7 @@ def _sound_status(path: Path) -> dict[str, Any]:
         return status
     try:
         kept = f"was kept as {set_aside(path).name}"
-        write_atomically(path, json.dumps(status, indent=1) + "\n")  # so that it is said once
+        write_text(path, json.dumps(status, indent=1) + "\n")  # so that it is said once
     except OSError as error:
         kept = f"could not be kept ({error})"
     count = len(status.get("attempts", []))
@@ -140,9 +105,9 @@ class RunFolder:
         self._place = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         self._status = _sound_status(path / "status.json")
 
-    def _in_use(self, handle: int) -> str:
+    def _in_use(self, who: str) -> str:
         return (
-            f"the run folder {self.path} is in use by {_described_holder(handle)}; wait for it, stop it, or give this run "
+            f"the run folder {self.path} is in use by {who or 'an unknown process'}; wait for it, stop it, or give this run "
             "another name: --name …"
         )
 
@@ -232,7 +197,7 @@ class RunFolder:
         self._status |= history.summary(self._status["attempts"])
         try:
             self.require_in_place()
-            write_atomically(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
+            write_text(self.path / "status.json", json.dumps(self._status, indent=1) + "\n")
         except OSError as error:
             log.warning("status.json could not be written, it stays at its last state: %s", error)
         report_attempt(state, reason=reason, error_kind=error_kind, step=step, run_dir=str(self.path))

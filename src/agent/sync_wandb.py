@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
-import fcntl
 import logging
 import os
 import select
@@ -29,6 +28,7 @@ from typing import Any
 import yaml
 
 from agent import history
+from agent.run_folder import holder
 from agent.run_records import parse_metrics, read_metrics, read_status
 from agent.safe_files import lock
 from agent.wandb_sink import Wandb, WandbConfig, missing_key
@@ -41,19 +41,8 @@ def refuse_a_live_run(run_dir: Path) -> None:
     """Raises:
     ValueError: if a process holds the folder's lock.
     """
-    path = run_dir / ".lock"
-    if not path.exists():
-        return
-    with open(path, encoding="utf-8", errors="replace") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{run_dir} is being trained by {handle.read() or 'an unknown process'}; wait for its end, or take what "
-                "there is with --force"
-            ) from None
-        except OSError:
-            return  # a file system without locks
+    if (who := holder(run_dir)) is not None:
+        raise ValueError(f"{run_dir} is being trained by {who}; wait for its end, or take what there is with --force")
 
 
 def settings_of(run_dir: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
 from agent.parallelize import accumulating, agree_on_compilation, forget_gradients
 from agent.reporting.writing import RunReport
-from agent.run_folder import write_atomically
+from agent.safe_files import write_text
 from agent.saving import Saver
 from agent.train_state import Run
 from agent.validation import validate, validate_start, which_may_be_best
@@ -326,7 +326,7 @@ def start_reporting(run: Run) -> None:
 
     def on_main() -> str | None:
         assert run.metrics is not None and run.folder is not None
-        write_atomically(run.config.run_dir / "config.yaml", dump_yaml(run.config))
+        write_text(run.config.run_dir / "config.yaml", dump_yaml(run.config))
         ValidationRecords(run.config.run_dir).rewind(run.state.step or -1)
         if (note := which_may_be_best(run.config)) is not None:
             log.info(note)

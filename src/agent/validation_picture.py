@@ -5,10 +5,11 @@ Drawn with Pillow, which the data sets need anyway: a row for each chunk, a pane
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from agent.safe_files import replacing
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -50,11 +51,10 @@ def draw(path: Path, record: Mapping[str, Any]) -> None:
             if average is not None:
                 curves.append((_column(average["predicted"], column, chunk["valid"]), _AVERAGE))
             _panel(canvas, (_LEFT + column * (_WIDTH + _GAP), top), curves)
-    temporary = path.with_name(f".{path.name}.tmp")
     # The default method merges a thin line's colour with another one's.
     small = image.resize(size, Image.Resampling.LANCZOS).quantize(64, method=Image.Quantize.FASTOCTREE)
-    small.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        small.save(temporary, format="PNG")
 
 
 def _heading(canvas: ImageDraw, record: Mapping[str, Any], columns: int) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.run_folder import write_atomically
 from agent.run_records import free_name, read_object
+from agent.safe_files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ class ValidationRecords:
         """
         self.folder.mkdir(exist_ok=True)  # the run's folder is not begun anew when somebody has moved it
         checked = {**contents, _CHECKSUM: _checksum(contents)}
-        write_atomically(self.path(contents["step"]), _dumps(checked) + "\n")
+        write_text(self.path(contents["step"]), _dumps(checked) + "\n")
 
     def read(self, step: int) -> dict[str, Any] | None:
         """The record of an update; None if there is none, or none that can be read, which the log says once."""

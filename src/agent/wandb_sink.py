@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.run_folder import write_atomically
+from agent.safe_files import write_text
 from agent.validation_record import ValidationRecords, totals
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def kept_id(run_dir: Path) -> str:
     if path.exists() and (kept := path.read_text(encoding="utf-8", errors="replace").strip()).isalnum():
         return kept
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, uuid.uuid4().hex[:8])
+    write_text(path, uuid.uuid4().hex[:8])
     return path.read_text(encoding="utf-8")
 
 

@@ -17,7 +17,8 @@ from typing import TypeVar
 
 import xxhash
 
-from agent.manifest import checksum, sync
+from agent.manifest import checksum
+from agent.safe_files import sync
 
 Kept = TypeVar("Kept")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Buffer, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import xxhash
 from agent.data.metadata import Metadata
 from agent.data.stretches import Stretches
 from agent.manifest import is_inside
+from agent.safe_files import write_bytes
 
 VERSION = 1
 PREPARE = "uv run python -m agent.data.prepare --config_path CONFIG"
@@ -84,7 +84,7 @@ class Manifest:
 
     def write(self, path: Path) -> None:
         """Replaces the file in one step."""
-        write_whole(path, seal(asdict(self)))
+        write_bytes(path, seal(asdict(self)))
 
 
 def seal(values: dict[str, Any]) -> bytes:
@@ -116,19 +116,6 @@ def picture_checksum(data: Buffer, episode: int, frame: int) -> int:
 def index_name(content: Buffer) -> str:
     """Of an index file, with a hash of its contents in it: an older one stays as it is."""
     return f"index-{xxhash.xxh3_64(content).hexdigest()}.arrow"  # type: ignore[arg-type]
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")  # every node's own, whatever its process ids
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def describe_metadata(metadata: Metadata, cameras: Sequence[str]) -> str:

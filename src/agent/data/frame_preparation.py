@@ -22,12 +22,12 @@ from agent.data.frame_manifest import (
     index_name,
     seal,
     unseal,
-    write_whole,
 )
 from agent.data.frame_parts import Part, checksums_of, places
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import FileIndex, times_of_episodes
 from agent.data.stretches import Stretches, astray, offsets_of, wrong_by_the_table
+from agent.safe_files import write_bytes
 
 if TYPE_CHECKING:
     from agent.data.source import Source
@@ -168,7 +168,7 @@ class Preparation:
             problem = str(error)
         else:
             if "checksums" not in note:
-                write_whole(note_of(target), seal({**note, "checksums": to_text(found)}))
+                write_bytes(note_of(target), seal({**note, "checksums": to_text(found)}))
                 return True
             if to_text(found) == note["checksums"]:
                 return False
@@ -376,5 +376,5 @@ def _write_index(folder: Path, columns: dict[str, np.ndarray]) -> str:
         writer.write_batch(batch)
     content = memoryview(sink.getvalue())
     name = index_name(content)
-    write_whole(folder / name, content)
+    write_bytes(folder / name, content)
     return name

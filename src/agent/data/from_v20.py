@@ -23,6 +23,7 @@ from agent.data.info_file import check_v2_info, read_json_object, read_lines
 from agent.data.orphans import end_with_parent
 from agent.data.pictures import NoColours, raw_picture, stored_picture
 from agent.data.video_frame import rgb
+from agent.safe_files import replacing, write_text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,15 +64,15 @@ def _to_v21(root: Path, processes: int) -> None:
     ):  # which LeRobot's converter reads
         pass
     target = root / "meta" / "episodes_stats.jsonl"
-    unfinished = target.with_suffix(".partial")
-    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool, unfinished.open("w") as file:
+    with (
+        ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool,
+        replacing(target) as unfinished,
+        unfinished.open("w") as file,
+    ):
         computed = pool.map(partial(_statistics, root, info), episodes, chunksize=4)
         for episode, stats in zip(episodes, tqdm(computed, total=len(episodes), unit="episode"), strict=True):
             file.write(json.dumps({"episode_index": episode, "stats": stats}) + "\n")
-    unfinished.replace(target)
-    changed = info_file.with_suffix(".partial")
-    changed.write_text(json.dumps({**info, "codebase_version": "v2.1"}, indent=4))
-    changed.replace(info_file)
+    write_text(info_file, json.dumps({**info, "codebase_version": "v2.1"}, indent=4))
 
 
 def _statistics(root: Path, info: dict[str, Any], episode: int) -> dict[str, dict[str, list]]:

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data.frame_manifest import seal, write_whole
+from agent.data.frame_manifest import seal
 from agent.data.frame_parts import Part, start_worker, write_part
 from agent.data.frame_preparation import Preparation, note_of, to_text
 from agent.data.frame_store import WantedStore, frames_folder
 from agent.data.frame_times import index_file
 from agent.data.metadata import spelled
 from agent.data.pictures import NoColours, check_pictures
-from agent.safe_files import alone
+from agent.safe_files import alone, write_bytes
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -95,7 +95,7 @@ def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
                 unread = {str(episode): job.bad[episode] for episode in episodes if episode in job.bad}
                 note = {"source": asdict(job.source), "metadata": work.described(job), "episodes": episodes}
                 note |= {"frames": written.frames, "bad": unread, "checksums": to_text(written.checksums)}
-                write_whole(note_of(part.target), seal(note))
+                write_bytes(note_of(part.target), seal(note))
     bad = work.bad()
     for episode, why in bad.items():
         log.warning("%s: episode %d is bad: %s", work.source, episode, why)

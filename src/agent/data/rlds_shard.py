@@ -14,6 +14,7 @@ import numpy as np
 
 from agent.data.pictures import NoColours, colours
 from agent.data.rlds import Values, parse_example, read_records
+from agent.safe_files import write_text
 
 _SAMPLED = 10  # every tenth picture counts in the statistics of pixels, which no training here uses
 
@@ -115,9 +116,7 @@ def convert_shard(shard: Path, expected: int, layout: Layout, place: Place) -> N
     if episodes:
         np.savez(place.columns, state=np.concatenate(states), action=np.concatenate(actions))
     report = {"episodes": episodes, "left_out": left_out, "histograms": histograms}
-    partial = place.report.with_suffix(".partial")
-    partial.write_text(json.dumps(report))
-    partial.replace(place.report)
+    write_text(place.report, json.dumps(report))
 
 
 def _found(values: dict[str, Values], feature: str) -> Values:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from agent.reporting.collect import RunRecord, collect
 from agent.reporting.page import render
-from agent.run_folder import write_atomically
+from agent.safe_files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def write_page(runs: Sequence[RunRecord], out: Path) -> None:
             f"the report cannot be written: for {out} there is no folder {out.parent}; make it, or give another --out"
         )
     # A broken character in somebody's text must not cost the page.
-    write_atomically(out, render(runs).encode("utf-8", "replace").decode("utf-8"))
+    write_text(out, render(runs).encode("utf-8", "replace").decode("utf-8"))
 
 
 class RunReport:

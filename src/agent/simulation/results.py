@@ -12,8 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.run_folder import write_atomically
-from agent.safe_files import lock
+from agent.safe_files import lock, write_text
 
 log = logging.getLogger(__name__)
 EPISODES, SETTINGS, SUMMARY = "episodes.jsonl", "settings.json", "results.json"
@@ -72,7 +71,7 @@ class ResultsFolder:
     def _check_settings(self) -> None:
         file = self.path / SETTINGS
         if not file.is_file():
-            write_atomically(file, json.dumps(self.settings, indent=1) + "\n")
+            write_text(file, json.dumps(self.settings, indent=1) + "\n")
             return
         try:
             old = json.loads(file.read_text(encoding="utf-8"))
@@ -97,7 +96,7 @@ class ResultsFolder:
         text = file.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a process that was killed while it wrote
-            write_atomically(file, whole)
+            write_text(file, whole)
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 result = EpisodeResult(**json.loads(line))
@@ -146,7 +145,7 @@ class ResultsFolder:
             )
             everything += [asdict(result) for result in results]
         summary = {"settings": self.settings, "tasks": rows, "episodes": everything}
-        write_atomically(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write_text(self.path / SUMMARY, json.dumps(summary, indent=1) + "\n")
         return summary
 
     def _unbroken(self, task: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
@@ -14,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from agent.run_folder import write_atomically
+from agent.run_folder import is_held
 from agent.run_records import read_object, read_status
-from agent.safe_files import lock
+from agent.safe_files import lock, write_text
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request, digest_of, evaluate
 from agent.simulation.results import SUMMARY, table
@@ -128,14 +127,7 @@ def is_training(run_dir: Path) -> bool:
         return False
     if time.time() - status.get("updated", 0) < SILENCE_S:
         return True
-    try:
-        with open(run_dir / ".lock", "rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # a copy of the folder, which has none; or locks do not work there
-        return False
-    return False
+    return is_held(run_dir)[0] is True  # a copy of the folder has no lock; or locks do not work there
 
 
 def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None, tokenizer: str | None) -> bool:
@@ -181,7 +173,7 @@ def write_curve(folder: Path, request: Request) -> None:
         summary = _summary(out)
         if summary is not None and _is_like(summary, request):
             lines += [json.dumps({"step": int(match[1]), **row}) for row in summary["tasks"]]
-    write_atomically(folder / CURVE, "".join(f"{line}\n" for line in lines))
+    write_text(folder / CURVE, "".join(f"{line}\n" for line in lines))
 
 
 def _is_like(summary: dict[str, Any], request: Request) -> bool:
