@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from contenders import lerobot_of_size
 
-from agent import optim
 from agent.building import build_run_data
 from agent.configuration_pipeline import load_config
 from agent.data.normalization import Normalizer
@@ -36,6 +35,7 @@ from agent.data.task_tokens import make_task_tokens
 from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
+from agent.optim.optimizer import LearningRate
 from agent.plan import make_plan
 from agent.reproducibility import stream
 
@@ -112,7 +112,7 @@ def train(options: argparse.Namespace) -> None:
         fused=True,
     )
     plan = make_plan(config, 1, data.mixture.frames)
-    rate = optim.LearningRate.plan(
+    rate = LearningRate.plan(
         model.optimizer_lr, model.scheduler_decay_lr, model.scheduler_warmup_steps, None, plan.n_updates
     )
     progress = Progress(Path(options.out), [options.config_path, *options.changes], policy, optimizer)

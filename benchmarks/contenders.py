@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import optim
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.loader import DataConfig
@@ -27,6 +26,7 @@ from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
+from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallelize import parallelize
 from agent.plan import Plan
 from agent.train_state import Run, TrainState
@@ -194,7 +194,7 @@ class Ours(Contender):
             self.policy.to(torch.bfloat16)
         self.policy.to_empty(device=device)
         self.policy.load_state_dict(weights)
-        optim.freeze(self.policy, self.policy.frozen_parameters())
+        freeze(self.policy, self.policy.frozen_parameters())
         self.batch = to_device(batch, device)
         self.processes = Processes(Launch(), device)
         self.model = parallelize(
@@ -213,7 +213,7 @@ class Ours(Contender):
         if self.run is not None:
             return
         model: Any = self.config.model_cfg
-        optimizer = optim.make_optimizer(
+        optimizer = make_optimizer(
             self.policy,
             lr=model.optimizer_lr,
             betas=tuple(model.optimizer_betas),
@@ -222,7 +222,7 @@ class Ours(Contender):
             eight_bit=self.config.optimizer == "adamw8bit",
             seed=self.config.seed,
         )
-        rate = optim.LearningRate.plan(model.optimizer_lr, model.scheduler_decay_lr, 0, None, 1_000_000)
+        rate = LearningRate.plan(model.optimizer_lr, model.scheduler_decay_lr, 0, None, 1_000_000)
         plan = Plan(1, 1, 1, 1.0, 1_000_000)
         nothing: Any = None  # of data, folder, checkpoints and metrics a step needs none
         self.run = Run(

@@ -46,8 +46,8 @@ from contenders import (
     train_config,
 )
 
-from agent import optim
 from agent.models.pi0.accounting import flop_per_sample
+from agent.optim.optimizer import apply_update, clip_gradients
 
 LARGEST_DIFFERENCE = 1e-4
 LARGEST_ROUNDED_DIFFERENCE = 2e-2  # as timed, in bfloat16
@@ -335,9 +335,9 @@ def profile(ours: Ours, steps: int = 3) -> list[tuple[str, float]]:
         marks.append(now())
         losses.mean().backward()
         marks.append(now())
-        optim.clip_gradients(run.optimizer, MAX_GRAD_NORM)
+        clip_gradients(run.optimizer, MAX_GRAD_NORM)
         marks.append(now())
-        optim.apply_update(run.optimizer, 1e-5, run.state.step)
+        apply_update(run.optimizer, 1e-5, run.state.step)
         run.optimizer.zero_grad(set_to_none=True)
         marks.append(now())
         for name, (begin, end) in zip(("forward", "backward", "clipping", "optimizer"), pairwise(marks), strict=True):

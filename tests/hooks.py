@@ -19,14 +19,15 @@ def record() -> None:
     import torch
     import xxhash
 
-    from agent import optim, sharding, trainer
+    from agent import sharding, trainer
+    from agent.optim.optimizer import optimizer_tensors
 
     target = Path(os.environ["RECORD"] + f".{_rank()}")
     train_step = trainer.train_step
 
     def recording(run: Any, batches: Any, clock: Any) -> Any:
         digest = xxhash.xxh3_128()
-        tensors = {**dict(run.policy.named_parameters()), **optim.optimizer_tensors(run.optimizer, run.policy)}
+        tensors = {**dict(run.policy.named_parameters()), **optimizer_tensors(run.optimizer, run.policy)}
         for name in sorted(tensors):
             local = sharding.rows(tensors[name]).local.contiguous()
             digest.update(local.view(-1).view(torch.uint8).numpy())  # numpy has no bfloat16
@@ -302,11 +303,11 @@ def count_waits() -> None:
 
     import torch
 
-    from agent import optim, trainer
+    from agent import trainer
     from agent.models.pi0.model import PI0
 
     target = Path(os.environ["WAITS"] + f".{_rank()}")
-    train_step, clip, forward = trainer.train_step, optim.clip_gradients, PI0.forward
+    train_step, clip, forward = trainer.train_step, trainer.clip_gradients, PI0.forward
     gpu = torch.cuda.is_available()
     if gpu:
         torch.set_warn_always(True)
@@ -340,7 +341,7 @@ def count_waits() -> None:
         assert float(losses.detach().sum()) >= 0
         return losses
 
-    trainer.train_step, optim.clip_gradients = watched, marked
+    trainer.train_step, trainer.clip_gradients = watched, marked
     if "LOOK" in os.environ:
         PI0.forward = looking  # type: ignore[method-assign]
 

@@ -24,13 +24,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agent import optim, sharding
+from agent import sharding
 from agent.batch import ActionChunk, Batch, Observation, to_device
 from agent.models.pi0 import layers
 from agent.models.pi0.accounting import flop_by_part, flop_per_sample
 from agent.models.pi0.configuration import GEMMA, VISION, FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.memory import Training, predict
 from agent.models.pi0.model import PI0
+from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer, optimizer_tensors
 from agent.parallelize import recompute
 
 TERA = 1e12
@@ -69,7 +70,7 @@ def test_the_flop_are_those_of_the_passes(changes: dict[str, Any], cameras: int,
     config = small(**changes)
     policy, batch = PI0(config), make_batch(config, cameras, 2, draws)
     policy.init_weights(torch.Generator().manual_seed(0))
-    optim.freeze(policy, policy.frozen_parameters())
+    freeze(policy, policy.frozen_parameters())
     with FlopCounterMode(display=False) as counter:
         policy(batch).sum().backward()
     parts = flop_by_part(config, cameras, draws=draws)
@@ -132,7 +133,7 @@ def passes(config: PI0Config, training: Training, prepare: Any = lambda policy: 
             for module in policy.modules():
                 for name, parameter in module.named_parameters(recurse=False):
                     module.register_parameter(name, torch.nn.Parameter(parameter.detach().to(torch.bfloat16)))
-        optim.freeze(policy, policy.frozen_parameters())
+        freeze(policy, policy.frozen_parameters())
         prepare(policy)
         recompute(policy.wrap_units(), training.activation_checkpointing)
         batch = make_batch(config, training.cameras, training.batch, training.draws)
@@ -241,17 +242,17 @@ def test_weights_gradients_and_state_are_counted_exactly(changes: dict[str, Any]
     config = small(**changes)
     policy = PI0(config)
     policy.init_weights(torch.Generator().manual_seed(0))
-    optim.freeze(policy, policy.frozen_parameters())
-    optimizer = optim.make_optimizer(
+    freeze(policy, policy.frozen_parameters())
+    optimizer = make_optimizer(
         policy, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, eight_bit=eight_bit, seed=0
     )
     policy(make_batch(config, 2, 1, 1)).sum().backward()
-    optim.clip_gradients(optimizer, 1.0)
-    optim.apply_update(optimizer, 1e-3, 0)
+    clip_gradients(optimizer, 1.0)
+    apply_update(optimizer, 1e-3, 0)
     memory = predict(config, Training(1, 2, optimizer="adamw8bit" if eight_bit else "adamw"))
     assert memory.parameters == sum(p.nbytes for p in policy.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
-    state = optim.optimizer_tensors(optimizer, policy)
+    state = optimizer_tensors(optimizer, policy)
     assert memory.optimizer == sum(tensor.nbytes for name, tensor in state.items() if not name.startswith("step/"))
 
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_training import what_was_computed
 from torch import Tensor, nn
 
-from agent import low_memory_adamw
-from agent.adamw8bit import dequantise, dynamic_map, quantise, scale_shape
-from agent.low_memory_adamw import LowMemoryAdamW
-from agent.optim import allocate_state, apply_update, clip_gradients, make_optimizer, optimizer_tensors
-from agent.stochastic_rounding import RandomBits, round_to_bfloat16
+from agent.optim import low_memory_adamw
+from agent.optim.adamw8bit import dequantise, dynamic_map, quantise, scale_shape
+from agent.optim.low_memory_adamw import LowMemoryAdamW
+from agent.optim.optimizer import allocate_state, apply_update, clip_gradients, make_optimizer, optimizer_tensors
+from agent.optim.stochastic_rounding import RandomBits, round_to_bfloat16
 
 BF16 = ("--precision", "bfloat16_stochastic")
 BOTH = (*BF16, "--optimizer", "adamw8bit")

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from agent import optim, saving, tensor_file
+from agent import saving, tensor_file
 from agent.checkpoint import TRAINING
-from agent.optim import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
+from agent.optim.optimizer import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
 
 PEAK, FINAL = 5e-5, 2.5e-6
 
@@ -229,7 +229,7 @@ def test_the_state_of_a_checkpoint_that_was_passed_over_is_gone(tmp_path, monkey
         gone.append(held() is None)
         return allocate_state(*arguments)
 
-    monkeypatch.setattr(optim, "allocate_state", noticed)
+    monkeypatch.setattr(saving, "allocate_state", noticed)
     saving.restore(tmp_path / "damaged", fresh, model)
     assert gone == [True] and fresh.state  # before there was memory for another
     saving.restore(tmp_path / "skipped", fresh, model)

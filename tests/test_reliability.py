@@ -24,7 +24,7 @@ from test_training import what_was_computed
 
 from agent import tensor_reader
 from agent.manifest import files_of
-from agent.optim import LearningRate
+from agent.optim.optimizer import LearningRate
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
 

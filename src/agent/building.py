@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from agent import environment, history, optim, resuming, sharding, weights
+from agent import environment, history, resuming, sharding, weights
 from agent.checkpoint import PRETRAINED, CheckpointStore
 from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
-from agent.ema import Ema
 from agent.manifest import Folder, Verification
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
+from agent.optim.ema import Ema
+from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallelize import parallelize
 from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
@@ -65,11 +66,11 @@ def build(
         policy = registry.policy_class(model_config)(model_config)
     if config.precision == "bfloat16_stochastic":
         policy.to(torch.bfloat16)
-    log.info(optim.freeze(policy, policy.frozen_parameters()))
+    log.info(freeze(policy, policy.frozen_parameters()))
     if config.parallel == "fsdp":
         _shard(config, policy, processes)
     policy.to_empty(device=processes.device)
-    optimizer = optim.make_optimizer(
+    optimizer = make_optimizer(
         policy,
         lr=model_config.optimizer_lr,
         betas=tuple(model_config.optimizer_betas),
@@ -84,7 +85,7 @@ def build(
         _first_weights(config, processes, policy)
         settle(config, None)
     state = resumed or TrainState()
-    learning_rate = optim.LearningRate.plan(
+    learning_rate = LearningRate.plan(
         model_config.optimizer_lr,
         model_config.scheduler_decay_lr,
         model_config.scheduler_warmup_steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from agent import optim
+from agent.optim.optimizer import optimizer_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,7 +19,7 @@ _PIECE = 1 << 22
 
 def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """A number for every tensor of weights and optimizer that changes with any single bit of it."""
-    return fingerprints_of({**dict(policy.named_parameters()), **optim.optimizer_tensors(optimizer, policy)})
+    return fingerprints_of({**dict(policy.named_parameters()), **optimizer_tensors(optimizer, policy)})
 
 
 def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -20,9 +20,9 @@ from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization import NARROW_RULE
 from agent.distributed import Processes
-from agent.ema import Ema
 from agent.manifest import Folder, Verification
 from agent.models import registry
+from agent.optim.ema import Ema
 from agent.saving import exact_weights, restore
 from agent.tensor_reader import Checksums
 from agent.train_state import TrainState

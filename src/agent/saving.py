@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import optim, tensor_reader
+from agent import tensor_reader
 from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING
 from agent.checkpoint_writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
@@ -23,6 +23,7 @@ from agent.data.normalization import to_lerobot_stats
 from agent.data.robot import names_document, robots_document
 from agent.manifest import Folder
 from agent.models import registry
+from agent.optim.optimizer import allocate_state, optimizer_tensors
 from agent.parallelize import is_sharded_module
 from agent.replicas import check_replicas
 from agent.tensor_reader import Checksums
@@ -170,7 +171,7 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
         files |= {f"{folder}/{name}": some for name, some in pretrained.items()}
         if f"{folder}/{_WEIGHTS}" in rounded:  # these are for others; what goes on is what was
             files[f"{_EXACT[folder]}/{_WEIGHTS}"] = pretrained[_WEIGHTS]
-    files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optim.optimizer_tensors(run.optimizer, run.policy)
+    files[f"{TRAINING}/{_OPTIMIZER}.safetensors"] = optimizer_tensors(run.optimizer, run.policy)
     details = {
         "data_fingerprint": run.data.fingerprint,
         "narrow_rule": run.data.narrow_rule,
@@ -221,7 +222,7 @@ def restore(
     # A newer checkpoint may have been read before it was found damaged: its state goes before there is room for another.
     optimizer.state.clear()
     # Until the first update that is not skipped an optimizer has no state, and a fresh one has none either.
-    state = optim.allocate_state(optimizer, policy, shapes) if shapes else {}
+    state = allocate_state(optimizer, policy, shapes) if shapes else {}
     for path in files:
         digest = checksums(path) if checksums is not None else None
         tensor_reader.stream(path, {entry.name: state[entry.name] for entry in entries[path]}, digest)

@@ -12,9 +12,9 @@ from agent.checkpoint import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.distributed import Processes
-from agent.ema import Ema
 from agent.metrics import Metrics
-from agent.optim import LearningRate
+from agent.optim.ema import Ema
+from agent.optim.optimizer import LearningRate
 from agent.plan import Plan
 from agent.run_folder import RunFolder
 

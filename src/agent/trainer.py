@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from agent import optim
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump_yaml
 from agent.data.loader import TrainLoader
 from agent.distributed import StopRequest
+from agent.optim.optimizer import apply_update, clip_gradients
 from agent.parallelize import accumulating, agree_on_compilation, forget_gradients
 from agent.reporting.writing import RunReport
 from agent.safe_files import write_text
@@ -193,11 +193,11 @@ def train_step(run: Run, batches: Iterator[Batch], clock: _Clock) -> StepResult:
         # Copies: a batch is one block of memory, which any of its tensors would keep until the update's end.
         seen.append(_Seen(batch.sample_index.clone(), batch.provenance.clone(), losses.detach()))
     max_norm = config.max_grad_norm or math.inf
-    grad_norm = float(optim.clip_gradients(run.optimizer, max_norm))
+    grad_norm = float(clip_gradients(run.optimizer, max_norm))
     lr = run.learning_rate.at(state.step)
     # DDP has summed the gradients, so the norm is the same number on every process, and so is what follows from it.
     if math.isfinite(grad_norm):
-        optim.apply_update(run.optimizer, lr, state.step)
+        apply_update(run.optimizer, lr, state.step)
         if run.ema is not None:
             run.ema.update(state.step - state.skipped_updates)
         state.skipped_in_a_row = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 
 from agent.config_changes import settle
-from agent.optim import LearningRate
+from agent.optim.optimizer import LearningRate
 from agent.plan import Plan, accumulation_steps, make_plan
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed

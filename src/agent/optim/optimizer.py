@@ -137,7 +137,7 @@ def make_optimizer(
 
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if eight_bit or any(p.dtype == torch.bfloat16 for _, p in named):
-        from agent.low_memory_adamw import LowMemoryAdamW
+        from agent.optim.low_memory_adamw import LowMemoryAdamW
 
         return LowMemoryAdamW(
             named, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, seed=seed
@@ -153,7 +153,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         The norm before that, one number on the device, the same on every process. A collective if the gradients are
         sharded.
     """
-    from agent import low_memory_adamw, sharding
+    from agent import sharding
+    from agent.optim import low_memory_adamw
 
     if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
         return optimizer.clip(max_norm)
@@ -162,7 +163,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 
 def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> None:
     """One update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
-    from agent import low_memory_adamw
+    from agent.optim import low_memory_adamw
 
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -232,7 +233,7 @@ def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
     """What the optimizer keeps of a parameter, before the first update."""
     import torch
 
-    from agent import low_memory_adamw
+    from agent.optim import low_memory_adamw
 
     if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
         return optimizer.new_state(parameter)
