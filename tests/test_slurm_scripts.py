@@ -44,9 +44,9 @@ SHELL_FILES = [
 ]
 
 # Every stand-in appends its name and arguments to $CALLS, one unit separator after each, one record separator at
-# the end; arguments may hold newlines.
+# the end; arguments may hold newlines. One at a time: bash writes line by line.
 RECORD = r"""#!/bin/bash
-printf '%s\x1f' "$(basename "$0")" "$@" >>"$CALLS"; printf '\x1e' >>"$CALLS"
+exec 9>>"$CALLS"; flock 9; printf '%s\x1f' "$(basename "$0")" "$@" >&9; printf '\x1e' >&9; exec 9>&-
 """
 STAND_INS = {
     "uv": RECORD
