@@ -6,8 +6,10 @@ Run: uv run pytest tests/test_architecture.py      (seconds)
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
@@ -186,6 +188,28 @@ def test_no_module_shadows_another() -> None:
     # `python src/agent/run.py` puts src/agent first on sys.path.
     names = {name.split(".")[0] for name in MODULES}
     assert names & (set(sys.stdlib_module_names) | set(packages_distributions()) - {"agent"}) == set()
+
+
+def test_what_is_imported_is_named_in_pyproject() -> None:
+    """What comes along with a dependency today may not come with its next release."""
+    project = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    assert all("==" in requirement for requirement in project["dependencies"])
+    distributions = packages_distributions()
+    missing = {}
+    for module, path in MODULES.items():
+        for name in imported(ast.parse(path.read_text(encoding="utf-8"))):
+            package = name.split(".")[0]
+            # What an extra brings may not be here; those packages are named as their distributions.
+            possible = {normal(one) for one in distributions.get(package, [package])}
+            if package not in sys.stdlib_module_names | {"agent"} and not possible & set(map(normal, named)):
+                missing[package] = module
+    assert missing == {}
+
+
+def normal(requirement: str) -> str:
+    """The name in a requirement, in the form that PyPI compares."""
+    return re.split(r"[^\w.-]", requirement)[0].replace("_", "-").lower()
 
 
 def test_the_way_to_a_config_imports_nothing_heavy() -> None:
