@@ -27,12 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from agent import tensor_reader, weights
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
-from agent.checkpoint_writer import CheckpointWriter
+from agent.checkpoints import tensor_reader, weights
+from agent.checkpoints.manifest import Verification, verify
+from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
+from agent.checkpoints.tensor_reader import Checksums
+from agent.checkpoints.writer import CheckpointWriter
 from agent.distributed import Launch, Processes
-from agent.manifest import Verification, verify
-from agent.tensor_reader import Checksums
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"

@@ -54,7 +54,7 @@ def write(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from agent import tensor_file
+    from agent.checkpoints import tensor_file
     from agent.models.pi0.model import PI0
     from agent.models.pi0.pretrained import pretrained_contents
 
@@ -113,7 +113,7 @@ def ours(folder: Path) -> None:
     """As a run loads `load_from_checkpoint`."""
     import torch
 
-    from agent import weights
+    from agent.checkpoints import weights
     from agent.models.pi0 import adapter
     from agent.models.pi0.model import PI0
 

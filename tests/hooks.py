@@ -239,7 +239,7 @@ def slow_validation() -> None:
 
 def slow_save() -> None:
     """Writing a checkpoint says when it begins and takes a while."""
-    from agent import checkpoint
+    from agent.checkpoints import store as checkpoint
 
     seal = checkpoint.seal
 
@@ -253,7 +253,7 @@ def slow_save() -> None:
 
 def slow_copies() -> None:
     """The threads that copy a checkpoint's tensors begin a while later, when training has long gone on."""
-    from agent.host_snapshot import HostSnapshot
+    from agent.checkpoints.host_snapshot import HostSnapshot
 
     finish = HostSnapshot.finish
 
@@ -268,7 +268,7 @@ def unanswered_files() -> None:
     """Reading a checkpoint to verify it fails, as it does while a file server restarts."""
     import errno
 
-    from agent import manifest
+    from agent.checkpoints import manifest
 
     def stale(path: Path) -> str:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))

@@ -23,11 +23,12 @@ import torch
 import torch.distributed
 from stores import newest
 
-from agent import checkpoint, tensor_file, tensor_reader
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
-from agent.checkpoint_writer import CheckpointWriter
+from agent.checkpoints import store as checkpoint
+from agent.checkpoints import tensor_file, tensor_reader
+from agent.checkpoints.manifest import verify
+from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
+from agent.checkpoints.writer import CheckpointWriter
 from agent.distributed import Launch, Processes
-from agent.manifest import verify
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"

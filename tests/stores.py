@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent import tensor_file
-from agent.checkpoint import CheckpointStore
-from agent.manifest import verify
+from agent.checkpoints import tensor_file
+from agent.checkpoints.manifest import verify
+from agent.checkpoints.store import CheckpointStore
 from agent.models.pi0.pretrained import pretrained_contents
 
 

@@ -17,7 +17,7 @@ from launching import Workplace
 from safetensors.torch import load_file, save_file
 from stores import save
 
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
+from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 
 # ── the store ───────────────────────────────────────────────────────────────────────────────────────────────────
 

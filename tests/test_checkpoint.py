@@ -17,9 +17,9 @@ import pytest
 import xxhash
 from stores import newest, save
 
-from agent import manifest
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
-from agent.manifest import MANIFEST, Verification, verify
+from agent.checkpoints import manifest
+from agent.checkpoints.manifest import MANIFEST, Verification, verify
+from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 STATE = f"{TRAINING}/state.json"
@@ -225,13 +225,13 @@ def test_what_was_read_is_not_read_again(tmp_path, monkeypatch):
     for file in path.rglob("*"):
         if file.is_file():
             verification.checksum(file).update(memoryview(file.read_bytes()))
-    monkeypatch.setattr("agent.manifest.checksum", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("agent.checkpoints.manifest.checksum", lambda _: pytest.fail("read again"))
     assert verification.result() is None
 
 
 def test_a_file_that_cannot_be_verified_is_damage(tmp_path, monkeypatch):
     store = store_with(tmp_path, 5)
-    monkeypatch.setattr("agent.manifest.check_sizes", lambda *_: 1 / 0)
+    monkeypatch.setattr("agent.checkpoints.manifest.check_sizes", lambda *_: 1 / 0)
     assert "could not be verified: ZeroDivisionError" in str(Verification(store.folder / "step_00000005").result())
 
 
@@ -258,7 +258,7 @@ def test_a_file_that_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error", bad)
         return open(path, *args, **kwargs)
 
-    monkeypatch.setattr("agent.manifest.open", reading, raising=False)
+    monkeypatch.setattr("agent.checkpoints.manifest.open", reading, raising=False)
     found = newest(store)
     assert found.step == 5 and "model.safetensors" in found.passed_over[0]
     assert "Input/output error" in found.passed_over[0]
@@ -274,7 +274,7 @@ def test_an_error_of_the_moment_is_no_damage(tmp_path, monkeypatch, number):
 
     for name in ("open", "check_sizes", "files_of"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"agent.manifest.{name}", failing, raising=False)
+            patch.setattr(f"agent.checkpoints.manifest.{name}", failing, raising=False)
             with pytest.raises(OSError, match=re.escape(os.strerror(number))):
                 Verification(path).result()
     assert verify(path) is None

@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from save_in_ranks import OPTIMIZER, STATE, WEIGHTS
 from stores import newest
 
-from agent import checkpoint, manifest, tensor_file
-from agent.checkpoint import PRETRAINED, TRAINING, CheckpointStore
-from agent.checkpoint_writer import CheckpointWriter, Outcome, share
+from agent.checkpoints import manifest, tensor_file
+from agent.checkpoints import store as checkpoint
+from agent.checkpoints.host_snapshot import HostSnapshot
+from agent.checkpoints.manifest import MANIFEST, verify
+from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
+from agent.checkpoints.writer import CheckpointWriter, Outcome, share
 from agent.distributed import Launch, Processes
-from agent.host_snapshot import HostSnapshot
-from agent.manifest import MANIFEST, verify
 
 HERE = Path(__file__).parent
 

@@ -26,8 +26,8 @@ import yaml
 from launching import MODEL, REPOSITORY, Workplace
 
 from agent import evaluate_sim
+from agent.checkpoints.manifest import seal
 from agent.export_source import statistics_of
-from agent.manifest import seal
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig, known_tasks
 from agent.simulation.evaluation import Request, digest_of

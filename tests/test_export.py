@@ -29,7 +29,8 @@ from launching import Workplace
 from safetensors.torch import load_file, save_file
 from test_pi0_adapter import reference
 
-from agent import export, weights
+from agent import export
+from agent.checkpoints import weights
 from agent.inference import load_policy
 from agent.models.base import ModelConfig
 from agent.models.pi0 import adapter, exporting

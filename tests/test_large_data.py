@@ -236,8 +236,8 @@ def test_two_nodes_keep_the_same_at_once_under_one_process_id(tmp_path):
 
 def test_what_does_not_hold_is_computed_anew(tmp_path, monkeypatch, caplog):
     """Truncated, a digit, another key under a checksum of its own, a damaged checksum, and one that is missing."""
+    from agent.checkpoints.manifest import checksum
     from agent.data import episode_table
-    from agent.manifest import checksum
 
     monkeypatch.setattr(episode_table, "LARGE", 0)
     root = write_dataset(tmp_path / "data", cameras={CAMERA: (32, 32)})

@@ -21,7 +21,7 @@ from test_reliability import recorded, records, samples_of_updates
 from test_training import what_was_computed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from agent import tensor_reader
+from agent.checkpoints import tensor_reader
 from agent.distributed import Launch, Processes
 from agent.parallelize import agree_on_compilation, parallelize, recompute
 

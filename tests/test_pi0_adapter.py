@@ -13,7 +13,7 @@ import draccus
 import pytest
 import torch
 
-from agent import tensor_file
+from agent.checkpoints import tensor_file
 from agent.models.base import ModelConfig
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant

@@ -22,8 +22,8 @@ from make_dataset import write_dataset
 from test_metrics import offline_records, wandb_process, wandb_processes
 from test_training import what_was_computed
 
-from agent import tensor_reader
-from agent.manifest import files_of
+from agent.checkpoints import tensor_reader
+from agent.checkpoints.manifest import files_of
 from agent.optim.optimizer import LearningRate
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from agent.checkpoint import CheckpointStore
+from agent.checkpoints.store import CheckpointStore
 from agent.disk_space import which_disk
 from agent.distributed import StopRequest
 from agent.run_folder import RunFolder, report_attempt, write_text

@@ -17,8 +17,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from agent import tensor_file, tensor_reader
-from agent.host_snapshot import HostSnapshot
+from agent.checkpoints import tensor_file, tensor_reader
+from agent.checkpoints.host_snapshot import HostSnapshot
 
 TYPES = list(tensor_file.TYPES)
 

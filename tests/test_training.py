@@ -16,8 +16,8 @@ import pytest
 from launching import RUN, Workplace, kill_all
 from make_dataset import write_dataset
 
-from agent.checkpoint import TRAINING
-from agent.manifest import MANIFEST, seal
+from agent.checkpoints.manifest import MANIFEST, seal
+from agent.checkpoints.store import TRAINING
 
 WORKERS = ("--data.train.num_workers", "1")  # elsewhere the samples are read in the training process: a faster start
 TIMES = ("step_s", "samples_per_s", "data_wait", "data_wait_max", "memory_gb", "eta_s")
@@ -207,7 +207,7 @@ def test_a_run_does_not_begin_from_damaged_weights_of_another(place: Workplace, 
 
 def test_a_resume_normalises_as_the_run_began(place: Workplace, through: str) -> None:
     """Every kept file is damaged but one, which holds other statistics, as another version may have computed them."""
-    from agent.manifest import checksum
+    from agent.checkpoints.manifest import checksum
 
     root = place.folder / "cached"
     shutil.copytree(place.folder / "data", root)

@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 
-from agent import environment, history, resuming, sharding, weights
-from agent.checkpoint import PRETRAINED, CheckpointStore
+from agent import environment, history, resuming, sharding
+from agent.checkpoints import weights
+from agent.checkpoints.manifest import Folder, Verification
+from agent.checkpoints.store import PRETRAINED, CheckpointStore
 from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
 from agent.distributed import Launch, Processes
-from agent.manifest import Folder, Verification
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.optim.ema import Ema

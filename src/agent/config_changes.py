@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import draccus
 import yaml
 
-from agent.checkpoint import TRAINING
+from agent.checkpoints.manifest import Folder, Verification
+from agent.checkpoints.store import TRAINING
 from agent.configuration_pipeline import TrainPipelineConfig, dump
 from agent.data.frame_store import frames_folder, jpeg_of
-from agent.manifest import Folder, Verification
 
 if TYPE_CHECKING:
     from agent.data.build import Data

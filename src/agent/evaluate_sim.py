@@ -48,10 +48,10 @@ def evaluate_sim(options: argparse.Namespace) -> None:
         import_simulator()
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; {INSTALL}") from None
+    from agent.checkpoints.weights import find_weights
     from agent.simulation.environment import TASK_DESCRIPTIONS
     from agent.simulation.evaluation import Request, evaluate
     from agent.simulation.results import table
-    from agent.weights import find_weights
 
     if options.run:
         from agent.simulation.watching import watch

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from agent.checkpoints.manifest import Folder
 from agent.export_source import (
     PREPROCESSOR,
     Source,
@@ -31,7 +32,6 @@ from agent.export_source import (
     statistics_of,
     trained_on,
 )
-from agent.manifest import Folder
 from agent.safe_files import replacing
 
 if TYPE_CHECKING:
@@ -159,8 +159,8 @@ def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.d
         ValueError: if the checkpoint's tensors are not those of its config.
     """
     from agent import exported_weights
+    from agent.checkpoints.weights import account
     from agent.models.pi0 import adapter, exporting
-    from agent.weights import account
 
     match: Any = partial(adapter.from_lerobot, config=source.config)
     coverage, places = account(adapter.shapes(source.config), source.files, match, adapter.fit)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from agent.manifest import Folder
+from agent.checkpoints.manifest import Folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,8 +63,8 @@ def open_checkpoint(reference: str) -> Source:
     Raises:
         ValueError: if it is not there, damaged, or not of a model that is known here.
     """
-    from agent import manifest
-    from agent.weights import find_weights
+    from agent.checkpoints import manifest
+    from agent.checkpoints.weights import find_weights
 
     if not Path(reference).expanduser().exists():
         raise ValueError(
@@ -132,7 +132,7 @@ def _training_config(pretrained: Path) -> dict[str, Any]:
 
 def prevailing_dtype(files: list[Path]) -> torch.dtype:
     """The type of most of the weights."""
-    from agent.tensor_reader import entries
+    from agent.checkpoints.tensor_reader import entries
 
     sizes: Counter[torch.dtype] = Counter()
     for file in files:
@@ -192,8 +192,8 @@ def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[s
 
 def bases(source: Source) -> list[str]:
     """Where the weights began: what was loaded first, what that had been trained from, and so on."""
+    from agent.checkpoints.weights import find_weights
     from agent.model_card import is_hub_id
-    from agent.weights import find_weights
 
     found: list[str] = []
     training, written = source.training, source.written

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from agent import tensor_file
+from agent.checkpoints import tensor_file
 
 
 def write(

@@ -203,9 +203,9 @@ def load_policy(
     Raises:
         ValueError: if a part is missing, damaged or does not fit, with what to do.
     """
+    from agent.checkpoints.weights import load_into
     from agent.export_source import open_checkpoint
     from agent.models import registry
-    from agent.weights import load_into
 
     source = open_checkpoint(checkpoint)
     config, instead, robot = source.config, {}, statistics

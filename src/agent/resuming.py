@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent import weights
-from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
+from agent.checkpoints import weights
+from agent.checkpoints.manifest import Folder, Verification
+from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
+from agent.checkpoints.tensor_reader import Checksums
 from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization import NARROW_RULE
 from agent.distributed import Processes
-from agent.manifest import Folder, Verification
 from agent.models import registry
 from agent.optim.ema import Ema
 from agent.saving import exact_weights, restore
-from agent.tensor_reader import Checksums
 from agent.train_state import TrainState
 
 log = logging.getLogger(__name__)

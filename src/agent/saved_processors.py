@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from agent.checkpoints.manifest import Folder
 from agent.data.normalization import Normalizer, given_statistics
-from agent.manifest import Folder
 
 STATE, ACTION = "observation.state", "action"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import tensor_reader
-from agent.checkpoint import PRETRAINED, PRETRAINED_EMA, TRAINING
-from agent.checkpoint_writer import CheckpointWriter, Outcome
+from agent.checkpoints import tensor_reader
+from agent.checkpoints.manifest import Folder
+from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING
+from agent.checkpoints.tensor_reader import Checksums
+from agent.checkpoints.writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization import to_lerobot_stats
 from agent.data.robot import names_document, robots_document
-from agent.manifest import Folder
 from agent.models import registry
 from agent.optim.optimizer import allocate_state, optimizer_tensors
 from agent.parallelize import is_sharded_module
 from agent.replicas import check_replicas
-from agent.tensor_reader import Checksums
 from agent.train_state import Run, TrainState
 
 log = logging.getLogger(__name__)

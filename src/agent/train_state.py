@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from agent.checkpoint import CheckpointStore
+from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.distributed import Processes

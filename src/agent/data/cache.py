@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import xxhash
 
-from agent.manifest import checksum
+from agent.checkpoints.manifest import checksum
 from agent.safe_files import sync
 
 Kept = TypeVar("Kept")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from agent.checkpoints.manifest import is_inside
 from agent.data.metadata import Metadata
 from agent.data.stretches import Stretches
-from agent.manifest import is_inside
 from agent.safe_files import write_bytes
 
 VERSION = 1

@@ -19,7 +19,7 @@ from agent.preflight.slurm import Job, find_job
 from agent.preflight.survey import Survey, survey
 
 if TYPE_CHECKING:
-    from agent.checkpoint import CheckpointStore
+    from agent.checkpoints.store import CheckpointStore
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.build import Data
     from agent.distributed import Launch
@@ -76,14 +76,14 @@ class Context:
     @cached_property
     def store(self) -> CheckpointStore:
         """The run's own checkpoints; only looked at."""
-        from agent.checkpoint import CheckpointStore
+        from agent.checkpoints.store import CheckpointStore
 
         return CheckpointStore(self.config.run_dir, self.config.keep_checkpoints, self.config.keep_training_states)
 
     @cached_property
     def own(self) -> tuple[list[Path], dict[Path, str]]:
         """What the run might continue from, the newest first; and what is damaged, as the sizes of its files tell."""
-        from agent.manifest import check_sizes
+        from agent.checkpoints.manifest import check_sizes
 
         damages = {path: check_sizes(path) for path in self.store.candidates()}
         whole = [path for path, damage in damages.items() if damage is None]

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from agent import hub
-from agent.checkpoint import TRAINING
+from agent.checkpoints.manifest import Folder
+from agent.checkpoints.store import TRAINING
 from agent.config_changes import changes_since_checkpoint
-from agent.manifest import Folder
 from agent.metrics import JsonLines
 from agent.preflight import needs
 from agent.preflight.context import Context

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.manifest import Folder
+from agent.checkpoints.manifest import Folder
 from agent.simulation.configuration import MOST_STEPS, check_episodes
 from agent.simulation.results import ResultsFolder
 from agent.simulation.rollout import Actor, PolicyActor, check_policy, play

@@ -199,7 +199,7 @@ def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Te
     """Our tensors under LeRobot 0.6's names, with the two language heads that its strict loading demands.
 
     The tensors are the model's own. The language head shares the embedding's memory and the expert's head is one zero
-    expanded, so neither costs any; ``agent.tensor_file`` writes both, the safetensors library wants copies.
+    expanded, so neither costs any; ``agent.checkpoints.tensor_file`` writes both, the safetensors library wants copies.
     """
     out = {_lerobot_name(name): tensor for name, tensor in state_dict.items()}
     prefix = "model.paligemma_with_expert."

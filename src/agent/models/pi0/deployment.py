@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from agent.manifest import Folder
+from agent.checkpoints.manifest import Folder
 from agent.models.pi0.configuration import ACTION, STATE, FeatureSpec, PI0Config
 from agent.models.pi0.pretrained import NAMES, ROBOTS, Statistics
 from agent.models.pi0.statistics import read_statistics

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.manifest import Folder
+from agent.checkpoints.manifest import Folder
 
 if TYPE_CHECKING:
     from agent.models.pi0.configuration import PI0Config
@@ -33,7 +33,7 @@ def read_statistics(files: Sequence[Path], config: PI0Config) -> Statistics:
     LeRobot v1 in buffers among the weights; openpi in ``assets/…/norm_stats.json``.
 
     Args:
-        files: of the weights, as ``agent.weights.find_weights`` finds them.
+        files: of the weights, as ``agent.checkpoints.weights.find_weights`` finds them.
         config: of the model that is to be normalised with them.
 
     Raises:
@@ -93,7 +93,7 @@ def _from_processor(folder: Path) -> Statistics | None:
 
 
 def _from_buffers(files: Sequence[Path]) -> Statistics | None:
-    from agent import tensor_reader
+    from agent.checkpoints import tensor_reader
 
     found: Statistics = {}
     for path in files:

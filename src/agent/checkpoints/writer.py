@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import tensor_file
-from agent.checkpoint import CheckpointStore
+from agent.checkpoints import tensor_file
+from agent.checkpoints.host_snapshot import HostSnapshot, TensorFiles
+from agent.checkpoints.store import CheckpointStore
 from agent.distributed import Processes
-from agent.host_snapshot import HostSnapshot, TensorFiles
 
 log = logging.getLogger(__name__)
 

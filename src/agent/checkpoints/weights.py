@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from agent import hub
-from agent.manifest import Folder, is_inside
+from agent.checkpoints.manifest import Folder, is_inside
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agent.tensor_reader import Checksums
+    from agent.checkpoints.tensor_reader import Checksums
 
 
 # The weights, and what may hold their statistics.
@@ -222,7 +222,8 @@ def load_into(
     """
     import torch
 
-    from agent import sharding, tensor_reader
+    from agent import sharding
+    from agent.checkpoints import tensor_reader
 
     coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
     for path, sources in places.items():
@@ -262,7 +263,7 @@ def account(
     Raises:
         ValueError: if a file is damaged, or the files and the model do not cover each other.
     """
-    from agent import tensor_reader
+    from agent.checkpoints import tensor_reader
 
     listed: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from agent.manifest import Damaged, Known, check_sizes, files_of, forget, seal
+from agent.checkpoints.manifest import Damaged, Known, check_sizes, files_of, forget, seal
 from agent.safe_files import sync
 
 log = logging.getLogger(__name__)

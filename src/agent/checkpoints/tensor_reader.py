@@ -23,9 +23,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from agent.manifest import Folder
+from agent.checkpoints.manifest import Folder
+from agent.checkpoints.tensor_file import TYPES
 from agent.sharding import rows
-from agent.tensor_file import TYPES
 
 _BLOCK = 1 << 22  # stays in the processor's cache until it is hashed; a multiple of every element's size
 _BUFFERS = 3

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agent import sharding, tensor_file
+from agent import sharding
+from agent.checkpoints import tensor_file
 
 log = logging.getLogger(__name__)
 
