@@ -32,7 +32,7 @@ from agent.checkpoints.manifest import Verification, verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.tensor_reader import Checksums
 from agent.checkpoints.writer import CheckpointWriter
-from agent.distributed import Launch, Processes
+from agent.parallel.processes import Launch, Processes
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"

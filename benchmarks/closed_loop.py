@@ -32,10 +32,10 @@ from agent.configuration_pipeline import load_config
 from agent.data.normalization import Normalizer
 from agent.data.reader import collate
 from agent.data.task_tokens import make_task_tokens
-from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
 from agent.optim.optimizer import LearningRate
+from agent.parallel.processes import Launch, Processes
 from agent.plan import make_plan
 from agent.reproducibility import stream
 

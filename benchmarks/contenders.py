@@ -22,12 +22,12 @@ from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.loader import DataConfig
 from agent.data.reader import Sample, collate
 from agent.data.transforms import SampleSpec
-from agent.distributed import Launch, Processes
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
 from agent.optim.optimizer import LearningRate, freeze, make_optimizer
-from agent.parallelize import parallelize
+from agent.parallel.processes import Launch, Processes
+from agent.parallel.wrap import parallelize
 from agent.plan import Plan
 from agent.train_state import Run, TrainState
 from agent.trainer import train_step
@@ -180,7 +180,7 @@ class _NoClock:
 
 
 class Ours(Contender):
-    """`agent.trainer.train_step` over a model that `agent.parallelize` has wrapped."""
+    """`agent.trainer.train_step` over a model that `agent.parallel.wrap` has wrapped."""
 
     def __init__(
         self, config: TrainPipelineConfig, batch: Batch, weights: dict[str, Any], device: torch.device

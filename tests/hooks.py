@@ -19,8 +19,9 @@ def record() -> None:
     import torch
     import xxhash
 
-    from agent import sharding, trainer
+    from agent import trainer
     from agent.optim.optimizer import optimizer_tensors
+    from agent.parallel import sharding
 
     target = Path(os.environ["RECORD"] + f".{_rank()}")
     train_step = trainer.train_step

@@ -28,7 +28,7 @@ from agent.checkpoints import tensor_file, tensor_reader
 from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter
-from agent.distributed import Launch, Processes
+from agent.parallel.processes import Launch, Processes
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"

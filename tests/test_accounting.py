@@ -24,7 +24,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agent import sharding
 from agent.batch import ActionChunk, Batch, Observation, to_device
 from agent.models.pi0 import layers
 from agent.models.pi0.accounting import flop_by_part, flop_per_sample
@@ -32,7 +31,8 @@ from agent.models.pi0.configuration import GEMMA, VISION, FeatureSpec, GemmaVari
 from agent.models.pi0.memory import Training, predict
 from agent.models.pi0.model import PI0
 from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer, optimizer_tensors
-from agent.parallelize import recompute
+from agent.parallel import sharding
+from agent.parallel.wrap import recompute
 
 TERA = 1e12
 A_THIRD: dict[str, Any] = {

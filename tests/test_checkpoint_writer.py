@@ -27,7 +27,7 @@ from agent.checkpoints.host_snapshot import HostSnapshot
 from agent.checkpoints.manifest import MANIFEST, verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter, Outcome, share
-from agent.distributed import Launch, Processes
+from agent.parallel.processes import Launch, Processes
 
 HERE = Path(__file__).parent
 

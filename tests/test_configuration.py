@@ -29,7 +29,7 @@ from agent.configuration_pipeline import (
     load_config,
     reconcile,
 )
-from agent.distributed import Launch, choose_device, read_launch
+from agent.parallel.processes import Launch, choose_device, read_launch
 from agent.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,8 +22,8 @@ from test_training import what_was_computed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent.checkpoints import tensor_reader
-from agent.distributed import Launch, Processes
-from agent.parallelize import agree_on_compilation, parallelize, recompute
+from agent.parallel.processes import Launch, Processes
+from agent.parallel.wrap import agree_on_compilation, parallelize, recompute
 
 FSDP = ("--parallel", "fsdp")
 PRETRAINED = "pretrained_model/model.safetensors"

@@ -23,7 +23,7 @@ import pytest
 
 from agent.checkpoints.store import CheckpointStore
 from agent.disk_space import which_disk
-from agent.distributed import StopRequest
+from agent.parallel.processes import StopRequest
 from agent.run_folder import RunFolder, report_attempt, write_text
 from agent.validation_record import ValidationRecords
 

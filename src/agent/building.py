@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agent import environment, history, resuming, sharding
+from agent import environment, history, resuming
 from agent.checkpoints import weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, CheckpointStore
@@ -18,12 +18,13 @@ from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
-from agent.distributed import Launch, Processes
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.optim.ema import Ema
 from agent.optim.optimizer import LearningRate, freeze, make_optimizer
-from agent.parallelize import parallelize
+from agent.parallel import sharding
+from agent.parallel.processes import Launch, Processes
+from agent.parallel.wrap import parallelize
 from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
 from agent.run_folder import RunFolder

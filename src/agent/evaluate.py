@@ -16,7 +16,7 @@ from agent.validation_record import Chunk, DatasetErrors, Errors, Evaluation
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agent.distributed import Processes
+    from agent.parallel.processes import Processes
 
 CHUNKS = 8  # shown of a validation set, evenly spaced
 

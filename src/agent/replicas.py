@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from agent.distributed import Processes
+    from agent.parallel.processes import Processes
 
 _PIECE = 1 << 22
 

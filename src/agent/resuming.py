@@ -21,9 +21,9 @@ from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization import NARROW_RULE
-from agent.distributed import Processes
 from agent.models import registry
 from agent.optim.ema import Ema
+from agent.parallel.processes import Processes
 from agent.saving import exact_weights, restore
 from agent.train_state import TrainState
 

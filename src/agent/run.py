@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent import command_line, environment, history
 from agent.disk_space import which_disk
-from agent.distributed import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
+from agent.parallel.processes import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
 from agent.reporting.writing import RunReport
 from agent.run_folder import RunFolder, report_attempt, report_failure
 from agent.simulation import starting

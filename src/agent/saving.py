@@ -25,7 +25,7 @@ from agent.data.normalization import to_lerobot_stats
 from agent.data.robot import names_document, robots_document
 from agent.models import registry
 from agent.optim.optimizer import allocate_state, optimizer_tensors
-from agent.parallelize import is_sharded_module
+from agent.parallel.wrap import is_sharded_module
 from agent.replicas import check_replicas
 from agent.train_state import Run, TrainState
 

@@ -11,10 +11,10 @@ import torch
 from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
-from agent.distributed import Processes
 from agent.metrics import Metrics
 from agent.optim.ema import Ema
 from agent.optim.optimizer import LearningRate
+from agent.parallel.processes import Processes
 from agent.plan import Plan
 from agent.run_folder import RunFolder
 

@@ -17,9 +17,9 @@ import torch
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump_yaml
 from agent.data.loader import TrainLoader
-from agent.distributed import StopRequest
 from agent.optim.optimizer import apply_update, clip_gradients
-from agent.parallelize import accumulating, agree_on_compilation, forget_gradients
+from agent.parallel.processes import StopRequest
+from agent.parallel.wrap import accumulating, agree_on_compilation, forget_gradients
 from agent.reporting.writing import RunReport
 from agent.safe_files import write_text
 from agent.saving import Saver

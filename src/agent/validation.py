@@ -14,7 +14,7 @@ from agent.validation_record import Evaluation, ValidationRecords, dimension_nam
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.distributed import StopRequest
+    from agent.parallel.processes import StopRequest
     from agent.train_state import Run
 
 log = logging.getLogger(__name__)

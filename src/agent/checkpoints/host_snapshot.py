@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agent import sharding
 from agent.checkpoints import tensor_file
+from agent.parallel import sharding
 
 log = logging.getLogger(__name__)
 

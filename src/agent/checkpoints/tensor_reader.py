@@ -25,7 +25,7 @@ from torch import Tensor
 
 from agent.checkpoints.manifest import Folder
 from agent.checkpoints.tensor_file import TYPES
-from agent.sharding import rows
+from agent.parallel.sharding import rows
 
 _BLOCK = 1 << 22  # stays in the processor's cache until it is hashed; a multiple of every element's size
 _BUFFERS = 3

@@ -222,8 +222,8 @@ def load_into(
     """
     import torch
 
-    from agent import sharding
     from agent.checkpoints import tensor_reader
+    from agent.parallel import sharding
 
     coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
     for path, sources in places.items():

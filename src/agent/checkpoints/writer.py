@@ -26,7 +26,7 @@ from torch import Tensor
 from agent.checkpoints import tensor_file
 from agent.checkpoints.host_snapshot import HostSnapshot, TensorFiles
 from agent.checkpoints.store import CheckpointStore
-from agent.distributed import Processes
+from agent.parallel.processes import Processes
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,7 @@ class Ema:
     """
 
     def __init__(self, policy: Any, decay: float) -> None:
-        from agent import sharding
+        from agent.parallel import sharding
 
         assert 0 < decay < 1, "checked with the configuration"
         import torch
@@ -95,7 +95,7 @@ class Ema:
 
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
         """What this process holds of averages and weights. Asked for every time: FSDP moves its memory once."""
-        from agent import sharding
+        from agent.parallel import sharding
 
         averages = [sharding.rows(tensor).local for tensor in self.tensors.values()]
         return averages, [sharding.rows(parameter).local for parameter in self._parameters.values()]

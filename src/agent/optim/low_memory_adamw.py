@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agent import sharding
 from agent.optim.adamw8bit import dequantise, quantise, scale_shape
 from agent.optim.stochastic_rounding import RandomBits, round_to_bfloat16
+from agent.parallel import sharding
 
 _PIECE = 1 << 22  # numbers at a time; the temporary memory is some ten times that in float32
 _SMALL = 4096  # tensors with fewer numbers keep float32 moments; they take no memory to speak of

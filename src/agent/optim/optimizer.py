@@ -153,8 +153,8 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         The norm before that, one number on the device, the same on every process. A collective if the gradients are
         sharded.
     """
-    from agent import sharding
     from agent.optim import low_memory_adamw
+    from agent.parallel import sharding
 
     if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
         return optimizer.clip(max_norm)

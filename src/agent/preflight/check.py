@@ -33,7 +33,7 @@ from agent.run_folder import report_attempt
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.distributed import Launch
+    from agent.parallel.processes import Launch
 
 log = logging.getLogger(__name__)
 

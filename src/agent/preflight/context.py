@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agent.checkpoints.store import CheckpointStore
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.build import Data
-    from agent.distributed import Launch
+    from agent.parallel.processes import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STAND_IN = (
@@ -195,7 +195,7 @@ class Context:
         import torch
 
         from agent.building import build_run_data
-        from agent.distributed import Launch, Processes
+        from agent.parallel.processes import Launch, Processes
 
         return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
 

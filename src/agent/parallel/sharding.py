@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from agent.distributed import Processes
+    from agent.parallel.processes import Processes
 
 log = logging.getLogger(__name__)
 

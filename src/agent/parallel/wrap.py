@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from agent.distributed import Processes
+    from agent.parallel.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
 
     Args:
         policy: the policy; its ``wrap_units`` are compiled one by one, so that the first step starts soon. One whose
-            parameters ``agent.sharding`` has split needs no DDP.
+            parameters ``agent.parallel.sharding`` has split needs no DDP.
         processes: the process group.
         activation_checkpointing: see :func:`recompute`.
         compile_mode: torch.compile's mode, or None for eager.
@@ -56,7 +56,7 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
 
 
 def is_sharded_module(policy: Any) -> bool:
-    """Whether ``agent.sharding.shard`` has split the parameters of this policy."""
+    """Whether ``agent.parallel.sharding.shard`` has split the parameters of this policy."""
     return hasattr(policy, "set_is_last_backward")
 
 
