@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent import history
+from agent.lifecycle import history
 
 
 @dataclass

@@ -23,8 +23,8 @@ import pytest
 
 from agent.checkpoints.store import CheckpointStore
 from agent.disk_space import which_disk
+from agent.lifecycle.run_folder import RunFolder, report_attempt, write_text
 from agent.parallel.processes import StopRequest
-from agent.run_folder import RunFolder, report_attempt, write_text
 from agent.validation_record import ValidationRecords
 
 
@@ -120,7 +120,7 @@ def test_a_folder_that_is_moved_under_a_run_is_not_begun_anew(
 
 def test_the_holder_of_the_lock_is_named_and_its_death_frees_it(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys\nfrom agent.run_folder import RunFolder\n"
+        "import pathlib, sys\nfrom agent.lifecycle.run_folder import RunFolder\n"
         "folder = RunFolder(pathlib.Path(sys.argv[1]))\nprint('held', flush=True)\ninput()"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]

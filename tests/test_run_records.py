@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from run_folders import RunFolderSpec, write_run
 
+from agent.lifecycle.run_folder import RunFolder, report_failure
 from agent.metrics import JsonLines
 from agent.model_card import last_validation
-from agent.run_folder import RunFolder, report_failure
 from agent.run_records import read_metrics, read_status
 from agent.validation_record import ValidationRecords
 

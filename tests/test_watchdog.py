@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from agent.watchdog import Watchdog
+from agent.lifecycle.watchdog import Watchdog
 
 
 def test_a_long_phase_is_over_with_its_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_a_long_phase_is_over_with_its_sign_of_life(monkeypatch: pytest.MonkeyPa
 
 BUSY = """
 import sys, threading, time
-from agent.watchdog import Watchdog
+from agent.lifecycle.watchdog import Watchdog
 
 def deep(n):
     return n and deep(n - 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from agent import environment, history, resuming
+from agent import resuming
 from agent.checkpoints import weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, CheckpointStore
@@ -18,6 +18,9 @@ from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.transforms import SampleSpec
+from agent.lifecycle import history, software
+from agent.lifecycle.run_folder import RunFolder
+from agent.lifecycle.watchdog import Watchdog
 from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.optim.ema import Ema
@@ -27,10 +30,8 @@ from agent.parallel.processes import Launch, Processes
 from agent.parallel.wrap import parallelize
 from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
-from agent.run_folder import RunFolder
 from agent.train_state import Run, TrainState
 from agent.validation_record import ValidationRecords
-from agent.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def build(
     plan = make_plan(config, launch.world_size, data.mixture.frames)
     log.info(plan.describe(config))
     log.info("building the model and loading its weights")
-    if config.use_bf16 and (slow := environment.slow_bfloat16(processes.device.type)) is not None:
+    if config.use_bf16 and (slow := software.slow_bfloat16(processes.device.type)) is not None:
         log.warning("%s; write use_bf16: false, unless this is a try of what a GPU will compute", slow)
     model_config: Any = config.model_cfg
     with torch.device("meta"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent import run_records
-from agent.history import refused
+from agent.lifecycle.history import refused
 from agent.safe_files import write_text
 
 Action = Literal["done", "fail", "stop", "requeue", "hold"]

@@ -19,13 +19,14 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from agent import command_line, environment, history
+from agent import command_line
 from agent.disk_space import which_disk
+from agent.lifecycle import history, software
+from agent.lifecycle.run_folder import RunFolder, report_attempt, report_failure
+from agent.lifecycle.watchdog import Watchdog, watch_launcher
 from agent.parallel.processes import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
 from agent.reporting.writing import RunReport
-from agent.run_folder import RunFolder, report_attempt, report_failure
 from agent.simulation import starting
-from agent.watchdog import Watchdog, watch_launcher
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -156,7 +157,7 @@ def _open_folder(config: TrainPipelineConfig, stop: StopRequest, processes: Proc
     folder = RunFolder(config.run_dir)
     stop.watch_files(config.run_dir)
     folder.begin_attempt()
-    folder.note(environment=environment.describe(processes.world_size, processes.device.type))
+    folder.note(environment=software.describe(processes.world_size, processes.device.type))
     return folder
 
 

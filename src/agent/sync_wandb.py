@@ -27,8 +27,8 @@ from typing import Any
 
 import yaml
 
-from agent import history
-from agent.run_folder import holder
+from agent.lifecycle import history
+from agent.lifecycle.run_folder import holder
 from agent.run_records import parse_metrics, read_metrics, read_status
 from agent.safe_files import lock
 from agent.wandb_sink import Wandb, WandbConfig, missing_key

@@ -17,6 +17,7 @@ import torch
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump_yaml
 from agent.data.loader import TrainLoader
+from agent.lifecycle.watchdog import Watchdog
 from agent.optim.optimizer import apply_update, clip_gradients
 from agent.parallel.processes import StopRequest
 from agent.parallel.wrap import accumulating, agree_on_compilation, forget_gradients
@@ -26,7 +27,6 @@ from agent.saving import Saver
 from agent.train_state import Run
 from agent.validation import validate, validate_start, which_may_be_best
 from agent.validation_record import ValidationRecords
-from agent.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

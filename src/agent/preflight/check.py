@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agent import hub
+from agent.lifecycle.run_folder import report_attempt
 from agent.preflight import (
     cameras,
     disk,
@@ -29,7 +30,6 @@ from agent.preflight import (
 from agent.preflight.context import Context
 from agent.preflight.pace import MFU
 from agent.preflight.report import NotChecked, Row, failed, table, worst, write
-from agent.run_folder import report_attempt
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

@@ -7,10 +7,10 @@ import platform
 import sys
 from importlib.metadata import version
 
+from agent.lifecycle.run_folder import holder
 from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import Row
-from agent.run_folder import holder
 
 
 def check(context: Context) -> list[Row]:

@@ -113,9 +113,9 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
 def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
     from agent.building import build
     from agent.data.loader import TrainLoader
+    from agent.lifecycle.watchdog import Watchdog
     from agent.parallel.processes import Launch, Processes
     from agent.saving import Saver
-    from agent.watchdog import Watchdog
 
     watchdog = Watchdog(0, lambda _: None)
     run = build(config, Launch(), Processes(Launch(), device), None, watchdog)

@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.environment import slow_bfloat16
+from agent.lifecycle.software import slow_bfloat16
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 

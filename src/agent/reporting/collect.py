@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
+from agent.lifecycle.run_folder import is_held
 from agent.reporting.evaluations import Evaluation, read_evaluation
-from agent.run_folder import is_held
 from agent.run_records import read_metrics, read_status
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from agent import history
+from agent.lifecycle import history
 from agent.reporting.collect import RunRecord, Series
 from agent.reporting.markup import (
     NOTHING,

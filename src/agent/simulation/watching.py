@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from agent.run_folder import is_held
+from agent.lifecycle.run_folder import is_held
 from agent.run_records import read_object, read_status
 from agent.safe_files import lock, write_text
 from agent.simulation.configuration import SimulationConfig

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from agent import history
+from agent.lifecycle import history
 from agent.run_records import read_status, set_aside
 from agent.safe_files import is_locked, lock, write_text
 
