@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from agent.run_records import read_metrics  # noqa: E402
+from agent.lifecycle.records import read_metrics  # noqa: E402
 
 
 def main(run: Path, target: Path) -> None:

@@ -23,8 +23,8 @@ import pytest
 from PIL import Image
 
 from agent import progress
-from agent.metrics import JsonLines, Metrics
-from agent.wandb_sink import WandbConfig
+from agent.tracking.metrics import JsonLines, Metrics
+from agent.tracking.wandb_sink import WandbConfig
 
 
 def record(step: int, attempt: int = 1, **more: float) -> dict[str, float]:
@@ -114,8 +114,8 @@ def test_many_restarts_leave_every_step_once(tmp_path):
 START = """
 import json, os, signal, sys, time
 from pathlib import Path
-from agent.metrics import Metrics, setup_logging
-from agent.wandb_sink import WandbConfig
+from agent.tracking.metrics import Metrics, setup_logging
+from agent.tracking.wandb_sink import WandbConfig
 run_dir, after, first, last, attempt, end = Path(sys.argv[1]), *map(int, sys.argv[2:6]), sys.argv[6]
 setup_logging(0, debug=False)
 metrics = Metrics(run_dir, 12)
@@ -259,7 +259,7 @@ def test_the_validation_of_the_starting_weights_is_there_after_every_start(tmp_p
 
 
 def test_restarts_within_a_second_set_every_folder_aside(tmp_path):
-    from agent.wandb_sink import Wandb
+    from agent.tracking.wandb_sink import Wandb
 
     name = "offline-run-20260101_120000-abc"
     for content in ("first", "second", "third"):
@@ -344,7 +344,7 @@ def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
 SHOW = """
 import logging, sys
 from pathlib import Path
-from agent.metrics import Metrics, setup_logging
+from agent.tracking.metrics import Metrics, setup_logging
 from agent.progress import followed
 sys.path.insert(0, sys.argv[2])
 from test_metrics import record

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from run_folders import RunFolderSpec, write_run
 
+from agent.lifecycle.records import read_metrics, read_status
 from agent.lifecycle.run_folder import RunFolder, report_failure
-from agent.metrics import JsonLines
 from agent.model_card import last_validation
-from agent.run_records import read_metrics, read_status
+from agent.tracking.metrics import JsonLines
 from agent.validation_record import ValidationRecords
 
 

@@ -21,7 +21,6 @@ from agent.data.transforms import SampleSpec
 from agent.lifecycle import history, software
 from agent.lifecycle.run_folder import RunFolder
 from agent.lifecycle.watchdog import Watchdog
-from agent.metrics import Metrics
 from agent.models import flow_matching, registry
 from agent.optim.ema import Ema
 from agent.optim.optimizer import LearningRate, freeze, make_optimizer
@@ -30,6 +29,7 @@ from agent.parallel.processes import Launch, Processes
 from agent.parallel.wrap import parallelize
 from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
+from agent.tracking.metrics import Metrics
 from agent.train_state import Run, TrainState
 from agent.validation_record import ValidationRecords
 

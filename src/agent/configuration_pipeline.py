@@ -20,7 +20,7 @@ from agent.plan import accumulation_steps
 from agent.preflight.gpus import check_name
 from agent.simulation.configuration import SimulationConfig
 from agent.strict_config import cannot_use, load
-from agent.wandb_sink import WandbConfig
+from agent.tracking.wandb_sink import WandbConfig
 
 
 @dataclass

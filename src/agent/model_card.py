@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from agent.run_records import read_metrics
+from agent.lifecycle.records import read_metrics
 
 log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from agent import run_records
+from agent.lifecycle import records
 from agent.lifecycle.history import refused
 from agent.safe_files import write_text
 
@@ -100,7 +100,7 @@ def _describe(attempt: dict[str, Any]) -> str:
 def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
     """The JSON object in ``path``, or None and what is wrong with the file."""
     try:
-        content, problem = run_records.read_object(path)
+        content, problem = records.read_object(path)
     except OSError as error:
         problem, content = str(error), None
     if content is None:
@@ -124,7 +124,7 @@ def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
     if not (status and isinstance(status.get("run_dir"), str) and status["run_dir"]):
         return []
     try:
-        attempts = run_records.read_status(Path(status["run_dir"]) / "status.json")[0].get("attempts", [])
+        attempts = records.read_status(Path(status["run_dir"]) / "status.json")[0].get("attempts", [])
     except OSError:
         attempts = []
     # Killed right after a checkpoint, an attempt had no time to enter it.
@@ -143,7 +143,7 @@ def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashe
     Raises:
         OSError: if the file cannot be written.
     """
-    unlisted = run_records.read_status(crashes)[0].get("attempts", []) if crashes.is_file() else []
+    unlisted = records.read_status(crashes)[0].get("attempts", []) if crashes.is_file() else []
     if not any(entry.get("attempt") == attempt for entry in listed[-1:]):
         started = attempt.rpartition("-")[2]
         entry = {"attempt": attempt, "state": "running", "reason": reason, "step": None}

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> int:
     if parsed is None:  # --help
         return EXIT_FINISHED
     config, notes = parsed
-    from agent.metrics import setup_logging
+    from agent.tracking.metrics import setup_logging
 
     setup_logging(launch.rank, config.debug)
     for note in notes:

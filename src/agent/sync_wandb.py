@@ -28,10 +28,10 @@ from typing import Any
 import yaml
 
 from agent.lifecycle import history
+from agent.lifecycle.records import parse_metrics, read_metrics, read_status
 from agent.lifecycle.run_folder import holder
-from agent.run_records import parse_metrics, read_metrics, read_status
 from agent.safe_files import lock
-from agent.wandb_sink import Wandb, WandbConfig, missing_key
+from agent.tracking.wandb_sink import Wandb, WandbConfig, missing_key
 
 _OPENS_WITHIN_S, _WRITES_WITHIN_S, _CLOSES_WITHIN_S = 150, 60, 45
 _ENDS_WITHIN_S = 90.0  # an earlier start's process that has lost its training

@@ -12,11 +12,11 @@ from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.lifecycle.run_folder import RunFolder
-from agent.metrics import Metrics
 from agent.optim.ema import Ema
 from agent.optim.optimizer import LearningRate
 from agent.parallel.processes import Processes
 from agent.plan import Plan
+from agent.tracking.metrics import Metrics
 
 
 @dataclass

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.run_records import free_name, read_object
+from agent.lifecycle.records import free_name, read_object
 from agent.safe_files import write_text
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.lifecycle import history
-from agent.run_records import read_status, set_aside
+from agent.lifecycle.records import read_status, set_aside
 from agent.safe_files import is_locked, lock, write_text
 
 log = logging.getLogger(__name__)

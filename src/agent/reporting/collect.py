@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from agent.lifecycle.records import read_metrics, read_status
 from agent.lifecycle.run_folder import is_held
 from agent.reporting.evaluations import Evaluation, read_evaluation
-from agent.run_records import read_metrics, read_status
 
 
 @dataclass

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from agent.lifecycle.records import read_object, read_status
 from agent.lifecycle.run_folder import is_held
-from agent.run_records import read_object, read_status
 from agent.safe_files import lock, write_text
 from agent.simulation.configuration import SimulationConfig
 from agent.simulation.evaluation import Request, digest_of, evaluate

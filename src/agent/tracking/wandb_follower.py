@@ -14,7 +14,7 @@ import sys
 import threading
 from pathlib import Path
 
-from agent.wandb_sink import WandbConfig, kept_id
+from agent.tracking.wandb_sink import WandbConfig, kept_id
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agent.lifecycle.records import MetricsLines, read_metrics
 from agent.progress import LinesAboveBars, bar, clock
-from agent.run_records import MetricsLines, read_metrics
 from agent.safe_files import write_text
-from agent.wandb_follower import WandbFollower
-from agent.wandb_sink import WandbConfig
+from agent.tracking.wandb_follower import WandbFollower
+from agent.tracking.wandb_sink import WandbConfig
 
 log = logging.getLogger(__name__)
 
