@@ -183,12 +183,13 @@ def report_determinism() -> None:
 
 def broken_picture() -> None:
     """Validations cannot be drawn, and not for want of room."""
-    from agent import validation
+
+    from agent.training import validating
 
     def broken(path: Path, record: Any) -> None:
         raise ZeroDivisionError("no pixels")
 
-    validation.draw = broken
+    validating.draw = broken
 
 
 def gated() -> None:
@@ -224,9 +225,10 @@ def fail_while_ending() -> None:
 
 def slow_validation() -> None:
     """Validation says when it begins, and takes a while for each batch."""
-    from agent import validation
 
-    batches = validation.validation_batches
+    from agent.training import validating
+
+    batches = validating.validation_batches
 
     def slow(*arguments: Any, **keywords: Any) -> Any:
         print("validation begins", flush=True)
@@ -235,7 +237,7 @@ def slow_validation() -> None:
             yield item
         print("validation ends", flush=True)
 
-    validation.validation_batches = slow
+    validating.validation_batches = slow
 
 
 def slow_save() -> None:

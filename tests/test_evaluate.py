@@ -15,9 +15,9 @@ from PIL import Image
 from torch import nn
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
-from agent.evaluate import DatasetNames, evaluate
-from agent.validation_picture import draw
-from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
+from agent.validation.measurement import DatasetNames, evaluate
+from agent.validation.picture import draw
+from agent.validation.record import Evaluation, ValidationRecords, dimension_names, document
 
 T, A, OWN = 3, 4, 2  # steps, padded and own action dimensions
 MEAN = np.array([10.0, -20.0], np.float32)

@@ -25,7 +25,7 @@ from agent.checkpoints.store import CheckpointStore
 from agent.disk_space import which_disk
 from agent.lifecycle.run_folder import RunFolder, report_attempt, write_text
 from agent.parallel.processes import StopRequest
-from agent.validation_record import ValidationRecords
+from agent.validation.record import ValidationRecords
 
 
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from agent.lifecycle.records import read_metrics, read_status
 from agent.lifecycle.run_folder import RunFolder, report_failure
 from agent.model_card import last_validation
 from agent.tracking.metrics import JsonLines
-from agent.validation_record import ValidationRecords
+from agent.validation.record import ValidationRecords
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:

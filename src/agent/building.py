@@ -31,7 +31,7 @@ from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
 from agent.tracking.metrics import Metrics
 from agent.train_state import Run, TrainState
-from agent.validation_record import ValidationRecords
+from agent.validation.record import ValidationRecords
 
 log = logging.getLogger(__name__)
 

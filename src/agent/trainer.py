@@ -25,8 +25,8 @@ from agent.reporting.writing import RunReport
 from agent.safe_files import write_text
 from agent.saving import Saver
 from agent.train_state import Run
-from agent.validation import validate, validate_start, which_may_be_best
-from agent.validation_record import ValidationRecords
+from agent.training.validating import validate, validate_start, which_may_be_best
+from agent.validation.record import ValidationRecords
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from agent.data.transforms import resize_with_pad
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey
-from agent.validation_record import dimension_names
+from agent.validation.record import dimension_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

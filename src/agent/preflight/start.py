@@ -16,7 +16,7 @@ from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
 from agent.tracking.metrics import JsonLines
-from agent.validation_record import read_record
+from agent.validation.record import read_record
 
 
 def check(context: Context) -> list[Row]:

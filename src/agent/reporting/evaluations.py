@@ -1,4 +1,4 @@
-"""The arrays of one validation, from ``validation/step_….json``, which ``agent.validation_record`` writes.
+"""The arrays of one validation, from ``validation/step_….json``, which ``agent.validation.record`` writes.
 
 The file can be of any age and from anywhere, so everything about it is checked; null is read as NaN.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from agent.validation_record import DatasetErrors, Errors, read_record
+from agent.validation.record import DatasetErrors, Errors, read_record
 
 
 @dataclass(frozen=True)

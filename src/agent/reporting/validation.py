@@ -12,7 +12,7 @@ from agent.reporting.collect import RunRecord
 from agent.reporting.curves import AVERAGED, BASELINES, as_number, style_of, validation_charts
 from agent.reporting.evaluations import Chunk, Evaluation
 from agent.reporting.markup import NOTHING, details, figure, missing, number, paragraph, percent, section, table
-from agent.validation_record import Errors
+from agent.validation.record import Errors
 
 _MOST_SMALL_CHARTS = 1200  # times curves: beyond it the page would take megabytes
 _UNITS = "Errors are mean |predicted − recorded| over unpadded steps, in the units of the data set."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.safe_files import write_text
-from agent.validation_record import ValidationRecords, totals
+from agent.validation.record import ValidationRecords, totals
 
 log = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from agent.data.loader import validation_batches
-from agent.evaluate import DatasetNames, evaluate
 from agent.progress import followed
-from agent.validation_picture import draw
-from agent.validation_record import Evaluation, ValidationRecords, dimension_names, document
+from agent.validation.measurement import DatasetNames, evaluate
+from agent.validation.picture import draw
+from agent.validation.record import Evaluation, ValidationRecords, dimension_names, document
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from agent.batch import ValidationBatch, to_device
-from agent.validation_record import Chunk, DatasetErrors, Errors, Evaluation
+from agent.validation.record import Chunk, DatasetErrors, Errors, Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -25,7 +25,7 @@ Curve = Sequence[float | None]
 
 
 def draw(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes the picture of a record of ``agent.validation_record`` as a PNG, whole or not at all.
+    """Writes the picture of a record of ``agent.validation.record`` as a PNG, whole or not at all.
 
     Raises:
         OSError: if it cannot be written.
