@@ -36,8 +36,8 @@ from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
 from agent.optim.optimizer import LearningRate
 from agent.parallel.processes import Launch, Processes
-from agent.plan import make_plan
 from agent.reproducibility import stream
+from agent.settings.plan import make_plan
 
 log = logging.getLogger("closed_loop")
 HEADS = 8

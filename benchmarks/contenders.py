@@ -28,7 +28,7 @@ from agent.models.pi0.model import PI0
 from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallel.processes import Launch, Processes
 from agent.parallel.wrap import parallelize
-from agent.plan import Plan
+from agent.settings.plan import Plan
 from agent.train_state import Run, TrainState
 from agent.trainer import train_step
 

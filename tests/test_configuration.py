@@ -21,7 +21,6 @@ import pytest
 import yaml
 
 from agent.config_changes import changes_since, changes_since_checkpoint, settle
-from agent.config_files import ConfigError
 from agent.configuration_pipeline import (
     TrainPipelineConfig,
     dump,
@@ -30,7 +29,8 @@ from agent.configuration_pipeline import (
     reconcile,
 )
 from agent.parallel.processes import Launch, choose_device, read_launch
-from agent.plan import make_plan
+from agent.settings.files import ConfigError
+from agent.settings.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -745,7 +745,7 @@ def test_every_policy_of_lerobot_is_told_apart() -> None:
     import lerobot.policies
     import lerobot.rewards
 
-    from agent.other_models import unknown_type
+    from agent.settings.other_models import unknown_type
 
     registered = re.compile(r'Config\.register_subclass\((?:name=)?"(\w+)"\)')
     files = [

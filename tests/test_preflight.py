@@ -31,8 +31,8 @@ from agent.models.pi0.memory import Training, predict
 from agent.parallel.processes import Launch
 from agent.preflight import memory, rehearsal
 from agent.preflight.context import Context
-from agent.preflight.gpus import GPUS, recognised
 from agent.preflight.slurm import Job, find_job, seconds_of
+from agent.settings.gpus import GPUS, recognised
 
 THEMES = [
     "config: keys", "config: values", "environment", "HF_HUB_OFFLINE", "run folder", "wandb", "data: ", "map: ",

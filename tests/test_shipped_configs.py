@@ -13,7 +13,7 @@ import pytest
 
 from agent.configuration_pipeline import TrainPipelineConfig, load_config
 from agent.models import registry
-from agent.plan import make_plan
+from agent.settings.plan import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ROOT / "config" / "train"

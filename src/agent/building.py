@@ -27,8 +27,8 @@ from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallel import sharding
 from agent.parallel.processes import Launch, Processes
 from agent.parallel.wrap import parallelize
-from agent.plan import make_plan
 from agent.reproducibility import make_deterministic
+from agent.settings.plan import make_plan
 from agent.tracking.metrics import Metrics
 from agent.train_state import Run, TrainState
 from agent.validation.record import ValidationRecords

@@ -12,14 +12,14 @@ from typing import Any, Literal
 import draccus
 import yaml
 
-from agent.config_files import ConfigError
 from agent.data.loader import DataConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
-from agent.plan import accumulation_steps
-from agent.preflight.gpus import check_name
+from agent.settings.files import ConfigError
+from agent.settings.gpus import check_name
+from agent.settings.plan import accumulation_steps
+from agent.settings.strict import cannot_use, load
 from agent.simulation.configuration import SimulationConfig
-from agent.strict_config import cannot_use, load
 from agent.tracking.wandb_sink import WandbConfig
 
 

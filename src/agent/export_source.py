@@ -103,9 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _model_config(pretrained: Path, written: dict[str, Any]) -> Any:
     import draccus
 
-    from agent import other_models
     from agent.models import registry as _registry  # noqa: F401  (registers "pi0")
     from agent.models.base import ModelConfig
+    from agent.settings import other_models
 
     path, kind = pretrained / "config.json", written.get("type")
     if kind != "pi0":

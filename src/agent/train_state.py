@@ -15,7 +15,7 @@ from agent.lifecycle.run_folder import RunFolder
 from agent.optim.ema import Ema
 from agent.optim.optimizer import LearningRate
 from agent.parallel.processes import Processes
-from agent.plan import Plan
+from agent.settings.plan import Plan
 from agent.tracking.metrics import Metrics
 
 

@@ -15,6 +15,7 @@ from agent import hub
 from agent.lifecycle.run_folder import report_attempt
 from agent.preflight import (
     cameras,
+    combinations,
     disk,
     environment,
     integrity,
@@ -23,7 +24,6 @@ from agent.preflight import (
     normalised,
     rehearsal,
     schedule,
-    settings,
     start,
     time_limit,
 )
@@ -42,7 +42,7 @@ Check = Callable[[Context], list[Row]]
 # Name for rows that a check could not write itself → the check, in the order of the table. A later one may use what an
 # earlier one has measured.
 CHECKS: dict[str, Check] = {
-    "config": settings.check,
+    "config": combinations.check,
     "environment": environment.check,
     "data": integrity.check,
     "data: together": integrity.check_together,

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.preflight import needs
-from agent.preflight.gpus import GPUS, Gpu, recognised
 from agent.preflight.report import NotChecked
 from agent.preflight.slurm import Job, find_job
 from agent.preflight.survey import Survey, survey
+from agent.settings.gpus import GPUS, Gpu, recognised
 
 if TYPE_CHECKING:
     from agent.checkpoints.store import CheckpointStore

@@ -8,8 +8,8 @@ from typing import Any
 from agent.memory_advice import savings
 from agent.models import registry
 from agent.preflight.context import Context
-from agent.preflight.gpus import GPUS, Gpu
 from agent.preflight.report import Row
+from agent.settings.gpus import GPUS, Gpu
 
 GIB = 1 << 30
 _MOST = 4096  # nobody asks for a larger batch, and none is looked for

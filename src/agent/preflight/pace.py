@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from agent.models import registry
 from agent.preflight.context import Context
-from agent.preflight.gpus import Gpu
+from agent.settings.gpus import Gpu
 
 MFU = 0.45
 """Part of a GPU's matrix FLOP that a training step of a large model is taken to use. An assumption, not a measurement."""

@@ -6,9 +6,9 @@ from copy import deepcopy
 
 from agent.config_changes import settle
 from agent.optim.optimizer import LearningRate
-from agent.plan import Plan, accumulation_steps, make_plan
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
+from agent.settings.plan import Plan, accumulation_steps, make_plan
 
 
 def check(context: Context) -> list[Row]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
-from agent.config_check import Mistake
+from agent.settings.check import Mistake
 
 
 class ConfigError(ValueError):

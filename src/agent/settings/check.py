@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import draccus
 
-from agent import older_keys, other_models
+from agent.settings import older_keys, other_models
 
 UNKNOWN = "unknown key"
 MISSING = "missing; it has no default"

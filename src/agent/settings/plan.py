@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from agent.config_files import ConfigError
+from agent.settings.files import ConfigError
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

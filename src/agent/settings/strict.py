@@ -17,9 +17,9 @@ import draccus
 import yaml
 from draccus.utils import DecodingError, ParsingError
 
-from agent.config_check import UNKNOWN, Mistake, check_tree, explain
-from agent.config_files import ConfigError, expand_variables, file_sources, read_file, read_yaml
 from agent.models.base import ModelConfig, Reading
+from agent.settings.check import UNKNOWN, Mistake, check_tree, explain
+from agent.settings.files import ConfigError, expand_variables, file_sources, read_file, read_yaml
 
 ConfigClass = TypeVar("ConfigClass")
 
