@@ -29,9 +29,9 @@ from contenders import lerobot_of_size
 
 from agent.building import build_run_data
 from agent.configuration_pipeline import load_config
-from agent.data.normalization import Normalizer
-from agent.data.reader import collate
-from agent.data.task_tokens import make_task_tokens
+from agent.data.normalization.normalizer import Normalizer
+from agent.data.samples.reader import collate
+from agent.data.samples.task_tokens import make_task_tokens
 from agent.models.pi0 import adapter
 from agent.models.pi0.model import PI0
 from agent.optim.optimizer import LearningRate

@@ -19,9 +19,9 @@ import torch
 
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import TrainPipelineConfig, reconcile
-from agent.data.loader import DataConfig
-from agent.data.reader import Sample, collate
-from agent.data.transforms import SampleSpec
+from agent.data.loading.loader import DataConfig
+from agent.data.samples.reader import Sample, collate
+from agent.data.samples.transforms import SampleSpec
 from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0

@@ -102,9 +102,9 @@ def write_dataset(root: Path, cameras: int, size: tuple[int, int], episodes: int
 def built(root: Path, store: str, workers: int = 0) -> Any:
     """This project's data of a run."""
     from agent.data.build import build_data
-    from agent.data.loader import DataConfig, TrainDataConfig, ValDataConfig
+    from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig
+    from agent.data.samples.transforms import SampleSpec
     from agent.data.source import DatasetConfig
-    from agent.data.transforms import SampleSpec
     from agent.models import flow_matching
 
     times = {"alpha": 1.5, "beta": 1.0, "scale": 0.999, "offset": 0.001}
@@ -124,7 +124,7 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
 
 def our_loader(root: Path, store: str, workers: int = 0) -> Any:
     """Batches of 32 for ever."""
-    from agent.data.loader import TrainLoader
+    from agent.data.loading.loader import TrainLoader
 
     data = built(root, store, workers)
     return TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32, num_workers=workers)
@@ -175,9 +175,9 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
     """Frames per second: plain sequential decoding, and all that preparing does to a file, on one core."""
     import av
 
-    from agent.data.frame_parts import write_part
-    from agent.data.frame_preparation import Preparation
-    from agent.data.frame_times import index_file
+    from agent.data.frames.parts import write_part
+    from agent.data.frames.preparation import Preparation
+    from agent.data.frames.times import index_file
 
     videos = sorted(root.glob("videos/*/*/*.mp4"))
 
@@ -206,8 +206,8 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
 
 def opened(root: Path, kind: str) -> tuple[Any, Any]:
     """A data set with all its cameras, and the store that is wanted of it."""
-    from agent.data.frame_store import WantedStore
-    from agent.data.loader import TrainDataConfig
+    from agent.data.frames.store import WantedStore
+    from agent.data.loading.loader import TrainDataConfig
     from agent.data.source import DatasetConfig, open_source
 
     source = open_source(DatasetConfig("benchmark/loader", str(root)), CHUNK, "pyav", 1e-4)
@@ -227,8 +227,8 @@ def fidelity(root: Path, kind: str, count: int = 64) -> tuple[float, bool]:
     """Lowest PSNR in dB over some pictures, and whether all are the same, against LeRobot's decode and our resize."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    from agent.data.frame_store import find_store
-    from agent.data.transforms import resize_with_pad
+    from agent.data.frames.store import find_store
+    from agent.data.samples.transforms import resize_with_pad
 
     source, wanted = opened(root, kind)
     store = find_store(source.metadata, None, wanted, source.episodes)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from agent.data.arrow import to_numpy
+from agent.data.recorded.arrow import to_numpy
 
 
 @pytest.mark.parametrize("kind", [pa.int64(), pa.int32(), pa.float32(), pa.float64(), pa.bool_()])
@@ -32,7 +32,7 @@ def test_one_piece_is_not_copied() -> None:
 
 def test_pandas_is_not_imported() -> None:
     code = (
-        "import sys, pyarrow as pa; from agent.data.arrow import to_numpy; "
+        "import sys, pyarrow as pa; from agent.data.recorded.arrow import to_numpy; "
         "to_numpy(pa.Array.from_buffers(pa.int64(), 1, [None, pa.py_buffer(bytes(8))])); print('pandas' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -17,7 +17,10 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 from agent.configuration_pipeline import ConfigError, load_config
-from agent.data.augmentation import (
+from agent.data.frames.store import WantedStore
+from agent.data.loading.loader import validation_batches
+from agent.data.prepare import prepare
+from agent.data.samples.augmentation import (
     AugmentationConfig,
     Box,
     CameraAugmentation,
@@ -28,11 +31,8 @@ from agent.data.augmentation import (
     picture_box,
     recoloured,
 )
-from agent.data.frame_store import WantedStore
-from agent.data.loader import validation_batches
-from agent.data.prepare import prepare
+from agent.data.samples.transforms import resize_with_pad
 from agent.data.source import open_source
-from agent.data.transforms import resize_with_pad
 
 TOKENIZER = str(REPOSITORY / "demo" / "tokenizer")
 WHOLE = Box(0, 0, 96, 112)

@@ -21,11 +21,11 @@ from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokeni
 
 from agent.data import source as source_module
 from agent.data.build import build_data
-from agent.data.episodes import hold_out
-from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.recorded.episodes import hold_out
+from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
+from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
 from agent.data.source import DatasetConfig, choose_video_backend, open_source
-from agent.data.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
-from agent.data.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -381,7 +381,7 @@ def test_a_file_of_the_table_of_episodes_that_lacks_a_column(video, tmp_path):
 def test_a_video_that_may_not_be_read(video, monkeypatch):
     import errno
 
-    from agent.data import files
+    from agent.data.recorded import files
 
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied")
@@ -434,7 +434,7 @@ def test_an_older_format_at_the_hub(video, monkeypatch, tmp_path):
     """What lies in the cache is a link, and its metadata alone: nothing to be converted in place."""
     from lerobot.utils import constants
 
-    from agent.data.metadata import read_metadata
+    from agent.data.recorded.metadata import read_metadata
 
     monkeypatch.setattr(constants, "HF_LEROBOT_HUB_CACHE", tmp_path)
     root = tmp_path / "datasets--lab--old" / "snapshots" / "abc123"
@@ -690,7 +690,7 @@ def test_tokens_are_kept_until_the_tokenizer_or_the_instructions_change(tokenize
 
 def test_a_start_that_knows_the_tokens_needs_no_transformers(tokenizer, tmp_path):
     code = (
-        "import sys; from agent.data.task_tokens import cached_task_tokens as f; from pathlib import Path; "
+        "import sys; from agent.data.samples.task_tokens import cached_task_tokens as f; from pathlib import Path; "
         f"f({tokenizer!r}, 16, ['open the drawer'], Path({str(tmp_path)!r})); print('transformers' in sys.modules)"
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]

@@ -24,15 +24,16 @@ from make_dataset import write_dataset
 from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
 
 from agent.configuration_pipeline import load_config
-from agent.data import frame_preparation, prepare
-from agent.data.frame_encoding import Encoding
-from agent.data.frame_manifest import Manifest, SourceFile, index_name, seal, unseal
-from agent.data.frame_parts import decode, resize
-from agent.data.frame_store import WantedStore, read_index
-from agent.data.frame_times import FileIndex, times_of_episodes
+from agent.data import prepare
+from agent.data.frames import preparation as frame_preparation
+from agent.data.frames.encoding import Encoding
+from agent.data.frames.manifest import Manifest, SourceFile, index_name, seal, unseal
+from agent.data.frames.parts import decode, resize
+from agent.data.frames.store import WantedStore, read_index
+from agent.data.frames.times import FileIndex, times_of_episodes
+from agent.data.recorded.stretches import Stretches, wrong_by_the_table
+from agent.data.samples.transforms import resize_with_pad
 from agent.data.source import open_source
-from agent.data.stretches import Stretches, wrong_by_the_table
-from agent.data.transforms import resize_with_pad
 
 SIZE = (32, 32)
 
@@ -383,7 +384,8 @@ def test_killed_in_the_middle_and_continued(place, tmp_path):
 
 SLOW = """
 import os, sys, time
-from agent.data import frame_preparation, prepare
+from agent.data import prepare
+from agent.data.frames import preparation as frame_preparation
 frame_preparation.PART_FRAMES = 150
 run = prepare._Pool.each
 def slow(self, *arguments):
@@ -517,8 +519,8 @@ def test_transparent_and_missing_pictures(tmp_path):
     import pyarrow.parquet as pq
     from PIL import Image
 
-    from agent.data.frame_parts import Part, _from_data_file
-    from agent.data.pictures import stored_picture
+    from agent.data.frames.parts import Part, _from_data_file
+    from agent.data.recorded.pictures import stored_picture
 
     picture = np.random.default_rng(0).integers(0, 256, (*SIZE, 4), dtype=np.uint8)
     Image.fromarray(picture).save(file := io.BytesIO(), "png")

@@ -34,7 +34,7 @@ from test_lerobot_checkpoint import (
     written,
 )
 
-from agent.data.normalization import compute_statistics, to_lerobot_stats
+from agent.data.normalization.normalizer import compute_statistics, to_lerobot_stats
 from agent.inference import LoadedPolicy, load_policy
 from agent.models.pi0.configuration import FeatureSpec
 

@@ -21,7 +21,7 @@ from launching import REPOSITORY
 from make_dataset import write_dataset
 from make_large_dataset import CAMERA, write_large_dataset
 
-from agent.data.normalization import STATISTIC_NAMES
+from agent.data.normalization.normalizer import STATISTIC_NAMES
 from agent.data.source import DatasetConfig, open_source
 
 
@@ -39,8 +39,8 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
     """From the config of the data to the first batch of 32 samples: what it took and what it gave."""
     begin = time.perf_counter()
     from agent.data.build import build_data
-    from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader
-    from agent.data.transforms import SampleSpec
+    from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader
+    from agent.data.samples.transforms import SampleSpec
 
     datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]
     data = build_data(
@@ -109,7 +109,7 @@ def columns_of(root: Path, name: str, episodes: np.ndarray) -> np.ndarray:
 
 
 def test_statistics_are_exact_over_the_training_frames(tenth):
-    from agent.data.episodes import hold_out
+    from agent.data.recorded.episodes import hold_out
 
     shutil.rmtree(tenth / "agent_cache", ignore_errors=True)
     found = start((tenth, None))
@@ -128,7 +128,7 @@ def test_statistics_are_exact_over_the_training_frames(tenth):
 
 
 def test_what_is_kept_changes_nothing(tenth, tmp_path, monkeypatch):
-    from agent.data import episode_table
+    from agent.data.recorded import episode_table
 
     monkeypatch.setattr(episode_table, "LARGE", 0)
     shutil.rmtree(tenth / "agent_cache", ignore_errors=True)
@@ -237,7 +237,7 @@ def test_two_nodes_keep_the_same_at_once_under_one_process_id(tmp_path):
 def test_what_does_not_hold_is_computed_anew(tmp_path, monkeypatch, caplog):
     """Truncated, a digit, another key under a checksum of its own, a damaged checksum, and one that is missing."""
     from agent.checkpoints.manifest import checksum
-    from agent.data import episode_table
+    from agent.data.recorded import episode_table
 
     monkeypatch.setattr(episode_table, "LARGE", 0)
     root = write_dataset(tmp_path / "data", cameras={CAMERA: (32, 32)})
@@ -336,7 +336,7 @@ def test_rows_in_another_order(tmp_path):
 
 
 def test_a_damaged_table_of_episodes_is_named_when_it_is_large(tmp_path, tenth):
-    from agent.data import episode_table
+    from agent.data.recorded import episode_table
 
     (path,) = tenth.glob("meta/episodes/*/*.parquet")
     damaged = tmp_path / "meta" / "file-000.parquet"

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from stores import write_pretrained
 
 from agent import export
-from agent.data.loader import SampleReader, collate
-from agent.data.normalization import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
-from agent.data.robot import Robot
-from agent.data.task_tokens import make_task_tokens
-from agent.data.transforms import SampleSpec
+from agent.data.loading.loader import SampleReader, collate
+from agent.data.normalization.normalizer import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
+from agent.data.normalization.robot import Robot
+from agent.data.samples.task_tokens import make_task_tokens
+from agent.data.samples.transforms import SampleSpec
 from agent.models.pi0 import adapter, configuration
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0

@@ -24,7 +24,7 @@ import torch
 from stores import write_pretrained
 from test_lerobot_checkpoint import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
 
-from agent.data.normalization import to_lerobot_stats
+from agent.data.normalization.normalizer import to_lerobot_stats
 from agent.models.pi0.configuration import FeatureSpec
 from agent.models.pi0.model import PI0
 

@@ -26,11 +26,11 @@ from test_reliability import recorded, samples_of_updates
 
 from agent.batch import map_tensors
 from agent.data import prepare
-from agent.data.frame_manifest import Manifest
-from agent.data.frame_store import read_index
-from agent.data.loader import TrainLoader
-from agent.data.transforms import SampleSpec
-from agent.data.video import Moment, decode_frame
+from agent.data.frames.manifest import Manifest
+from agent.data.frames.store import read_index
+from agent.data.loading.loader import TrainLoader
+from agent.data.recorded.video import Moment, decode_frame
+from agent.data.samples.transforms import SampleSpec
 
 FRONT = "observation.images.front"
 FEW = ("--n_updates", "3", "--eval_freq", "0", "--save_model_freq", "100")

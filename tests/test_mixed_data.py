@@ -20,11 +20,11 @@ from make_dataset import write_dataset
 
 from agent import export
 from agent.data.build import Data, build_data
-from agent.data.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
-from agent.data.mixture import Mixture
-from agent.data.normalization import STATISTIC_NAMES, compute_statistics
+from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
+from agent.data.samples.mixture import Mixture
+from agent.data.samples.transforms import SampleSpec
 from agent.data.source import DatasetConfig
-from agent.data.transforms import SampleSpec
 from agent.reproducibility import stream
 
 FRONT = "observation.images.front"
@@ -172,7 +172,7 @@ def test_states_of_one_robot_are_in_one_order(folder: Path, tmp_path: Path) -> N
 
 
 def test_given_statistics_are_of_the_same_dimensions(folder: Path, tmp_path: Path) -> None:
-    from agent.data.robot_statistics import GivenStatistics
+    from agent.data.normalization.robot_statistics import GivenStatistics
 
     shutil.copytree(folder / "arm", tmp_path / "arm")
     path = tmp_path / "arm" / "meta" / "info.json"
@@ -214,7 +214,7 @@ def test_one_set_of_statistics_is_refused_for_different_robots(folder: Path, tmp
 
 def test_a_data_set_of_another_robot_can_be_looked_at_by_itself(mixed: Data, folder: Path) -> None:
     from agent.data.features import check_features
-    from agent.data.robot_names import robot_alone
+    from agent.data.normalization.robot_names import robot_alone
 
     train = TrainDataConfig([arm(folder), hand(folder)], normalization="per_dataset")
     of_hand, of_arm = mixed.reader.sources
@@ -269,7 +269,7 @@ def test_given_statistics_and_per_dataset_contradict(tmp_path: Path) -> None:
 
 def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in what the mixture computes, not in seconds."""
-    from agent.data import mixture
+    from agent.data.samples import mixture
 
     calls, scramble = [0], mixture._scramble
     monkeypatch.setattr(mixture, "_scramble", lambda *a: (calls.__setitem__(0, calls[0] + 1), scramble(*a))[1])

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from agent.data.mixture import Mixture, permute
+from agent.data.samples.mixture import Mixture, permute
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 7, 8, 16, 17, 63, 64, 65, 100, 1000, 4096, 4097])

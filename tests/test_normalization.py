@@ -9,8 +9,14 @@ import pytest
 from forked import ForkServer
 from launching import Workplace
 
-from agent.data.normalization import MODES, Normalizer, compute_statistics, merge_statistics, to_lerobot_stats
-from agent.data.relative import Chunks, chunk_statistics
+from agent.data.normalization.normalizer import (
+    MODES,
+    Normalizer,
+    compute_statistics,
+    merge_statistics,
+    to_lerobot_stats,
+)
+from agent.data.normalization.relative import Chunks, chunk_statistics
 
 
 @pytest.fixture

@@ -30,13 +30,13 @@ from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for
 )
 
 from agent import export
-from agent.data import statistics_cache
 from agent.data.build import Data, RelativeActions, build_data
-from agent.data.loader import DataConfig, TrainDataConfig, ValDataConfig, validation_batches
-from agent.data.normalization import compute_statistics, merge_statistics, to_lerobot_stats
-from agent.data.relative import Chunks, chunk_statistics, relative_mask
+from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig, validation_batches
+from agent.data.normalization import kept as statistics_cache
+from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
+from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
+from agent.data.samples.transforms import SampleSpec
 from agent.data.source import DatasetConfig
-from agent.data.transforms import SampleSpec
 from agent.models.pi0 import statistics as given
 from agent.reproducibility import stream
 
@@ -128,7 +128,7 @@ def _by_hand(data: Data, number: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("shares", [[0.25, 0.75], [0.9, 0.1]], ids=str)
 def test_quantiles_are_exact_with_weights_ties_and_signs(shares: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    from agent.data import relative
+    from agent.data.normalization import relative
 
     monkeypatch.setattr(relative, "_AT_ONCE", 7)  # many pieces
     generator = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_the_mask_is_lerobots() -> None:
 def test_names_are_read_as_data_sets_have_them(names: list | dict) -> None:
     from types import SimpleNamespace
 
-    from agent.data.robot_statistics import names_of_action
+    from agent.data.normalization.robot_statistics import names_of_action
 
     features = {"act": {"shape": [4], "names": names}, "other": {"shape": [5], "names": names}}
     source = SimpleNamespace(config=SimpleNamespace(action="act"), metadata=SimpleNamespace(features=features))
@@ -342,7 +342,7 @@ def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp
 
 def test_lerobot_acts_as_we_do_with_relative_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By LeRobot's own code from the folder alone, against our data path and ``Robot.decode``."""
-    from agent.data import robot as robot_module
+    from agent.data.normalization import robot as robot_module
 
     config = make_config(use_relative_actions=True, action_feature_names=NAMES)
     model, folder = make_model(config), tmp_path / "pretrained_model"
@@ -366,7 +366,7 @@ def test_lerobot_acts_as_we_do_with_relative_actions(tmp_path: Path, monkeypatch
     from lerobot.policies.factory import make_pre_post_processors
     from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 
-    from agent.data.normalization import Normalizer
+    from agent.data.normalization.normalizer import Normalizer
 
     before, _ = make_pre_post_processors(PI0Policy.from_pretrained(folder).config, pretrained_path=str(folder))
     frame = recording.frames[1]

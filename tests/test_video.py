@@ -19,10 +19,10 @@ import pytest
 import torch
 from make_large_dataset import write_large_dataset
 
-from agent.data import mp4, video
+from agent.data.loading.worker_pool import WorkerPool
+from agent.data.recorded import mp4, video
+from agent.data.recorded.video import Moment, decode_frame
 from agent.data.source import DatasetConfig, Source, open_source
-from agent.data.video import Moment, decode_frame
-from agent.data.worker_pool import WorkerPool
 
 BACKENDS = ["pyav", "torchcodec"]
 

@@ -14,7 +14,7 @@ from launching import Workplace
 from test_data import FRONT
 
 from agent.configuration_pipeline import load_config
-from agent.data.frame_store import WantedStore
+from agent.data.frames.store import WantedStore
 from agent.data.prepare import prepare
 from agent.data.source import choose_video_backend, open_source
 

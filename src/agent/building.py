@@ -17,7 +17,7 @@ from agent.checkpoints.store import PRETRAINED, CheckpointStore
 from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
-from agent.data.transforms import SampleSpec
+from agent.data.samples.transforms import SampleSpec
 from agent.lifecycle import history, software
 from agent.lifecycle.run_folder import RunFolder
 from agent.lifecycle.watchdog import Watchdog

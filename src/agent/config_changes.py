@@ -15,7 +15,7 @@ import yaml
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import TRAINING
 from agent.configuration_pipeline import TrainPipelineConfig, dump
-from agent.data.frame_store import frames_folder, jpeg_of
+from agent.data.frames.store import frames_folder, jpeg_of
 
 if TYPE_CHECKING:
     from agent.data.build import Data

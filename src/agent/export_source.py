@@ -169,8 +169,8 @@ def datasets_of(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """Name of a data set, and how much of it was trained on if its folder is here."""
-    from agent.data.episodes import choose_episodes, hold_out
-    from agent.data.metadata import read_metadata
+    from agent.data.recorded.episodes import choose_episodes, hold_out
+    from agent.data.recorded.metadata import read_metadata
 
     name = {"name": entry["repo_id"]}
     root = Path(entry.get("root") or "").expanduser()

@@ -156,7 +156,7 @@ class LoadedPolicy:
         import torch
 
         from agent.batch import to_device
-        from agent.data.transforms import pad_vector, resize_with_pad
+        from agent.data.samples.transforms import pad_vector, resize_with_pad
 
         height, width = self.config.image_resolution
         images, masks = {}, {}

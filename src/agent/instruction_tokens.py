@@ -63,7 +63,7 @@ def load_instruction_tokens(
     Raises:
         ValueError: if it cannot be had, with what to do.
     """
-    from agent.data.task_tokens import load_tokenizer
+    from agent.data.samples.task_tokens import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(name or processors.tokenizer)

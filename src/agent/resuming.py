@@ -20,7 +20,7 @@ from agent.checkpoints.tensor_reader import Checksums
 from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
-from agent.data.normalization import NARROW_RULE
+from agent.data.normalization.normalizer import NARROW_RULE
 from agent.models import registry
 from agent.optim.ema import Ema
 from agent.parallel.processes import Processes

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from agent.checkpoints.manifest import Folder
-from agent.data.normalization import Normalizer, given_statistics
+from agent.data.normalization.normalizer import Normalizer, given_statistics
 
 STATE, ACTION = "observation.state", "action"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -21,8 +21,8 @@ from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING
 from agent.checkpoints.tensor_reader import Checksums
 from agent.checkpoints.writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
-from agent.data.normalization import to_lerobot_stats
-from agent.data.robot import names_document, robots_document
+from agent.data.normalization.normalizer import to_lerobot_stats
+from agent.data.normalization.robot import names_document, robots_document
 from agent.models import registry
 from agent.optim.optimizer import allocate_state, optimizer_tensors
 from agent.parallel.wrap import is_sharded_module

@@ -16,7 +16,7 @@ import torch
 
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump_yaml
-from agent.data.loader import TrainLoader
+from agent.data.loading.loader import TrainLoader
 from agent.lifecycle.watchdog import Watchdog
 from agent.optim.optimizer import apply_update, clip_gradients
 from agent.parallel.processes import StopRequest

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.data.dimension_names import alike, misplaced
-from agent.data.robot_statistics import names_of_action, names_of_state
+from agent.data.normalization.robot_statistics import names_of_action, names_of_state
+from agent.data.recorded.dimension_names import alike, misplaced
 from agent.data.source import Source
 
 

@@ -10,27 +10,27 @@ import numpy as np
 import xxhash
 
 from agent.data.agreement import check_agreement
-from agent.data.augmentation import augmentations
-from agent.data.episodes import hold_out
 from agent.data.features import check_features
-from agent.data.frame_manifest import PREPARE
-from agent.data.frame_store import WantedStore, jpeg_of, stores_there
-from agent.data.loader import DataConfig, start_fork_server
-from agent.data.metadata import spelled
-from agent.data.mixture import Mixture
-from agent.data.normalization import NARROW_RULE
-from agent.data.reader import Draw, SampleReader
-from agent.data.robot import Robot
-from agent.data.robot_names import assign_robots
-from agent.data.robot_statistics import (
+from agent.data.frames.manifest import PREPARE
+from agent.data.frames.store import WantedStore, jpeg_of, stores_there
+from agent.data.loading.loader import DataConfig, start_fork_server
+from agent.data.normalization.normalizer import NARROW_RULE
+from agent.data.normalization.robot import Robot
+from agent.data.normalization.robot_names import assign_robots
+from agent.data.normalization.robot_statistics import (
     GivenStatistics,
     RelativeActions,
     finite_columns,
     make_robots,
 )
+from agent.data.recorded.episodes import hold_out
+from agent.data.recorded.metadata import spelled
+from agent.data.samples.augmentation import augmentations
+from agent.data.samples.mixture import Mixture
+from agent.data.samples.reader import Draw, SampleReader
+from agent.data.samples.task_tokens import cached_task_tokens
+from agent.data.samples.transforms import SampleSpec, load_paraphrases
 from agent.data.source import DatasetConfig, Source, open_source
-from agent.data.task_tokens import cached_task_tokens
-from agent.data.transforms import SampleSpec, load_paraphrases
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Data:
     """What the fingerprint would be if each training data set's pictures were those of this frame store, by its name, or
     of the videos: None."""
     narrow_rule: int
-    """What the statistics take for narrow, see ``agent.data.normalization.made_safe``."""
+    """What the statistics take for narrow, see ``agent.data.normalization.normalizer.made_safe``."""
     report: list[str]
     """Lines for the log: frames, statistics that were clamped, cameras left out, instructions cut."""
 

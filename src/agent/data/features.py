@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from agent.data.pictures import check_pictures
+from agent.data.recorded.pictures import check_pictures
+from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source
-from agent.data.transforms import SampleSpec
 
 _EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no data set ever fills
 

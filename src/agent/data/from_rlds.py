@@ -22,10 +22,10 @@ from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 
+from agent.data.conversion.rlds import Tree, open_tree
+from agent.data.conversion.shard import Layout, Place, convert_shard
+from agent.data.conversion.v3_metadata import Totals, write_metadata
 from agent.data.orphans import end_with_parent
-from agent.data.rlds import Tree, open_tree
-from agent.data.rlds_shard import Layout, Place, convert_shard
-from agent.data.v3_metadata import Totals, write_metadata
 from agent.safe_files import alone
 
 log = logging.getLogger("agent.data.from_rlds")

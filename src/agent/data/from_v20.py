@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from agent.data.info_file import check_v2_info, read_json_object, read_lines
 from agent.data.orphans import end_with_parent
-from agent.data.pictures import NoColours, raw_picture, stored_picture
-from agent.data.video_frame import rgb
+from agent.data.recorded.info_file import check_v2_info, read_json_object, read_lines
+from agent.data.recorded.pictures import NoColours, raw_picture, stored_picture
+from agent.data.recorded.video_frame import rgb
 from agent.safe_files import replacing, write_text
 
 

@@ -23,13 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data.frame_manifest import seal
-from agent.data.frame_parts import Part, start_worker, write_part
-from agent.data.frame_preparation import Preparation, note_of, to_text
-from agent.data.frame_store import WantedStore, frames_folder
-from agent.data.frame_times import index_file
-from agent.data.metadata import spelled
-from agent.data.pictures import NoColours, check_pictures
+from agent.data.frames.manifest import seal
+from agent.data.frames.parts import Part, start_worker, write_part
+from agent.data.frames.preparation import Preparation, note_of, to_text
+from agent.data.frames.store import WantedStore, frames_folder
+from agent.data.frames.times import index_file
+from agent.data.recorded.metadata import spelled
+from agent.data.recorded.pictures import NoColours, check_pictures
 from agent.safe_files import alone, write_bytes
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _sampled(part: Part, count: int) -> list[int]:
     """The sizes of a few encoded pictures; what is bad is left to the real pass."""
     import av
 
-    from agent.data.frame_parts import FrameMissing, _from_data_file, decode, encoded
+    from agent.data.frames.parts import FrameMissing, _from_data_file, decode, encoded
 
     if not part.video:
         episode, rows = next(iter(part.episodes.items()))
@@ -162,7 +162,7 @@ class _Pool:
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
-            ["agent.data.frame_parts", "torch", "cv2", "av", "simplejpeg", "pyarrow.parquet"]
+            ["agent.data.frames.parts", "torch", "cv2", "av", "simplejpeg", "pyarrow.parquet"]
         )
         self._written = context.Value("q", 0)
         self._pool = ProcessPoolExecutor(workers, context, start_worker, (self._written,))
@@ -219,9 +219,9 @@ def prepare_all(
     """
     from agent import hub
     from agent.data.features import check_features
-    from agent.data.robot_names import assign_robots
+    from agent.data.normalization.robot_names import assign_robots
+    from agent.data.samples.transforms import SampleSpec
     from agent.data.source import open_source
-    from agent.data.transforms import SampleSpec
 
     model: Any = config.model_cfg
     values: dict[str, Any] = {item.name: getattr(model, item.name) for item in fields(SampleSpec)}

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data import files
-from agent.data.arrow import to_numpy
-from agent.data.augmentation import AugmentationConfig
-from agent.data.columns import ColumnTable
-from agent.data.episodes import choose_episodes
-from agent.data.frame_manifest import PREPARE
-from agent.data.frame_store import FrameStore, WantedStore, find_store
-from agent.data.metadata import Metadata, read_metadata
-from agent.data.pictures import NoColours, stored_picture
-from agent.data.stretches import mapped_videos, moment_of, picture_problems, refusal
-from agent.data.video import WrongTime, decode_frame
+from agent.data.frames.manifest import PREPARE
+from agent.data.frames.store import FrameStore, WantedStore, find_store
+from agent.data.recorded import files
+from agent.data.recorded.arrow import to_numpy
+from agent.data.recorded.columns import ColumnTable
+from agent.data.recorded.episodes import choose_episodes
+from agent.data.recorded.metadata import Metadata, read_metadata
+from agent.data.recorded.pictures import NoColours, stored_picture
+from agent.data.recorded.stretches import mapped_videos, moment_of, picture_problems, refusal
+from agent.data.recorded.video import WrongTime, decode_frame
+from agent.data.samples.augmentation import AugmentationConfig
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.data.transforms import resize_with_pad
+from agent.data.samples.transforms import resize_with_pad
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey

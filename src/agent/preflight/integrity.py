@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.data.metadata import spelled
+from agent.data.recorded.metadata import spelled
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey

@@ -64,7 +64,7 @@ def _verdict(context: Context, text: str, details: dict, needed: float, each: fl
 
 def _measure(context: Context, workers: int) -> tuple[float, int, float]:
     """Samples per second, samples and seconds; the first that workers have ready are not counted."""
-    from agent.data.loader import TrainLoader
+    from agent.data.loading.loader import TrainLoader
 
     data, config = context.data, context.config
     batch = min(config.per_device_batch_size, 16)

@@ -14,10 +14,10 @@ from agent.preflight.found import Found, Item
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.samples.transforms import SampleSpec
     from agent.data.source import DatasetConfig, Source
-    from agent.data.transforms import SampleSpec
 
-_DATASET_REVISION = "v3.0"  # what agent.data.files asks for
+_DATASET_REVISION = "v3.0"  # what agent.data.recorded.files asks for
 _TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -89,8 +89,8 @@ def _look_for_weights(config: TrainPipelineConfig, key: str, reference: str) -> 
 def _fetch_dataset(dataset: DatasetConfig, key: str) -> None:
     from lerobot.utils.constants import HF_LEROBOT_HUB_CACHE
 
-    from agent.data.episodes import choose_episodes
-    from agent.data.metadata import read_metadata
+    from agent.data.recorded.episodes import choose_episodes
+    from agent.data.recorded.metadata import read_metadata
 
     repository = hub.Repository(dataset.repo_id, "dataset", dataset.revision or _DATASET_REVISION)
     folder = hub.snapshot(repository, key, ["meta/*"], HF_LEROBOT_HUB_CACHE)
@@ -126,7 +126,7 @@ def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
 def _look_for_tokenizer(path: str) -> Found:
     from huggingface_hub import snapshot_download
 
-    from agent.data.task_tokens import load_tokenizer
+    from agent.data.samples.task_tokens import load_tokenizer
 
     tokenizer = load_tokenizer(path)
     folder = Path(path).expanduser()
@@ -149,10 +149,10 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
     Raises:
         ValueError: as the training would.
     """
-    from agent.data.episodes import hold_out
     from agent.data.features import check_features
-    from agent.data.robot_names import assign_robots
-    from agent.data.transforms import load_paraphrases
+    from agent.data.normalization.robot_names import assign_robots
+    from agent.data.recorded.episodes import hold_out
+    from agent.data.samples.transforms import load_paraphrases
 
     count = len(config.data.train.datasets)
     training, validation = sources[:count], sources[count:]
@@ -169,7 +169,7 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
 
 def sample_spec(config: TrainPipelineConfig) -> SampleSpec:
     """What the model wants of a sample."""
-    from agent.data.transforms import SampleSpec
+    from agent.data.samples.transforms import SampleSpec
 
     values: dict[str, Any] = {field.name: getattr(config.model_cfg, field.name) for field in fields(SampleSpec)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

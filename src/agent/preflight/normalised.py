@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.data.normalization import compute_statistics
+from agent.data.normalization.normalizer import compute_statistics
 from agent.preflight.cameras import names_of
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 
 if TYPE_CHECKING:
-    from agent.data.normalization import Normalizer
-    from agent.data.robot import Robot
+    from agent.data.normalization.normalizer import Normalizer
+    from agent.data.normalization.robot import Robot
     from agent.data.source import Source
 
 FAR = 5.0

@@ -112,7 +112,7 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
 
 def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
     from agent.building import build
-    from agent.data.loader import TrainLoader
+    from agent.data.loading.loader import TrainLoader
     from agent.lifecycle.watchdog import Watchdog
     from agent.parallel.processes import Launch, Processes
     from agent.saving import Saver

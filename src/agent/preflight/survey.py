@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent import hub
-from agent.data import files
-from agent.data.columns import ColumnTable
-from agent.data.episodes import choose_episodes
 from agent.data.features import check_features
-from agent.data.frame_store import WantedStore, find_store
-from agent.data.metadata import Metadata, read_metadata
-from agent.data.robot_names import robot_alone
+from agent.data.frames.store import WantedStore, find_store
+from agent.data.normalization.robot_names import robot_alone
+from agent.data.recorded import files
+from agent.data.recorded.columns import ColumnTable
+from agent.data.recorded.episodes import choose_episodes
+from agent.data.recorded.metadata import Metadata, read_metadata
+from agent.data.recorded.stretches import mapped_videos, picture_problems
 from agent.data.source import Source, open_source
-from agent.data.stretches import mapped_videos, picture_problems
 from agent.preflight import needs
 
 if TYPE_CHECKING:

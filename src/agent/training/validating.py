@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING, Any
 
-from agent.data.loader import validation_batches
+from agent.data.loading.loader import validation_batches
 from agent.progress import followed
 from agent.validation.measurement import DatasetNames, evaluate
 from agent.validation.picture import draw

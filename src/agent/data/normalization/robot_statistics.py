@@ -1,0 +1,297 @@
+"""The statistics that a robot's states and actions are normalised with, from the data or given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+
+from agent.data.normalization.kept import cached_chunk_statistics, cached_statistics
+from agent.data.normalization.normalizer import (
+    NARROW_RULE,
+    FeatureStatistics,
+    Normalizer,
+    first_non_finite,
+    given_statistics,
+)
+from agent.data.normalization.relative import Chunks, relative_mask
+from agent.data.normalization.robot import Robot
+from agent.data.recorded.dimension_names import fitting, labels_of, misplaced, names_of
+from agent.data.source import Source
+
+
+class GivenStatistics(NamedTuple):
+    """Statistics that are not of the training data."""
+
+    source: str
+    """Where they are from, for people."""
+    values: Mapping[str, Mapping[str, np.ndarray]]
+    """``state`` and ``action`` → statistic → values."""
+    names: Mapping[str, Sequence[str]] = {}  # noqa: RUF012  (never changed)
+    """``state`` and ``action`` → names of the dimensions, where they are known."""
+
+
+@dataclass(frozen=True)
+class RelativeActions:
+    """That actions are learnt relative to the state."""
+
+    exclude: Sequence[str]
+    """Words; a dimension whose name contains one stays absolute."""
+    action_names: Sequence[str] | None
+    """For data sets that have no names of their own."""
+
+
+def make_robots(
+    training: Sequence[Source],
+    names: Sequence[str],
+    shares: Sequence[float],
+    normalization_mapping: Mapping[str, str],
+    given: GivenStatistics | None,
+    relative: RelativeActions | None,
+    digest: xxhash.xxh3_128,
+    narrow_rule: int = NARROW_RULE,
+) -> tuple[dict[str, Robot], list[str]]:
+    """Robots by name, and lines for the log. What is trained on goes into the digest.
+
+    Args:
+        training: the data sets.
+        names: the robot of each.
+        shares: each data set's fraction of the samples.
+        normalization_mapping: ``STATE`` and ``ACTION`` → mode.
+        given: statistics to normalise with, instead of those of the data; for a single robot.
+        relative: that actions are learnt relative to the state, or None.
+        digest: gets every state and action, and the statistics that are given.
+        narrow_rule: see ``made_safe``.
+
+    Raises:
+        ValueError: if a value is not finite, given statistics do not fit, or actions cannot be made relative.
+    """
+    assert given is None or len(set(names)) == 1, "checked with the configuration"
+    columns = {}
+    for feature in ("state", "action"):
+        columns[feature] = [finite_columns(source, feature) for source in training]
+        for blocks in columns[feature]:
+            for block in blocks:
+                digest.update(np.ascontiguousarray(block))
+        if given is not None:
+            taken = _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1])
+            for values in taken.to_dict().values():
+                digest.update(np.ascontiguousarray(values))
+    robots, report = {}, []
+    for name in dict.fromkeys(names):
+        mine = [number for number, other in enumerate(names) if other == name]
+        members = [training[number] for number in mine]
+        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
+        share = [shares[number] for number in mine]
+        if len(mine) < len(names):
+            share = [part / sum(share) for part in share]
+        robots[name], lines = _robot(
+            name, members, of_robot, share, normalization_mapping, given, relative, narrow_rule
+        )
+        report += lines if len(set(names)) == 1 else [f"robot {name}: {line}" for line in lines]
+    return robots, report
+
+
+def _robot(
+    name: str,
+    members: Sequence[Source],
+    columns: Mapping[str, list[list[np.ndarray]]],
+    shares: list[float],
+    mapping: Mapping[str, str],
+    given: GivenStatistics | None,
+    relative: RelativeActions | None,
+    narrow_rule: int,
+) -> tuple[Robot, list[str]]:
+    """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
+    root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
+    action_names = names_of_action(members[0])
+    compute: dict[str, Callable[[int], FeatureStatistics]] = {
+        feature: partial(cached_statistics, columns[feature], shares, root) for feature in ("state", "action")
+    }
+    if relative is None:
+        mean_action = compute["action"](narrow_rule).mean
+    else:
+        action_names = _relative_names(members[0], relative, actions[0][0].shape[1])
+        chunks, mask = _chunks(members, columns, relative, action_names)
+        means = [np.concatenate(blocks).mean(axis=0, dtype=np.float64) for blocks in actions]
+        mean_action = np.average(means, axis=0, weights=shares).astype(np.float32)
+        compute["action"] = partial(cached_chunk_statistics, chunks, shares, root)
+        report.append(f"actions relative to the state: {_listed(mask, action_names)}")
+    statistics = {}
+    for feature in ("state", "action"):
+        if given is not None:
+            statistics[feature] = _taken(given, feature, mapping, columns[feature][0][0].shape[1])
+            for source in members:
+                _check_given(given, feature, source)
+            report.append(f"{feature} statistics are those of {given.source}")
+            continue
+        statistics[feature] = compute[feature](narrow_rule)
+        report += _unnormalised(feature, members[0], statistics[feature])
+        if narrow_rule != NARROW_RULE and statistics[feature].clamped:
+            report += _kept_as_begun(feature, statistics[feature], compute[feature](NARROW_RULE))
+    state, action = (Normalizer(mapping.get(f.upper(), "IDENTITY"), statistics[f]) for f in ("state", "action"))
+    return Robot(name, state, action, mean_action, mask, action_names, names_of_state(members[0])), report
+
+
+def _unnormalised(feature: str, source: Source, statistics: FeatureStatistics) -> list[str]:
+    if not statistics.constant:
+        return []
+    key = source.config.state if feature == "state" else source.config.action
+    names = labels_of(source.metadata.features[key])
+    listed = ", ".join(names[dim] for dim in statistics.constant)
+    return [f"{feature} dimensions {list(statistics.constant)} ({listed}) hardly vary and stay unnormalised"]
+
+
+def _kept_as_begun(feature: str, kept: FeatureStatistics, now: FeatureStatistics) -> list[str]:
+    changed = [
+        dim
+        for dim in kept.clamped
+        if any(not np.array_equal(kept.to_dict()[name][dim], now.to_dict()[name][dim]) for name in kept.known)
+    ]
+    if not changed:
+        return []
+    return [
+        f"WARNING: {feature} dimensions {changed} vary by less than 1e-4 in their unit, which this run was begun to take for "
+        "constant; it goes on with the statistics of its checkpoints. A new run, under another name, normalises them"
+    ]
+
+
+def _chunks(
+    members: Sequence[Source],
+    columns: Mapping[str, list[list[np.ndarray]]],
+    relative: RelativeActions,
+    names: tuple[str, ...] | None,
+) -> tuple[list[Chunks], np.ndarray]:
+    """The chunks of each data set, and which dimensions are relative."""
+    dims, parts = columns["action"][0][0].shape[1], []
+    try:
+        mask = relative_mask(names, relative.exclude, dims)
+    except ValueError as error:
+        raise ValueError(f"{members[0]}: {error}") from None
+    for source, state, action in zip(members, columns["state"], columns["action"], strict=True):
+        if not np.array_equal(relative_mask(names_of_action(source) or names, relative.exclude, dims), mask):
+            raise ValueError(
+                f"{source} has other action dimensions that stay absolute (relative_exclude_joints "
+                f"{list(relative.exclude)}) than {members[0]}, and is normalised together with it: write "
+                "data.train.normalization: per_dataset, and another `robot` if it has the same one"
+            )
+        if state[0].shape[1] < dims:
+            raise ValueError(
+                f"{source}: use_relative_actions subtracts {source.config.state} ({state[0].shape[1]} dimensions) from "
+                f"{source.config.action} ({dims}): each action dimension needs its state; name another column with "
+                "`state:`, or write use_relative_actions: false in model_cfg"
+            )
+        _check_pairs(source, names_of_action(source) or names, mask)
+        lengths = source.metadata.episodes["length"][source.episodes]
+        part = Chunks(state, action, lengths, source.chunk_size, mask)
+        if not len(part):
+            raise ValueError(
+                f"{source}: no episode has the {source.chunk_size} frames of a whole chunk (the longest has "
+                f"{lengths.max()}), and statistics of relative actions are of whole chunks: lower model_cfg.chunk_size"
+            )
+        parts.append(part)
+    return parts, mask
+
+
+def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray) -> None:
+    """Each relative action and the state of its place must be of one joint, which LeRobot and openpi take for granted, too."""
+    states = names_of_state(source)
+    if names is None or states is None:
+        return
+    found = misplaced(names, states, np.flatnonzero(mask).tolist())
+    if found is not None:
+        dim, where = found
+        raise ValueError(
+            f"{source}: use_relative_actions subtracts from each action the state of the same place, and dimension {dim} is "
+            f"{names[dim]!r} in {source.config.action}, {states[dim]!r} in {source.config.state} ({where}). Bring the columns of "
+            f"the data set into one order, name another one with `state:`, write {names[dim]!r} into "
+            "relative_exclude_joints, or use_relative_actions: false in model_cfg; where only the names are wrong, correct them "
+            "in meta/info.json"
+        )
+
+
+def names_of_action(source: Source) -> tuple[str, ...] | None:
+    """Names of the action's dimensions, or None where the data set has none, or not one for each."""
+    return names_of(source.metadata.features[source.config.action])
+
+
+def names_of_state(source: Source) -> tuple[str, ...] | None:
+    """The same of the state."""
+    return names_of(source.metadata.features[source.config.state])
+
+
+def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
+    """The data set's own names, else those of the config."""
+    own = names_of_action(source)
+    if own is None:
+        return _given_names(relative, dims)
+    written = fitting(relative.action_names, dims)
+    if written is not None and (found := misplaced(own, written, range(dims))) is not None:
+        raise ValueError(
+            f"{source}: dimension {found[0]} of {source.config.action} is {own[found[0]]!r}, and in "
+            f"model_cfg.action_feature_names {written[found[0]]!r} ({found[1]}): leave that out, for the data set "
+            "has names of its own"
+        )
+    return own
+
+
+def _given_names(relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
+    if relative.action_names is not None and len(relative.action_names) != dims:
+        raise ValueError(
+            f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write one "
+            "for each"
+        )
+    return fitting(relative.action_names, dims)
+
+
+def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
+    labels = names or [str(dim) for dim in range(len(mask))]
+    absolute = [label for label, on in zip(labels, mask, strict=True) if not on]
+    relative = [label for label, on in zip(labels, mask, strict=True) if on]
+    return f"{', '.join(relative)}; absolute: {', '.join(absolute) or 'none'}"
+
+
+def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
+    try:
+        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
+    except ValueError as error:
+        raise ValueError(
+            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
+            "load_from_checkpoint"
+        ) from None
+
+
+def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
+    theirs, key = given.names.get(feature), source.config.state if feature == "state" else source.config.action
+    ours = names_of(source.metadata.features[key])
+    if theirs is None or ours is None or len(theirs) != len(ours):
+        return
+    if (found := misplaced(ours, theirs, range(len(ours)))) is not None:
+        raise ValueError(
+            f"data.statistics: dimension {found[0]} of {key} is {ours[found[0]]!r} in {source}, and in {given.source} it is "
+            f"{theirs[found[0]]!r} ({found[1]}): bring the data set into that order, or write data.statistics: dataset"
+        )
+
+
+def finite_columns(source: Source, name: str) -> list[np.ndarray]:
+    """The state or action column of a source in pieces.
+
+    Raises:
+        ValueError: if a value is not finite, naming its episode, frame and dimension.
+    """
+    key = source.config.state if name == "state" else source.config.action
+    blocks, before = source.blocks(key), 0
+    for block in blocks:
+        if (bad := first_non_finite(block)) is not None:
+            row, dim = bad
+            episode, frame = source.frame(before + row)
+            raise ValueError(
+                f"{source}: {key} is {block[row, dim]} in dimension {dim} at episode {episode}, frame {frame}: repair "
+                "the data set, or leave this episode out with `episodes`"
+            )
+        before += len(block)
+    return blocks
