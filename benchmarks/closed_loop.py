@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from contenders import lerobot_of_size
 
-from agent.building import build_run_data
 from agent.configuration_pipeline import load_config
 from agent.data.normalization.normalizer import Normalizer
 from agent.data.samples.reader import collate
@@ -38,6 +37,7 @@ from agent.optim.optimizer import LearningRate
 from agent.parallel.processes import Launch, Processes
 from agent.reproducibility import stream
 from agent.settings.plan import make_plan
+from agent.training.building import build_run_data
 
 log = logging.getLogger("closed_loop")
 HEADS = 8

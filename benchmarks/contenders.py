@@ -29,8 +29,8 @@ from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallel.processes import Launch, Processes
 from agent.parallel.wrap import parallelize
 from agent.settings.plan import Plan
-from agent.train_state import Run, TrainState
-from agent.trainer import train_step
+from agent.training.train_state import Run, TrainState
+from agent.training.trainer import train_step
 
 STATE_DIM, ACTION_DIM = 8, 7
 MAX_GRAD_NORM = 1.0
@@ -180,7 +180,7 @@ class _NoClock:
 
 
 class Ours(Contender):
-    """`agent.trainer.train_step` over a model that `agent.parallel.wrap` has wrapped."""
+    """`agent.training.trainer.train_step` over a model that `agent.parallel.wrap` has wrapped."""
 
     def __init__(
         self, config: TrainPipelineConfig, batch: Batch, weights: dict[str, Any], device: torch.device

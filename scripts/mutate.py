@@ -47,9 +47,9 @@ PYTHON = REPOSITORY / ".venv" / "bin" / "python"
 
 # Module → the test files (of tests/test_*.py) that are nearest to it, the cheapest first.
 NEAREST = {
-    "trainer": "reliability training",
-    "saving": "optim checkpoint_writer reliability training",
-    "resuming": "reliability training",
+    "training.trainer": "reliability training",
+    "training.saving": "optim checkpoint_writer reliability training",
+    "training.resuming": "reliability training",
     "optim.optimizer": "optim low_memory_optimizers",
     "optim.low_memory_adamw": "low_memory_optimizers",
     "optim.adamw8bit": "low_memory_optimizers",

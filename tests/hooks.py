@@ -19,9 +19,9 @@ def record() -> None:
     import torch
     import xxhash
 
-    from agent import trainer
     from agent.optim.optimizer import optimizer_tensors
     from agent.parallel import sharding
+    from agent.training import trainer
 
     target = Path(os.environ["RECORD"] + f".{_rank()}")
     train_step = trainer.train_step
@@ -51,7 +51,7 @@ def record() -> None:
 
 def first_narrow_rule() -> None:
     """A run begins as runs did whose statistics took deviations below 1e-4 for none."""
-    from agent import resuming
+    from agent.training import resuming
 
     resuming.NARROW_RULE = 1
 
@@ -65,8 +65,8 @@ def follow_a_reference() -> None:
 
     import torch
 
-    from agent import trainer
     from agent.batch import to_device
+    from agent.training import trainer
 
     train_step, numbers = trainer.train_step, json.loads(os.environ["REFERENCE"])
     copies: dict[str, torch.Tensor] = {}
@@ -112,7 +112,7 @@ def processor_with_bfloat16() -> None:
 
 def infinite_gradient() -> None:
     """On rank 1, the gradients of the updates named in ``BREAK_AT`` are infinite."""
-    from agent import building
+    from agent.training import building
 
     parallelize, at = building.parallelize, json.loads(os.environ["BREAK_AT"])
 
@@ -134,7 +134,7 @@ def flip_a_bit() -> None:
     """On rank 1, one bit of one weight changes after update 5."""
     import torch
 
-    from agent import trainer
+    from agent.training import trainer
 
     train_step = trainer.train_step
 
@@ -151,7 +151,7 @@ def memory_exhausted() -> None:
     """The fourth update finds no memory, as on a GPU that others use too."""
     import torch
 
-    from agent import trainer
+    from agent.training import trainer
 
     train_step = trainer.train_step
 
@@ -167,7 +167,7 @@ def report_determinism() -> None:
     """Before training it is said what kernels torch will choose."""
     import torch
 
-    from agent import trainer
+    from agent.training import trainer
 
     train = trainer.train
     torch.backends.cudnn.benchmark = True
@@ -194,7 +194,7 @@ def broken_picture() -> None:
 
 def gated() -> None:
     """No update beyond the number in the file ``GATE`` begins before a larger one stands there."""
-    from agent import trainer
+    from agent.training import trainer
 
     train_step, gate = trainer.train_step, Path(os.environ["GATE"])
 
@@ -208,7 +208,7 @@ def gated() -> None:
 
 def fail_while_ending() -> None:
     """The third update hangs, and fails when the watchdog ends the run, as when the peer of a collective is gone."""
-    from agent import trainer
+    from agent.training import trainer
 
     train_step = trainer.train_step
 
@@ -281,7 +281,7 @@ def unanswered_files() -> None:
 
 def slow_start() -> None:
     """Building says when it begins and takes a while."""
-    from agent import building
+    from agent.training import building
 
     build = building.build
 
@@ -306,8 +306,8 @@ def count_waits() -> None:
 
     import torch
 
-    from agent import trainer
     from agent.models.pi0.model import PI0
+    from agent.training import trainer
 
     target = Path(os.environ["WAITS"] + f".{_rank()}")
     train_step, clip, forward = trainer.train_step, trainer.clip_gradients, PI0.forward
@@ -358,7 +358,7 @@ def count_batches_in_memory() -> None:
     """Writes, each time a micro-batch is taken, how many of the update's earlier ones are still in memory."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    from agent import trainer
+    from agent.training import trainer
 
     train_step, target = trainer.train_step, Path(os.environ["BATCHES"])
 
@@ -384,7 +384,7 @@ def report_compilations() -> None:
     from torch._dynamo.utils import counters
     from torch._inductor import config
 
-    from agent import trainer
+    from agent.training import trainer
 
     config.cpp.cxx = (None, os.environ["CXX"])
     train = trainer.train
@@ -403,7 +403,7 @@ def count_blocks_of_gradients() -> None:
     """Writes, after each micro-batch, in how many blocks of memory the gradients are, and how many gradients there are."""
     import contextlib
 
-    from agent import trainer
+    from agent.training import trainer
 
     accumulating, target = trainer.accumulating, Path(os.environ["BLOCKS"] + f".{_rank()}")
 
@@ -426,7 +426,7 @@ def small_buckets() -> None:
 
     import torch
 
-    from agent import trainer
+    from agent.training import trainer
 
     compiler, train, graphs = torch.compile, trainer.train, [0]
 
@@ -471,7 +471,7 @@ def no_compiler() -> None:
 
 def _replace_draw(make: Any) -> None:
     """Noise and time of a sample are drawn by what ``make`` gives for the run's own draw; it travels to the workers."""
-    from agent import building
+    from agent.training import building
 
     build = building.build
 
@@ -505,7 +505,7 @@ def _slow(draw: Any, k: int) -> Any:
 
 def fail_on_rank_1_while_building() -> None:
     """Rank 1 cannot build the model."""
-    from agent import building
+    from agent.training import building
 
     parallelize = building.parallelize
 

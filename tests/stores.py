@@ -37,7 +37,7 @@ def save(store: CheckpointStore, step: int, write: Callable[[Path], object]) -> 
 
 
 def newest(store: CheckpointStore) -> Found:
-    """The newest candidate whose manifest holds, as `agent.resuming` looks for it."""
+    """The newest candidate whose manifest holds, as `agent.training.resuming` looks for it."""
     passed_over: list[str] = []
     for path in store.candidates():
         if (damage := verify(path)) is None:

@@ -20,7 +20,6 @@ from typing import Any
 import pytest
 import yaml
 
-from agent.config_changes import changes_since, changes_since_checkpoint, settle
 from agent.configuration_pipeline import (
     TrainPipelineConfig,
     dump,
@@ -31,6 +30,7 @@ from agent.configuration_pipeline import (
 from agent.parallel.processes import Launch, choose_device, read_launch
 from agent.settings.files import ConfigError
 from agent.settings.plan import make_plan
+from agent.training.config_changes import changes_since, changes_since_checkpoint, settle
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -27,7 +27,7 @@ from launching import MODEL, REPOSITORY, Workplace
 
 from agent import evaluate_sim
 from agent.checkpoints.manifest import seal
-from agent.export_source import statistics_of
+from agent.deployment.saved_checkpoint import statistics_of
 from agent.simulation import starting, watching
 from agent.simulation.configuration import SimulationConfig, known_tasks
 from agent.simulation.evaluation import Request, digest_of

@@ -182,7 +182,7 @@ def test_a_run_keeps_the_rule_that_it_began_with(server: ForkServer, place: Work
 
 
 def test_checkpoints_that_name_no_rule_are_of_the_first(tmp_path):
-    from agent.resuming import narrow_rule
+    from agent.training.resuming import narrow_rule
 
     for number, content in enumerate(["{}", "damaged", '{"narrow_rule": 2}', '{"narrow_rule": 9}']):
         (tmp_path / str(number) / "training_state").mkdir(parents=True)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from agent import saving
 from agent.checkpoints import tensor_file
 from agent.checkpoints.store import TRAINING
 from agent.optim.optimizer import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
+from agent.training import saving
 
 PEAK, FINAL = 5e-5, 2.5e-6
 

@@ -359,7 +359,7 @@ def test_a_model_too_large_for_the_gpu_is_a_row(place: Workplace, monkeypatch: p
     """Already building it runs out of memory, as on a GPU, and nothing is left behind."""
     import torch
 
-    from agent import building
+    from agent.training import building
 
     def build(*_: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee documentation")

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from agent.checkpoints.store import CheckpointStore
-from agent.disk_space import which_disk
+from agent.lifecycle.disk_space import which_disk
 from agent.lifecycle.run_folder import RunFolder, report_attempt, write_text
 from agent.parallel.processes import StopRequest
 from agent.validation.record import ValidationRecords

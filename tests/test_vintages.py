@@ -20,13 +20,13 @@ import yaml
 from launching import MODEL, RUN, Workplace
 from safetensors.torch import load_file, save_file
 
-from agent.config_changes import changes_since
 from agent.configuration_pipeline import TrainPipelineConfig, dump, load_config
 from agent.describe_config import entries
 from agent.models.pi0 import adapter, vintages
 from agent.models.registry import ModelConfig
 from agent.settings import older_keys
 from agent.settings.files import ConfigError
+from agent.training.config_changes import changes_since
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the config.json of the first lerobot/pi0 holds, and the file of a fine-tuning of 2025 derived from it.

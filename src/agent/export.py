@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.checkpoints.manifest import Folder
-from agent.export_source import (
+from agent.deployment.saved_checkpoint import (
     PREPROCESSOR,
     Source,
     bases,
@@ -51,7 +51,7 @@ def export(options: argparse.Namespace) -> None:
         ValueError: for everything that the user has to put right.
         OSError: if a file cannot be written.
     """
-    from agent import publishing
+    from agent.deployment import publishing
 
     out = Path(options.out).expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -118,7 +118,7 @@ def _small_files(
     options: argparse.Namespace, source: Source, contents: Contents, deployed: Deployment | None
 ) -> dict[str, bytes]:
     """File → contents of all but the weights and the card."""
-    from agent.model_card import is_hub_id
+    from agent.deployment.model_card import is_hub_id
 
     documents = dict(contents.documents)
     files: dict[str, bytes] = {}
@@ -158,8 +158,8 @@ def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.d
     Raises:
         ValueError: if the checkpoint's tensors are not those of its config.
     """
-    from agent import exported_weights
     from agent.checkpoints.weights import account
+    from agent.deployment import exported_weights
     from agent.models.pi0 import adapter, exporting
 
     match: Any = partial(adapter.from_lerobot, config=source.config)
@@ -189,7 +189,7 @@ def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.d
 def _write_card(
     folder: Path, options: argparse.Namespace, source: Source, contents: Contents, dtype: torch.dtype
 ) -> None:
-    from agent import model_card
+    from agent.deployment import model_card
 
     location = options.push_to_hub or Path(options.out).expanduser().resolve().name
     facts = model_card.Facts(

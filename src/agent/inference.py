@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agent.batch import Observation
-from agent.instruction_tokens import InstructionTokens, load_instruction_tokens
-from agent.observation_check import TASK, channels_first, check_observation, is_empty
-from agent.saved_processors import ACTION, STATE, Processors, read_processors
+from agent.deployment.instructions import InstructionTokens, load_instruction_tokens
+from agent.deployment.observations import TASK, channels_first, check_observation, is_empty
+from agent.deployment.processors import ACTION, STATE, Processors, read_processors
 
 if TYPE_CHECKING:
     import torch
 
-    from agent.export_source import Source
+    from agent.deployment.saved_checkpoint import Source
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def load_policy(
         ValueError: if a part is missing, damaged or does not fit, with what to do.
     """
     from agent.checkpoints.weights import load_into
-    from agent.export_source import open_checkpoint
+    from agent.deployment.saved_checkpoint import open_checkpoint
     from agent.models import registry
 
     source = open_checkpoint(checkpoint)

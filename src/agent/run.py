@@ -20,8 +20,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from agent import command_line
-from agent.disk_space import which_disk
 from agent.lifecycle import history, software
+from agent.lifecycle.disk_space import which_disk
 from agent.lifecycle.run_folder import RunFolder, report_attempt, report_failure
 from agent.lifecycle.watchdog import Watchdog, watch_launcher
 from agent.parallel.processes import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
@@ -30,7 +30,7 @@ from agent.simulation import starting
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.train_state import Run
+    from agent.training.train_state import Run
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -90,7 +90,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             folder = processes.on_main(lambda: _open_folder(config, stop, processes))
             opened = True
             watchdog.neighbours = processes.gather(os.getpid())
-            from agent.building import build
+            from agent.training.building import build
 
             run = build(config, launch, processes, folder, watchdog)
         except ValueError as error:
@@ -106,7 +106,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
 
 
 def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> int:
-    from agent.trainer import forget_reported, start_reporting, train
+    from agent.training.trainer import forget_reported, start_reporting, train
 
     config, folder, processes, exit_code = run.config, run.folder, run.processes, EXIT_FAILED
     try:
@@ -228,7 +228,7 @@ def _describe(error: Exception, config: TrainPipelineConfig, launch: Launch) -> 
     if disk := which_disk(error, config.run_dir):
         text += f"\n{disk}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-        from agent.memory_advice import when_exhausted
+        from agent.training.memory_advice import when_exhausted
 
         text += f"\n{when_exhausted(config, launch.world_size)}"
     return text

@@ -145,7 +145,7 @@ class Context:
     @cached_property
     def surveys(self) -> list[Survey]:
         """What is to be said of each data set, those to train on first."""
-        from agent.config_changes import began_with
+        from agent.training.config_changes import began_with
 
         known = began_with(self.own[0])
         return [survey(key, dataset, self.config, known) for key, dataset in needs.data_sets(self.config)]
@@ -194,8 +194,8 @@ class Context:
     def _build(self) -> Data:
         import torch
 
-        from agent.building import build_run_data
         from agent.parallel.processes import Launch, Processes
+        from agent.training.building import build_run_data
 
         return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
 

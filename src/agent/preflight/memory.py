@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from agent.memory_advice import savings
 from agent.models import registry
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 from agent.settings.gpus import GPUS, Gpu
+from agent.training.memory_advice import savings
 
 GIB = 1 << 30
 _MOST = 4096  # nobody asks for a larger batch, and none is looked for

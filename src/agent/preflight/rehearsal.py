@@ -23,7 +23,7 @@ from agent.preflight.report import Row, amount, span
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.train_state import Run
+    from agent.training.train_state import Run
 
 SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
 _CPU_FLOP = 2e11  # of a micro-batch on a CPU, at most; some seconds
@@ -111,11 +111,11 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
 
 
 def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
-    from agent.building import build
     from agent.data.loading.loader import TrainLoader
     from agent.lifecycle.watchdog import Watchdog
     from agent.parallel.processes import Launch, Processes
-    from agent.saving import Saver
+    from agent.training.building import build
+    from agent.training.saving import Saver
 
     watchdog = Watchdog(0, lambda _: None)
     run = build(config, Launch(), Processes(Launch(), device), None, watchdog)
@@ -140,7 +140,7 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
     """Two updates on the same batch, because the first allocates; the last is timed."""
     import torch
 
-    from agent.trainer import train_step
+    from agent.training.trainer import train_step
 
     device = run.processes.device
     cuda = device.type == "cuda"

@@ -11,15 +11,15 @@ from agent.preflight.report import Row, amount, span
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agent.saving import Saver
-    from agent.train_state import Run
+    from agent.training.saving import Saver
+    from agent.training.train_state import Run
 
 
 def check(run: Run, saver: Saver) -> Row:
     """Saves as training does, forgets, loads as a restart does, and compares every bit."""
     import torch
 
-    from agent import resuming
+    from agent.training import resuming
 
     before, step, begin = _fingerprints(run), run.state.step, time.perf_counter()
     saver.save()
@@ -44,7 +44,7 @@ def check(run: Run, saver: Saver) -> Row:
 
 
 def _fingerprints(run: Run) -> dict[str, int]:
-    from agent.replicas import fingerprints, fingerprints_of
+    from agent.training.replicas import fingerprints, fingerprints_of
 
     average = {f"ema/{name}": tensor for name, tensor in _average(run).items()}
     return fingerprints(run.policy, run.optimizer) | (fingerprints_of(average) if average else {})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from agent.config_changes import settle
 from agent.optim.optimizer import LearningRate
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.settings.plan import Plan, accumulation_steps, make_plan
+from agent.training.config_changes import settle
 
 
 def check(context: Context) -> list[Row]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from agent.observation_check import TASK, UnfitKeys
-from agent.saved_processors import STATE
+from agent.deployment.observations import TASK, UnfitKeys
+from agent.deployment.processors import STATE
 
 
 def told_to_client(

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.observation_check import TASK, UnfitKeys, check_task
-from agent.saved_processors import STATE
+from agent.deployment.observations import TASK, UnfitKeys, check_task
+from agent.deployment.processors import STATE
 from agent.serving.advice import told_to_client
 
 if TYPE_CHECKING:

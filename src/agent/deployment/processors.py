@@ -109,7 +109,7 @@ def relative_dims(action_dim: int, exclude_joints: Sequence[str], names: Sequenc
 
 
 def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    from agent.export_source import read_json
+    from agent.deployment.saved_checkpoint import read_json
 
     path = pretrained / file
     if file not in instead and Folder(pretrained).file(file) is None:

@@ -17,15 +17,15 @@ from agent.checkpoints import weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.checkpoints.tensor_reader import Checksums
-from agent.config_changes import changes_since_checkpoint, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization.normalizer import NARROW_RULE
 from agent.models import registry
 from agent.optim.ema import Ema
 from agent.parallel.processes import Processes
-from agent.saving import exact_weights, restore
-from agent.train_state import TrainState
+from agent.training.config_changes import changes_since_checkpoint, settle
+from agent.training.saving import exact_weights, restore
+from agent.training.train_state import TrainState
 
 log = logging.getLogger(__name__)
 

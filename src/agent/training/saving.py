@@ -26,8 +26,8 @@ from agent.data.normalization.robot import names_document, robots_document
 from agent.models import registry
 from agent.optim.optimizer import allocate_state, optimizer_tensors
 from agent.parallel.wrap import is_sharded_module
-from agent.replicas import check_replicas
-from agent.train_state import Run, TrainState
+from agent.training.replicas import check_replicas
+from agent.training.train_state import Run, TrainState
 
 log = logging.getLogger(__name__)
 

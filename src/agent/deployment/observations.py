@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.saved_processors import STATE
+from agent.deployment.processors import STATE
 
 if TYPE_CHECKING:
     import torch

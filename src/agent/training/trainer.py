@@ -23,8 +23,8 @@ from agent.parallel.processes import StopRequest
 from agent.parallel.wrap import accumulating, agree_on_compilation, forget_gradients
 from agent.reporting.writing import RunReport
 from agent.safe_files import write_text
-from agent.saving import Saver
-from agent.train_state import Run
+from agent.training.saving import Saver
+from agent.training.train_state import Run
 from agent.training.validating import validate, validate_start, which_may_be_best
 from agent.validation.record import ValidationRecords
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from agent.saved_processors import Processors
+from agent.deployment.processors import Processors
 
 log = logging.getLogger(__name__)
 

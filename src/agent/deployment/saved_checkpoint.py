@@ -193,7 +193,7 @@ def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[s
 def bases(source: Source) -> list[str]:
     """Where the weights began: what was loaded first, what that had been trained from, and so on."""
     from agent.checkpoints.weights import find_weights
-    from agent.model_card import is_hub_id
+    from agent.deployment.model_card import is_hub_id
 
     found: list[str] = []
     training, written = source.training, source.written

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 
-from agent import resuming
 from agent.checkpoints import weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, CheckpointStore
-from agent.config_changes import began_with, settle
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
 from agent.data.samples.transforms import SampleSpec
@@ -30,7 +28,9 @@ from agent.parallel.wrap import parallelize
 from agent.reproducibility import make_deterministic
 from agent.settings.plan import make_plan
 from agent.tracking.metrics import Metrics
-from agent.train_state import Run, TrainState
+from agent.training import resuming
+from agent.training.config_changes import began_with, settle
+from agent.training.train_state import Run, TrainState
 from agent.validation.record import ValidationRecords
 
 log = logging.getLogger(__name__)
