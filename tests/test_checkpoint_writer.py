@@ -239,7 +239,7 @@ def test_a_full_disk_costs_one_checkpoint(tmp_path, alone, monkeypatch, place):
         elif place == "sync":
             patch.setattr(os, "fsync", full_disk)
         elif place == "manifest":
-            patch.setattr(manifest, "_write", full_disk)
+            patch.setattr(manifest, "_text", full_disk)
         elif place == "rename":
             patch.setattr(os, "rename", full_disk)
         else:

@@ -195,8 +195,8 @@ def test_a_killed_conversion_leaves_no_process_and_is_repeated(tmp_path):
     root = write_v2(tmp_path / "old", "v2.0")
     command = command_in(root)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    unfinished = root / "meta" / "episodes_stats.partial"
-    while not (unfinished.exists() and psutil.Process(process.pid).children()):
+    meta = root / "meta"
+    while not (list(meta.glob(".episodes_stats.jsonl.*.tmp")) and psutil.Process(process.pid).children()):
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.01)
     kill_alone(process)
