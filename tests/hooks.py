@@ -192,6 +192,16 @@ def broken_picture() -> None:
     validating.draw = broken
 
 
+def unforeseen_damage() -> None:
+    """The metadata of a data set are damaged in a way that nobody has thought of."""
+    from agent.preflight import survey
+
+    def damaged(repo_id: str, root: Path) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    survey.read_metadata = damaged
+
+
 def gated() -> None:
     """No update beyond the number in the file ``GATE`` begins before a larger one stands there."""
     from agent.training import trainer

@@ -249,6 +249,28 @@ def test_bad_episodes_are_listed_by_number(server: ForkServer, place: Workplace,
     assert again.state["state"] == "finished", again.output
 
 
+def test_times_that_stand_still_are_bad_where_no_video_is_read(
+    server: ForkServer, place: Workplace, tmp_path: Path
+) -> None:
+    root = write_dataset(tmp_path / "data", episodes=3, video=False)
+
+    def spoil(columns: dict[str, np.ndarray]) -> None:
+        columns["timestamp"][(columns["episode_index"] == 1) & (columns["frame_index"] == 7)] = 0.1
+
+    rewrite(root, spoil)
+    (row,) = check(server, place, "still", "--data.train.datasets.0.root", str(root)).rows("data: test/data", "fail")
+    assert row["details"]["bad_episodes"] == {"1": "frame 7: its time stamp is not after the one before it"}
+
+
+def test_damage_that_nobody_has_thought_of_costs_the_data_set_alone(server: ForkServer, place: Workplace) -> None:
+    checked = check(server, place, "unforeseen", hook="unforeseen_damage")
+    (row,) = checked.rows("data: test/data", "fail")
+    assert "could not be looked through (ZeroDivisionError: division by zero)" in row["text"]
+    assert (
+        checked.output.count("Traceback") == 1 and checked.rows("memory", "pass") and checked.rows("tokenizer", "pass")
+    )
+
+
 def test_statistics_and_instructions_name_what_is_odd(server: ForkServer, place: Workplace, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", episodes=8, length=20)
 
