@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def model_config():  # noqa: ANN201
     """A standard variant that two models of which fit into 24 GB."""
-    from agent.models.pi0.configuration import FeatureSpec, PI0Config
+    from agent.models.pi.configuration import FeatureSpec, PI0Config
 
     return PI0Config(
         paligemma_variant="gemma_300m",
@@ -55,8 +55,8 @@ def write(folder: Path) -> None:
     import torch
 
     from agent.checkpoints import tensor_file
-    from agent.models.pi0.model import PI0
-    from agent.models.pi0.pretrained import pretrained_contents
+    from agent.models.pi.model import PI0
+    from agent.models.pi.pretrained import pretrained_contents
 
     config = model_config()
     with torch.device("meta"):
@@ -114,8 +114,8 @@ def ours(folder: Path) -> None:
     import torch
 
     from agent.checkpoints import weights
-    from agent.models.pi0 import adapter
-    from agent.models.pi0.model import PI0
+    from agent.models.pi import adapter
+    from agent.models.pi.model import PI0
 
     config = model_config()
     yield_to_start()
@@ -229,7 +229,7 @@ def main() -> None:
 
 def report(options: argparse.Namespace, folder: Path) -> None:
     """A table for people and a line for programs."""
-    from agent.models.pi0 import adapter
+    from agent.models.pi import adapter
 
     size = (folder / "model.safetensors").stat().st_size
     tensors = 4 * sum(math.prod(shape) for shape in adapter.shapes(model_config()).values())

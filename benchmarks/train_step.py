@@ -11,7 +11,7 @@ theirs: the median over the rounds of the quotient of times within a round.
 `loss_relative_difference` compares both in float32, uncompiled, with the same noise and time; more than 1e-4 ends the
 benchmark. The table also says how far each configuration as timed is from LeRobot in float32.
 
-`flop_per_sample` is what the mathematics needs (`agent.models.pi0.accounting`), `matrix_flops` what the device does in
+`flop_per_sample` is what the mathematics needs (`agent.models.pi.accounting`), `matrix_flops` what the device does in
 products of square matrices of the type that ours was timed in, measured between the rounds, `fraction` the part of it
 reached. Peak memory is what torch has allocated on a GPU; on a CPU what a fresh process grows by that builds the model
 and makes two updates. The last line is JSON. With `--profile` a table by module follows the other one: where the time
@@ -46,7 +46,7 @@ from contenders import (
     train_config,
 )
 
-from agent.models.pi0.accounting import flop_per_sample
+from agent.models.pi.accounting import flop_per_sample
 from agent.optim.optimizer import apply_update, clip_gradients
 
 LARGEST_DIFFERENCE = 1e-4

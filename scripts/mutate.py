@@ -62,7 +62,7 @@ NEAREST = {
     "data.normalization.normalizer": "normalization relative_actions mixed_data",
     "data.normalization.relative": "relative_actions",
     "checkpoints.weights": "weights pi0_adapter base_weights",
-    "models.pi0.adapter": "pi0_adapter weights base_weights",
+    "models.pi.adapter": "pi0_adapter weights base_weights",
     "checkpoints.manifest": "checkpoint checkpoint_writer",
     "checkpoints.store": "checkpoint checkpoint_writer best",
     "checkpoints.writer": "checkpoint_writer",

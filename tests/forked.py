@@ -24,7 +24,7 @@ from launching import REPOSITORY, Workplace
 _SERVER = r"""
 import json, os, sys
 import torch, transformers, lerobot.datasets.lerobot_dataset, agent.run, agent.training.building, agent.training.trainer
-import agent.models.pi0.model, agent.models.pi0.adapter, agent.models.pi0.pretrained
+import agent.models.pi.model, agent.models.pi.adapter, agent.models.pi.pretrained
 import torch.nn.parallel, torch.distributed
 sys.path.insert(0, sys.argv[1])
 print("ready", flush=True)

@@ -316,7 +316,7 @@ def count_waits() -> None:
 
     import torch
 
-    from agent.models.pi0.model import PI0
+    from agent.models.pi.model import PI0
     from agent.training import trainer
 
     target = Path(os.environ["WAITS"] + f".{_rank()}")

@@ -10,7 +10,7 @@ from typing import Any
 from agent.checkpoints import tensor_file
 from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import CheckpointStore
-from agent.models.pi0.pretrained import pretrained_contents
+from agent.models.pi.pretrained import pretrained_contents
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agent.batch import ActionChunk, Batch, Observation, to_device
-from agent.models.pi0 import layers
-from agent.models.pi0.accounting import flop_by_part, flop_per_sample
-from agent.models.pi0.configuration import GEMMA, VISION, FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.memory import Training, predict
-from agent.models.pi0.model import PI0
+from agent.models.pi import layers
+from agent.models.pi.accounting import flop_by_part, flop_per_sample
+from agent.models.pi.configuration import GEMMA, VISION, FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.memory import Training, predict
+from agent.models.pi.model import PI0
 from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer, optimizer_tensors
 from agent.parallel import sharding
 from agent.parallel.wrap import recompute

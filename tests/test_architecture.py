@@ -28,7 +28,7 @@ DOORS += ["evaluate_sim", "data.prepare", "data.from_rlds", "data.from_v20"]
 # Import nothing above them; anyone may import them.
 GROUND = ["batch", "reproducibility", "progress", "hub", "safe_files", "lifecycle.run_folder", "lifecycle.records"]
 # They name no model.
-ALL_BUT_DOORS_AND_FAMILIES = [name for name in MODULES if name not in DOORS and not name.startswith("models.pi0")]
+ALL_BUT_DOORS_AND_FAMILIES = [name for name in MODULES if name not in DOORS and not name.startswith("models.pi")]
 
 # Module → what else of agent it may import, beside the ground. The first matching row counts.
 MAY_IMPORT = {
@@ -88,7 +88,7 @@ MAY_IMPORT = {
     "models.base": [],
     "models.flow_matching": [],
     "models.registry": ["models.*"],
-    "models.pi0.*": ["checkpoints.*", "models.base", "models.flow_matching", "models.pi0.*"],
+    "models.pi.*": ["checkpoints.*", "models.base", "models.flow_matching", "models.pi.*"],
     "lifecycle.*": ["lifecycle.*"],
     **{name: [] for name in GROUND},
     **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video", "results")},

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 from test_training import what_was_computed
 
-from agent.models.pi0 import adapter
+from agent.models.pi import adapter
 
 OLD = next(layout for layout in adapter.POLICIES if "v1" in layout.title)
 NORMALIZER = "policy_preprocessor_step_6_normalizer_processor.safetensors"

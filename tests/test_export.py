@@ -33,9 +33,9 @@ from agent import export
 from agent.checkpoints import weights
 from agent.inference import load_policy
 from agent.models.base import ModelConfig
-from agent.models.pi0 import adapter, exporting
-from agent.models.pi0.configuration import PI0Config
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter, exporting
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 
 FORMATS = ["lerobot", "lerobot_v1", "openpi"]
 TOKENIZER = "google/paligemma-3b-pt-224"

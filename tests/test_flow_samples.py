@@ -17,7 +17,7 @@ from test_pi0_model import CAMERAS, TIME, lively_model, make_batch, relative
 from agent.batch import Batch
 from agent.checkpoints.manifest import MANIFEST, seal
 from agent.models.flow_matching import draw, draw_several
-from agent.models.pi0.model import PI0
+from agent.models.pi.model import PI0
 from agent.parallel.wrap import recompute
 
 K = 3

@@ -23,9 +23,9 @@ from agent.data.normalization.normalizer import FeatureStatistics, Normalizer, c
 from agent.data.normalization.robot import Robot
 from agent.data.samples.task_tokens import make_task_tokens
 from agent.data.samples.transforms import SampleSpec
-from agent.models.pi0 import adapter, configuration
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter, configuration
+from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.model import PI0
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = "demo/tokenizer"

@@ -25,8 +25,8 @@ from stores import write_pretrained
 from test_lerobot_checkpoint import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
 
 from agent.data.normalization.normalizer import to_lerobot_stats
-from agent.models.pi0.configuration import FeatureSpec
-from agent.models.pi0.model import PI0
+from agent.models.pi.configuration import FeatureSpec
+from agent.models.pi.model import PI0
 
 ROOT = Path(__file__).resolve().parents[1]
 

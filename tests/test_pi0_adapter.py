@@ -15,9 +15,9 @@ import torch
 
 from agent.checkpoints import tensor_file
 from agent.models.base import ModelConfig
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter
+from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.model import PI0
 
 DATA = Path(__file__).parent / "data"
 HEADS = {

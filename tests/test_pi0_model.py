@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agent.batch import ActionChunk, Batch, Observation
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.layers import attend
-from agent.models.pi0.model import PI0, prepare_images
+from agent.models.pi import adapter
+from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.layers import attend
+from agent.models.pi.model import PI0, prepare_images
 from agent.parallel.wrap import recompute
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
@@ -421,7 +421,7 @@ def test_a_sample_without_any_real_step_is_not_silent():
 
 
 def test_drawing_and_configuring_need_no_torch():
-    modules = "agent.models.flow_matching, agent.models.pi0.configuration"
+    modules = "agent.models.flow_matching, agent.models.pi.configuration"
     code = f"import sys, {modules}; assert not {{'torch', 'transformers', 'lerobot'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -32,8 +32,8 @@ from mock_hub import MockHub, Refusal, commit_of, mock_hub
 from safetensors.torch import load_file, save_file
 
 from agent.configuration_pipeline import load_config
-from agent.models.pi0 import adapter
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter
+from agent.models.pi.model import PI0
 
 ELSEWHERE = "http://hub.invalid"  # no such name can exist
 GUARD = r"""

@@ -37,7 +37,7 @@ from agent.data.normalization.normalizer import compute_statistics, merge_statis
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
 from agent.data.samples.transforms import SampleSpec
 from agent.data.source import DatasetConfig
-from agent.models.pi0 import statistics as given
+from agent.models.pi import statistics as given
 from agent.reproducibility import stream
 
 NAMES = ["shoulder", "elbow", "wrist", "Gripper_left"]

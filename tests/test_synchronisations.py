@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent.batch import to_device
-from agent.models.pi0.model import PI0
+from agent.models.pi.model import PI0
 
 
 def waits(place: Workplace, server: ForkServer, name: str, *overrides: str, ranks: int = 1, **environment: str) -> list:

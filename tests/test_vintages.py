@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from agent.configuration_pipeline import TrainPipelineConfig, dump, load_config
 from agent.describe_config import entries
-from agent.models.pi0 import adapter, vintages
+from agent.models.pi import adapter, vintages
 from agent.models.registry import ModelConfig
 from agent.settings import older_keys
 from agent.settings.files import ConfigError

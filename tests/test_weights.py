@@ -23,9 +23,9 @@ from test_pi0_adapter import reference
 from agent.batch import ActionChunk, Batch, Observation
 from agent.checkpoints import tensor_file
 from agent.checkpoints.weights import Coverage, account, find_weights, load_into
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter
+from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.model import PI0
 
 KEY = "load_from_checkpoint"
 TINY = {"depth": 2, "mlp_dim": 24, "heads": 2, "kv_heads": 1, "head_dim": 8, "vocab_size": 20}

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from agent.models.pi0.deployment import Deployment
-    from agent.models.pi0.exporting import Contents
+    from agent.models.pi.deployment import Deployment
+    from agent.models.pi.exporting import Contents
 
 _FORMATS = ("lerobot", "lerobot_v1", "openpi")
 
@@ -89,7 +89,7 @@ def export(options: argparse.Namespace) -> None:
 
 def _deployment(options: argparse.Namespace, source: Source) -> Deployment | None:
     """Config and processors for the robot that ``--statistics`` names; None for the checkpoint's own."""
-    from agent.models.pi0.deployment import deployment
+    from agent.models.pi.deployment import deployment
 
     if options.statistics is None:
         return None
@@ -98,7 +98,7 @@ def _deployment(options: argparse.Namespace, source: Source) -> Deployment | Non
 
 def _other_robots(options: argparse.Namespace, source: Source) -> list[str]:
     """A note if the checkpoint could be exported for other robots too."""
-    from agent.models.pi0.deployment import robots_of
+    from agent.models.pi.deployment import robots_of
 
     robots = robots_of(source.pretrained)
     chosen = options.statistics or (robots[0] if robots else None)
@@ -107,7 +107,7 @@ def _other_robots(options: argparse.Namespace, source: Source) -> list[str]:
 
 
 def _contents(target: str, source: Source, statistics: Any, dtype: torch.dtype) -> Contents:
-    from agent.models.pi0 import exporting
+    from agent.models.pi import exporting
 
     datasets = [entry["repo_id"] for entry in datasets_of(source.training)]
     asset = datasets[0] if len(datasets) == 1 and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", datasets[0]) else source.name
@@ -160,7 +160,7 @@ def _write_weights(path: Path, source: Source, contents: Contents, cast: torch.d
     """
     from agent.checkpoints.weights import account
     from agent.deployment import exported_weights
-    from agent.models.pi0 import adapter, exporting
+    from agent.models.pi import adapter, exporting
 
     match: Any = partial(adapter.from_lerobot, config=source.config)
     coverage, places = account(adapter.shapes(source.config), source.files, match, adapter.fit)

@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 from agent.models.base import ModelConfig, Reading
-from agent.models.pi0 import configuration as _pi0  # noqa: F401  (registers "pi0")
+from agent.models.pi import configuration as _pi0  # noqa: F401  (registers "pi0")
 
 # type → package that holds model.py, adapter.py and pretrained.py; name of the policy's class
-_IMPLEMENTATIONS = {"pi0": ("agent.models.pi0", "PI0")}
+_IMPLEMENTATIONS = {"pi0": ("agent.models.pi", "PI0")}
 
 
 @dataclass

@@ -13,7 +13,7 @@ import numpy as np
 from agent.checkpoints.manifest import Folder
 
 if TYPE_CHECKING:
-    from agent.models.pi0.configuration import PI0Config
+    from agent.models.pi.configuration import PI0Config
 
 Statistics = dict[str, dict[str, np.ndarray]]
 """``state`` and ``action`` → statistic → values, (dims,) float32."""

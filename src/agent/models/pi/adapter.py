@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from agent.models.pi0.configuration import PI0Config
-from agent.models.pi0.model import PI0
-from agent.models.pi0.statistics import read_statistics
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
+from agent.models.pi.statistics import read_statistics
 
 __all__ = ["fit", "from_lerobot", "from_paligemma", "read_statistics", "to_lerobot"]
 

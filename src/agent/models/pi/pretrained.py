@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agent.models.pi0.adapter import to_lerobot
+from agent.models.pi.adapter import to_lerobot
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from agent.models.pi0.configuration import PI0Config
+    from agent.models.pi.configuration import PI0Config
 
 ROBOTS = "robots.json"
 NAMES = "dimension_names.json"

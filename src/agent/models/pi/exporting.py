@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import ACTION, GEMMA, STATE, VISION, PI0Config
+from agent.models.pi import adapter
+from agent.models.pi.configuration import ACTION, GEMMA, STATE, VISION, PI0Config
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from agent.models.pi0.accounting import patches_per_camera
-from agent.models.pi0.configuration import GemmaVariant, PI0Config
+from agent.models.pi.accounting import patches_per_camera
+from agent.models.pi.configuration import GemmaVariant, PI0Config
 
 _OPTIMIZER_BLOCK = 256  # numbers that share a scale in the eight-bit optimizer
 _OPTIMIZER_SMALL = 4096  # it keeps the state of smaller tensors in float32

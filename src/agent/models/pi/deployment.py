@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from agent.checkpoints.manifest import Folder
-from agent.models.pi0.configuration import ACTION, STATE, FeatureSpec, PI0Config
-from agent.models.pi0.pretrained import NAMES, ROBOTS, Statistics
-from agent.models.pi0.statistics import read_statistics
+from agent.models.pi.configuration import ACTION, STATE, FeatureSpec, PI0Config
+from agent.models.pi.pretrained import NAMES, ROBOTS, Statistics
+from agent.models.pi.statistics import read_statistics
 
 PREPROCESSOR = "policy_preprocessor.json"
 

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any, ClassVar, Literal
 
 from agent.models.base import ModelConfig, Reading
-from agent.models.pi0 import vintages
+from agent.models.pi import vintages
 
 STATE, ACTION = "observation.state", "action"
 EMPTY_CAMERA = "observation.images.empty_camera_"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agent.models.pi0.configuration import GemmaVariant, PI0Config
+    from agent.models.pi.configuration import GemmaVariant, PI0Config
 
 
 def flop_per_sample(

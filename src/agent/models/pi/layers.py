@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.models.pi0.configuration import GemmaVariant, VisionVariant
+from agent.models.pi.configuration import GemmaVariant, VisionVariant
 
 Rope = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from agent.batch import Batch, Observation
 from agent.models.base import Policy
 from agent.models.flow_matching import euler, interpolate, per_sample_loss
-from agent.models.pi0.configuration import EMPTY_CAMERA, PI0Config
-from agent.models.pi0.layers import (
+from agent.models.pi.configuration import EMPTY_CAMERA, PI0Config
+from agent.models.pi.layers import (
     Conv2d,
     Embedding,
     Float32Linear,
