@@ -22,8 +22,10 @@ from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.loading.loader import DataConfig
 from agent.data.samples.reader import Sample, collate
 from agent.data.samples.transforms import SampleSpec
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi import adapter
-from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 from agent.optim.optimizer import LearningRate, freeze, make_optimizer
 from agent.parallel.processes import Launch, Processes

@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def model_config():  # noqa: ANN201
     """A standard variant that two models of which fit into 24 GB."""
-    from agent.models.pi.configuration import FeatureSpec, PI0Config
+    from agent.models.lerobot_config import FeatureSpec
+    from agent.models.pi.configuration import PI0Config
 
     return PI0Config(
         paligemma_variant="gemma_300m",

@@ -16,7 +16,8 @@ import itertools
 import json
 from typing import Any
 
-from agent.models.pi.memory import Training, predict
+from agent.models.common.memory import Training
+from agent.models.pi.memory import predict
 
 GIB = 1 << 30
 

@@ -25,10 +25,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from agent.batch import ActionChunk, Batch, Observation, to_device
-from agent.models.pi import layers
+from agent.models.common import gemma, siglip
+from agent.models.common.memory import Training
+from agent.models.common.sizes import GEMMA, VISION, GemmaVariant, VisionVariant
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi.accounting import flop_by_part, flop_per_sample
-from agent.models.pi.configuration import GEMMA, VISION, FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi.memory import Training, predict
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.memory import predict
 from agent.models.pi.model import PI0
 from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer, optimizer_tensors
 from agent.parallel import sharding
@@ -172,6 +175,11 @@ def four() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def attend_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (gemma, siglip):
+        monkeypatch.setattr(module, "attend", fused_attention)
+
+
 # Whether a third of the layers has to do: they are all alike, and a full model's passes take long.
 SETTINGS = [
     (True, Training(batch=4, cameras=2, activation_checkpointing=recomputed, precision=precision))
@@ -187,7 +195,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("third", "training"), SETTINGS, ids=str)
 def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, third: bool, training: Training) -> None:
-    monkeypatch.setattr(layers, "attend", fused_attention)
+    attend_as_on_a_gpu(monkeypatch)
     config = PI0Config(**features(224), **(A_THIRD if third else {}), freeze_lm_head=True)
     kept, peak = passes(config, training)
     memory = predict(config, training)
@@ -204,7 +212,7 @@ def test_the_predicted_peak_is_within_a_tenth(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("batch, cameras", [(256, 3), (32, 1)])
 def test_the_predicted_peak_beside_what_is_frozen(monkeypatch: pytest.MonkeyPatch, batch: int, cameras: int) -> None:
     """No gradient needs what a frozen layer computes, but the pass through it has it in hand."""
-    monkeypatch.setattr(layers, "attend", fused_attention)
+    attend_as_on_a_gpu(monkeypatch)
     config = PI0Config(**features(224), train_expert_only=True)
     training = Training(batch, cameras, activation_checkpointing="full")
     _, peak = passes(config, training)
@@ -223,7 +231,7 @@ SHARDED = [
 def test_the_predicted_peak_of_a_share_is_within_a_tenth(
     monkeypatch: pytest.MonkeyPatch, four: None, third: bool, training: Training
 ) -> None:
-    monkeypatch.setattr(layers, "attend", fused_attention)
+    attend_as_on_a_gpu(monkeypatch)
     mesh = device_mesh.init_device_mesh("cpu", (4,))  # by itself it computes with ranks, which fake tensors cannot
     monkeypatch.setattr(device_mesh, "init_device_mesh", lambda *_: mesh)
     processes: Any = SimpleNamespace(device=torch.device("cpu"), world_size=4)

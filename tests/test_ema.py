@@ -210,8 +210,9 @@ def test_a_decay_that_is_none_is_refused(place: Workplace, capsys: pytest.Captur
 
 
 def test_the_predicted_memory_has_it() -> None:
+    from agent.models.common.memory import Training
     from agent.models.pi.configuration import PI0Config
-    from agent.models.pi.memory import Training, predict
+    from agent.models.pi.memory import predict
 
     for frozen, precision in ((False, "float32_master"), (True, "bfloat16_stochastic")):
         config = PI0Config(train_expert_only=frozen)

@@ -36,7 +36,7 @@ from test_lerobot_checkpoint import (
 
 from agent.data.normalization.normalizer import compute_statistics, to_lerobot_stats
 from agent.inference import LoadedPolicy, load_policy
-from agent.models.pi.configuration import FeatureSpec
+from agent.models.lerobot_config import FeatureSpec
 
 
 def observations(recording: Recording) -> list[dict]:

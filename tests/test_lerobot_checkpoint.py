@@ -23,8 +23,10 @@ from agent.data.normalization.normalizer import FeatureStatistics, Normalizer, c
 from agent.data.normalization.robot import Robot
 from agent.data.samples.task_tokens import make_task_tokens
 from agent.data.samples.transforms import SampleSpec
-from agent.models.pi import adapter, configuration
-from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi import adapter
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,9 +66,9 @@ def small():
         patch.setattr(modeling, "get_gemma_config", sizes)
         patch.setattr(modeling, "PaliGemmaForConditionalGenerationWithPiGemma", Vlm)
         patch.setattr(modeling, "PiGemmaForCausalLM", Expert)
-        patch.setitem(configuration.GEMMA, "gemma_2b", GemmaVariant(**LANGUAGE))
-        patch.setitem(configuration.GEMMA, "gemma_300m", GemmaVariant(**EXPERT))
-        patch.setitem(configuration.VISION, "so400m", VisionVariant(**VISION))
+        patch.setitem(sizes.GEMMA, "gemma_2b", GemmaVariant(**LANGUAGE))
+        patch.setitem(sizes.GEMMA, "gemma_300m", GemmaVariant(**EXPERT))
+        patch.setitem(sizes.VISION, "so400m", VisionVariant(**VISION))
         patch.chdir(ROOT)
         yield
 

@@ -25,7 +25,7 @@ from stores import write_pretrained
 from test_lerobot_checkpoint import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
 
 from agent.data.normalization.normalizer import to_lerobot_stats
-from agent.models.pi.configuration import FeatureSpec
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi.model import PI0
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,8 +15,10 @@ import torch
 
 from agent.checkpoints import tensor_file
 from agent.models.base import ModelConfig
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi import adapter
-from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 
 DATA = Path(__file__).parent / "data"

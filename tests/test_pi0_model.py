@@ -5,7 +5,6 @@ Run: pytest tests/test_pi0_model.py   (about ten seconds, most of them importing
 
 from __future__ import annotations
 
-import inspect
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -18,10 +17,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agent.batch import ActionChunk, Batch, Observation
+from agent.describe_config import field_texts
+from agent.models.common.modules import attend
+from agent.models.common.sizes import GemmaVariant, VisionVariant
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi import adapter
-from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi.layers import attend
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0, prepare_images
 from agent.parallel.wrap import recompute
 
@@ -442,11 +444,8 @@ def test_every_field_of_lerobots_configuration_is_here_with_its_default():
 
 
 def test_every_field_is_documented():
-    lines = inspect.getsource(PI0Config).splitlines()
-    for f in fields(PI0Config):
-        start = next(i for i, line in enumerate(lines) if line.startswith(f"    {f.name}: "))
-        after = next(line for line in lines[start + 1 :] if not line.startswith("        ") and line != "    )")
-        assert after.startswith('    """'), f.name
+    texts = field_texts(PI0Config)
+    assert [f.name for f in fields(PI0Config) if not texts.get(f.name)] == []
 
 
 REFUSED = {

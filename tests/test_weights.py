@@ -23,8 +23,10 @@ from test_pi0_adapter import reference
 from agent.batch import ActionChunk, Batch, Observation
 from agent.checkpoints import tensor_file
 from agent.checkpoints.weights import Coverage, account, find_weights, load_into
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi import adapter
-from agent.models.pi.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 
 KEY = "load_from_checkpoint"

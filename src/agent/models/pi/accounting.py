@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from agent.models.pi.configuration import GemmaVariant, PI0Config
+    from agent.models.common.sizes import GemmaVariant
+    from agent.models.pi.configuration import PI0Config
 
 
 def flop_per_sample(
@@ -31,7 +32,7 @@ def flop_by_part(
     config: PI0Config, cameras_present: int, language_tokens: int | None = None, draws: int = 1
 ) -> dict[str, float]:
     """The same by part: ``vision``, ``language``, ``expert`` and their attention. Arguments as above."""
-    patches = cameras_present * patches_per_camera(config)
+    patches = cameras_present * config.patches_per_camera
     language_tokens = config.tokenizer_max_length if language_tokens is None else language_tokens
     prefix, suffix = patches + language_tokens, 1 + draws * config.chunk_size
     vision, language, expert = config.vision, config.language, config.expert
@@ -45,7 +46,7 @@ def flop_by_part(
     vision_flop = 2.0 * patches * vision.depth * vision_layer * vision_passes
     vision_flop += 2.0 * patches * per_patch * min(vision_passes, 2)  # an image wants no gradient
     vision_flop += 2.0 * patches * vision.width * language.width * projector_passes
-    seen = patches_per_camera(config)
+    seen = config.patches_per_camera
     vision_attention = 4.0 * patches * seen * vision.width * vision.depth * vision_passes
 
     # Of the last prefix layer only keys and values are computed.
@@ -69,11 +70,6 @@ def flop_by_part(
         "expert": expert_flop,
         "expert attention": expert_attention,
     }
-
-
-def patches_per_camera(config: PI0Config) -> int:
-    """Tokens of an image."""
-    return (config.image_resolution[0] // config.vision.patch_size) ** 2
 
 
 def _keys_values(table: GemmaVariant) -> int:

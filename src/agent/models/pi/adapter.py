@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
+from agent.models.common.names import Layout, Match
 from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 from agent.models.pi.statistics import read_statistics
@@ -62,25 +62,6 @@ FRESH = [
 ]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How one kind of checkpoint names our tensors."""
-
-    title: str
-    parts: list[tuple[str, str]]
-    """Beginning of our names → beginning of theirs; the rest of a name is the same."""
-    fresh: list[tuple[str, str]] = field(default_factory=list)
-    """Patterns of our names that this kind of checkpoint does not hold → the reason."""
-
-    def theirs(self, name: str) -> str | None:
-        """Their name of our tensor; None if they have none."""
-        return next((theirs + name.removeprefix(ours) for ours, theirs in self.parts if name.startswith(ours)), None)
-
-    def ours(self, name: str) -> str | None:
-        """Our name of their tensor; None if we have none."""
-        return next((ours + name.removeprefix(theirs) for ours, theirs in self.parts if name.startswith(theirs)), None)
-
-
 def _policy(title: str, prefix: str, paligemma: list[tuple[str, str]]) -> Layout:
     inner = [(ours, f"paligemma_with_expert.paligemma.{theirs}") for ours, theirs in paligemma]
     inner += [(ours, f"paligemma_with_expert.{theirs}") for ours, theirs in EXPERT_PARTS]
@@ -97,19 +78,6 @@ PALIGEMMAS = [
     Layout("PaliGemma", PALIGEMMA_PARTS, FRESH),
     Layout("PaliGemma before transformers 4.52", OLD_PALIGEMMA_PARTS, FRESH),
 ]
-
-
-@dataclass(frozen=True)
-class Match:
-    """Where each tensor of a checkpoint goes; together the three hold every name of the checkpoint."""
-
-    layout: Layout
-    sources: dict[str, str]
-    """Our name → theirs. What of ours is neither here nor in ``layout.fresh`` is missing."""
-    waived: dict[str, str]
-    """Their names that are left behind → the reason."""
-    extra: list[str]
-    """Their names that nobody knows."""
 
 
 def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Match:

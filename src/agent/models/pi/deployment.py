@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from agent.checkpoints.manifest import Folder
-from agent.models.pi.configuration import ACTION, STATE, FeatureSpec, PI0Config
+from agent.models.lerobot_config import ACTION, STATE, FeatureSpec
+from agent.models.pi.configuration import PI0Config
 from agent.models.pi.pretrained import NAMES, ROBOTS, Statistics
 from agent.models.pi.statistics import read_statistics
 

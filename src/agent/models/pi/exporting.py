@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from agent.models.common.sizes import GEMMA, VISION
+from agent.models.lerobot_config import ACTION, STATE
 from agent.models.pi import adapter
-from agent.models.pi.configuration import ACTION, GEMMA, STATE, VISION, PI0Config
+from agent.models.pi.configuration import PI0Config
 
 if TYPE_CHECKING:
     import numpy as np

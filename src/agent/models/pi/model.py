@@ -18,21 +18,22 @@ from torch import Tensor, nn
 
 from agent.batch import Batch, Observation
 from agent.models.base import Policy
-from agent.models.flow_matching import euler, interpolate, per_sample_loss
-from agent.models.pi.configuration import EMPTY_CAMERA, PI0Config
-from agent.models.pi.layers import (
+from agent.models.common.gemma import Gemma
+from agent.models.common.modules import (
     Conv2d,
     Embedding,
     Float32Linear,
-    Gemma,
     KeysValues,
     LayerNorm,
     Linear,
     RMSNorm,
     Rope,
-    Vision,
     rotary,
 )
+from agent.models.common.siglip import Vision
+from agent.models.flow_matching import euler, interpolate, per_sample_loss
+from agent.models.lerobot_config import EMPTY_CAMERA
+from agent.models.pi.configuration import PI0Config
 
 
 def sinusoidal(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from agent.models.base import Reading
+from agent.models.lerobot_config import USE_AMP
 
 RENAMED = {"num_steps": "num_inference_steps", "resize_imgs_with_padding": "image_resolution"}
 
@@ -34,8 +35,6 @@ FIXED = {
         "actions are not made relative to the state by this key; write use_relative_actions: true, and false here",
     ),
 }
-
-USE_AMP = "mixed precision is the trainer's; write false here, and use_bf16: true in the training YAML"
 
 # What a key meant that an older file leaves out, where it means something else today.
 OLD_DEFAULTS = {
