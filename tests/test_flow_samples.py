@@ -18,7 +18,7 @@ from agent.batch import Batch
 from agent.checkpoints.manifest import MANIFEST, seal
 from agent.models.flow_matching import draw, draw_several
 from agent.models.pi0.model import PI0
-from agent.parallel.wrap import recompute
+from agent.parallel.recompute import recompute
 
 K = 3
 

@@ -23,7 +23,7 @@ from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.layers import attend
 from agent.models.pi0.model import PI0, prepare_images
-from agent.parallel.wrap import recompute
+from agent.parallel.recompute import recompute
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
 # LeRobot's attention assumes eight heads.

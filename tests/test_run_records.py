@@ -16,7 +16,7 @@ from run_folders import RunFolderSpec, write_run
 from agent.deployment.model_card import last_validation
 from agent.lifecycle.records import read_metrics, read_status
 from agent.lifecycle.run_folder import RunFolder, report_failure
-from agent.tracking.metrics import JsonLines
+from agent.tracking.jsonl import JsonLines
 from agent.validation.record import ValidationRecords
 
 

@@ -23,8 +23,10 @@ from agent import command_line
 from agent.lifecycle import history, software
 from agent.lifecycle.disk_space import which_disk
 from agent.lifecycle.run_folder import RunFolder, report_attempt, report_failure
+from agent.lifecycle.stopping import StopRequest, by_hand
 from agent.lifecycle.watchdog import Watchdog, watch_launcher
-from agent.parallel.processes import Launch, Processes, StopRequest, by_hand, choose_device, lost_a_peer, read_launch
+from agent.parallel.launch import Launch, choose_device, read_launch
+from agent.parallel.processes import Processes, lost_a_peer
 from agent.reporting.writing import RunReport
 from agent.simulation import starting
 
@@ -58,7 +60,7 @@ def main(arguments: list[str]) -> int:
     if parsed is None:  # --help
         return EXIT_FINISHED
     config, notes = parsed
-    from agent.tracking.metrics import setup_logging
+    from agent.tracking.console import setup_logging
 
     setup_logging(launch.rank, config.debug)
     for note in notes:
@@ -106,7 +108,8 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
 
 
 def _train(run: Run, launch: Launch, stop: StopRequest, watchdog: Watchdog) -> int:
-    from agent.training.trainer import forget_reported, start_reporting, train
+    from agent.training.metrics_line import forget_reported, start_reporting
+    from agent.training.trainer import train
 
     config, folder, processes, exit_code = run.config, run.folder, run.processes, EXIT_FAILED
     try:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from agent.checkpoints import weights
+from agent.checkpoints.finding import find_weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.checkpoints.tensor_reader import Checksums
@@ -129,9 +130,9 @@ def _load(
         checksums=checksums,
     )
     state = policy.state_dict()
-    log.info(read(state, weights.find_weights(str(exact_weights(path)), "resume")).table())
+    log.info(read(state, find_weights(str(exact_weights(path)), "resume")).table())
     if ema is not None and Folder(path / PRETRAINED_EMA).matching("*"):
-        read(ema.state(state), weights.find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
+        read(ema.state(state), find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
     elif ema is not None:  # switched on by resume_changes
         log.warning("%s has no moving average of the weights; it begins now, at these weights", path)
         ema.begin()

@@ -13,7 +13,7 @@ from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.lifecycle.run_folder import RunFolder
 from agent.optim.ema import Ema
-from agent.optim.optimizer import LearningRate
+from agent.optim.learning_rate import LearningRate
 from agent.parallel.processes import Processes
 from agent.settings.plan import Plan
 from agent.tracking.metrics import Metrics

@@ -14,7 +14,7 @@ from agent.validation.record import Evaluation, ValidationRecords, dimension_nam
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.parallel.processes import StopRequest
+    from agent.lifecycle.stopping import StopRequest
     from agent.training.train_state import Run
 
 log = logging.getLogger(__name__)
