@@ -34,15 +34,11 @@ ALL_BUT_DOORS_AND_FAMILIES = [name for name in MODULES if name not in DOORS and 
 MAY_IMPORT = {
     "run": [
         "command_line",
-        "configuration_pipeline",
         "lifecycle.*",
         "parallel.launch",
-        "parallel.processes",
         "preflight.check",
-        "reporting.writing",
-        "simulation.starting",
         "tracking.console",
-        "training.*",
+        "training.attempt",
     ],
     "data.from_*": ["data.*"],
     "data.prepare": ["*"],

@@ -50,27 +50,34 @@ def is_held(path: Path) -> tuple[bool | None, str | None]:
     return held, (who or "an unknown process") if held else None
 
 
-def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
+def report_failure(path: Path, rank: int, reason: str, kind: str, patience_s: float = 2.0) -> bool:
     """Ends the present attempt in ``status.json``; for a rank other than 0, which fails by itself.
 
-    Rank 0 waits for it in a collective, perhaps until the launcher kills it, and if not, then with an error of the
-    network, which would say nothing.
+    Rank 0 may be failing as well, and what it says counts: it has so many seconds to end the attempt itself. If it does
+    not, it waits for this rank in a collective, perhaps until the launcher kills it, and if not, then with an error of
+    the network, which would say nothing.
 
     Returns:
         False if the attempt has ended already, with a reason of its own.
     """
-    status = _sound_status(path / "status.json")
+    file, end = path / "status.json", time.monotonic() + patience_s
+    while not (ended := _has_ended(status := _sound_status(file))) and time.monotonic() < end:
+        time.sleep(0.05)
+    if ended:
+        return False
     now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": kind}
     if "attempts" in status:
-        attempt = status["attempts"][-1]
-        if attempt.get("ended") is not None:
-            return False
         now["updated"] = time.time()
-        attempt.update({**now, "ended": now["updated"]})
+        status["attempts"][-1].update({**now, "ended": now["updated"]})
         status |= now | history.summary(status["attempts"])
-        write_text(path / "status.json", json.dumps(status, indent=1) + "\n")
+        write_text(file, json.dumps(status, indent=1) + "\n")
     report_attempt("failed", reason=now["reason"], error_kind=kind, step=status.get("step", 0), run_dir=str(path))
     return True
+
+
+def _has_ended(status: dict[str, Any]) -> bool:
+    """Whether the present attempt has."""
+    return "attempts" in status and status["attempts"][-1].get("ended") is not None
 
 
 def _sound_status(path: Path) -> dict[str, Any]:

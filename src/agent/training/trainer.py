@@ -31,18 +31,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         The reason for an early stop, empty when the run is finished.
     """
     config, state, processes = run.config, run.state, run.processes
-    loader = TrainLoader(
-        run.data.reader,
-        run.data.mixture,
-        global_batch=config.global_batch_size,
-        per_device_batch=config.per_device_batch_size,
-        rank=processes.rank,
-        world=processes.world_size,
-        first_sample=state.samples_seen,
-        num_workers=config.data.train.num_workers,
-        prefetch_factor=config.data.train.prefetch_factor,
-        pin=processes.device.type == "cuda",
-    )
+    loader = _loader(run)
     run.model.train()
     saver, clock = Saver(run), Clock()
     report = RunReport(config.run_dir) if run.folder is not None else None
@@ -58,8 +47,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             watchdog.alive(f"update {state.step + 1}")
             with clock.updating():
                 result = train_step(run, batches, clock)
-            run.data.count(state.drawn, state.samples_seen - config.global_batch_size, state.samples_seen)
-            _tell(run)
+            _note_update(run)
             last = state.step == run.plan.n_updates
             due = bool(config.eval_freq) and (state.step % config.eval_freq == 0 or last)
             validation: dict[str, float] | None = {}
@@ -90,8 +78,10 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
     return ""
 
 
-def _tell(run: Run) -> None:
-    """That there was one more update, and when the first of this start was."""
+def _note_update(run: Run) -> None:
+    """Counts the update's samples by data set, moves the bar, and notes when the first update of this start was made."""
+    seen = run.state.samples_seen
+    run.data.count(run.state.drawn, seen - run.config.global_batch_size, seen)
     if run.metrics is not None:
         run.metrics.advance(run.state.step)
     if run.folder is not None and "first_update_s" not in run.folder.attempt:
@@ -118,6 +108,23 @@ def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Cl
         watchdog.alive("validation of the starting weights", patience=4)
         return validate_start(run, stop)
     return True
+
+
+def _loader(run: Run) -> TrainLoader:
+    """Gives this process's micro-batches, beginning with the first sample that the run has not seen."""
+    config = run.config
+    return TrainLoader(
+        run.data.reader,
+        run.data.mixture,
+        global_batch=config.global_batch_size,
+        per_device_batch=config.per_device_batch_size,
+        rank=run.processes.rank,
+        world=run.processes.world_size,
+        first_sample=run.state.samples_seen,
+        num_workers=config.data.train.num_workers,
+        prefetch_factor=config.data.train.prefetch_factor,
+        pin=run.processes.device.type == "cuda",
+    )
 
 
 def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
