@@ -16,7 +16,7 @@ import pytest
 from run_folders import RunFolderSpec, write_run
 
 from agent.deployment.model_card import last_validation
-from agent.lifecycle.records import read_metrics, read_status
+from agent.lifecycle.records import follow_metrics, read_metrics, read_status
 from agent.lifecycle.run_folder import RunFolder, report_failure
 from agent.tracking.jsonl import JsonLines
 from agent.validation.record import ValidationRecords
@@ -172,6 +172,22 @@ def test_a_status_that_is_damaged_while_the_run_goes_on_is_mended(tmp_path: Path
     folder.close()
     kept = sorted(tmp_path.glob("status.json.damaged*"))
     assert [path.read_text() for path in kept] == ["{", '{"attempts": [{"started": "x"}]}', "[]", "{"]
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 3, "lo', '\n{"step": 3}', '\n{"step": 3, "loss": nul\n'])
+def test_who_follows_a_run_reads_what_others_read_afterwards(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, line(1))
+    written = iter([json.dumps(line(2))[:9], json.dumps(line(2))[9:] + end])
+
+    def ended(_: float) -> bool:
+        new = next(written, None)
+        with open(path, "a") as stream:
+            stream.write(new or "")
+        return new is None
+
+    assert list(follow_metrics(path, ended)) == read_metrics(path).records
+    assert [record["step"] for record in read_metrics(path).records][:2] == [1, 2]
 
 
 def test_a_rank_that_fails_leaves_the_word_to_rank_0(tmp_path: Path) -> None:
