@@ -7,12 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from agent.checkpoints.tensor_reader import Checksums
+from agent.checkpoints import tensor_reader
+from agent.checkpoints.tensor_reader import Checksums
+from agent.parallel import sharding
 
 
 class Layout(Protocol):
@@ -121,11 +123,6 @@ def load_into(
     Raises:
         ValueError: if a file is damaged, or the files and the model do not cover each other.
     """
-    import torch
-
-    from agent.checkpoints import tensor_reader
-    from agent.parallel import sharding
-
     coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
     for path, sources in places.items():
         targets, aside = {}, {}
@@ -164,8 +161,6 @@ def account(
     Raises:
         ValueError: if a file is damaged, or the files and the model do not cover each other.
     """
-    from agent.checkpoints import tensor_reader
-
     listed: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
         for entry in tensor_reader.entries(path):

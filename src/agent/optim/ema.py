@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from agent.parallel import sharding
 
 
 def decay_at(decay: float, applied: int) -> float:
@@ -32,12 +33,8 @@ class Ema:
         decay: in (0, 1).
     """
 
-    def __init__(self, policy: Any, decay: float) -> None:
-        from agent.parallel import sharding
-
+    def __init__(self, policy: nn.Module, decay: float) -> None:
         assert 0 < decay < 1, "checked with the configuration"
-        import torch
-
         self.decay = decay
         self._parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.tensors: dict[str, Tensor] = {
@@ -47,8 +44,6 @@ class Ema:
 
     def begin(self) -> None:
         """Sets the average to the weights of now."""
-        import torch
-
         with torch.no_grad():
             for average, weight in zip(*self._local(), strict=True):
                 average.copy_(weight)
@@ -59,8 +54,6 @@ class Ema:
         Args:
             applied: updates applied before this one, skipped ones not counted.
         """
-        import torch
-
         share = 1 - decay_at(self.decay, applied)
         with torch.no_grad():
             averages, weights = self._local()
@@ -95,15 +88,11 @@ class Ema:
 
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
         """What this process holds of averages and weights. Asked for every time: FSDP moves its memory once."""
-        from agent.parallel import sharding
-
         averages = [sharding.rows(tensor).local for tensor in self.tensors.values()]
         return averages, [sharding.rows(parameter).local for parameter in self._parameters.values()]
 
 
 def _exchange(averages: list[Tensor], weights: list[Tensor], kept: list[Tensor | None], back: bool) -> None:
-    import torch
-
     with torch.no_grad():
         for average, weight, own in zip(averages, weights, kept, strict=True):
             if own is not None:

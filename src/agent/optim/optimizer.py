@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import torch
+from torch import Tensor, nn
 
-    import torch
-    from torch import Tensor, nn
+from agent.optim.low_memory_adamw import LowMemoryAdamW
+from agent.parallel import sharding
 
 
 def freeze(module: nn.Module, frozen: dict[str, str]) -> str:
@@ -62,12 +62,8 @@ def make_optimizer(
         eight_bit: hold the moments in eight bits a number.
         seed: of the bits that round weights of bfloat16.
     """
-    import torch
-
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if eight_bit or any(p.dtype == torch.bfloat16 for _, p in named):
-        from agent.optim.low_memory_adamw import LowMemoryAdamW
-
         return LowMemoryAdamW(
             named, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, seed=seed
         )
@@ -82,21 +78,16 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         The norm before that, one number on the device, the same on every process. A collective if the gradients are
         sharded.
     """
-    from agent.optim import low_memory_adamw
-    from agent.parallel import sharding
-
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    if isinstance(optimizer, LowMemoryAdamW):
         return optimizer.clip(max_norm)
     return sharding.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> None:
     """One update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
-    from agent.optim import low_memory_adamw
-
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    if isinstance(optimizer, LowMemoryAdamW):
         optimizer.update = number
     optimizer.step()
 
@@ -160,11 +151,7 @@ def allocate_state(
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps of a parameter, before the first update."""
-    import torch
-
-    from agent.optim import low_memory_adamw
-
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    if isinstance(optimizer, LowMemoryAdamW):
         return optimizer.new_state(parameter)
     moments = ("exp_avg", "exp_avg_sq")
     empty = {kind: torch.empty_like(parameter, requires_grad=False) for kind in moments}

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
-    from agent.parallel.processes import Processes
+from agent.parallel.processes import Processes
+
+if TYPE_CHECKING:
+    from agent.models.base import Policy
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,7 @@ def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode
         unit.forward = _Compiled(unit.forward, body, mode, shared)  # type: ignore[method-assign, assignment]
 
 
-def agree_on_compilation(policy: Any, processes: Processes) -> None:
+def agree_on_compilation(policy: Policy, processes: Processes) -> None:
     """Once all processes have done a pass: if a unit could not be compiled on one, all run eagerly on all. A collective.
 
     One line of the log says why. A unit that fails later, for a new shape, runs eagerly on its process alone, which says
@@ -65,16 +69,16 @@ def agree_on_compilation(policy: Any, processes: Processes) -> None:
             log.warning("the model cannot be compiled%s and runs uncompiled: %s", where, text)
 
 
+@dataclass
 class _Compilation:
     """What the compiled units of a policy share."""
 
-    def __init__(self) -> None:
-        self.failure: str | None = None
-        """Why the first one that failed did, on this process."""
-        self.given_up = False
-        """All units run eagerly."""
-        self.agreed = False
-        """The processes have compared how their first pass went."""
+    failure: str | None = None
+    """Why the first one that failed did, on this process."""
+    given_up: bool = False
+    """Whether all units run eagerly."""
+    agreed: bool = False
+    """Whether the processes have compared how their first pass went."""
 
 
 class _Compiled:
@@ -86,15 +90,11 @@ class _Compiled:
     """
 
     def __init__(self, eager: Callable[..., Any], body: Callable[..., Any], mode: str, shared: _Compilation) -> None:
-        import torch
-
         self.shared = shared
         self._eager, self._compiled = eager, torch.compile(body, mode=mode)
         self._has_run = self._failed = False
 
     def __call__(self, *arguments: Any) -> Any:
-        import torch
-
         shared = self.shared
         if shared.given_up or self._failed or (shared.failure is not None and not self._has_run):
             return self._eager(*arguments)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 def recompute(units: list[nn.Module], how: str) -> None:
@@ -31,9 +32,6 @@ def recompute(units: list[nn.Module], how: str) -> None:
 
 
 def _recomputed(unit: nn.Module, forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
-    import torch
-    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
     again: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if selective:
         again["context_fn"] = partial(create_selective_checkpoint_contexts, _kept_operations())
@@ -48,8 +46,6 @@ def _recomputed(unit: nn.Module, forward: Callable[..., Any], selective: bool) -
 
 def _kept_operations() -> list[Any]:
     """Matrix products with parameters, and attention in every kernel but the one that writes out all scores."""
-    import torch
-
     names = (
         "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from agent.parallel.compilation import compile_units
+from agent.parallel.processes import Processes
 from agent.parallel.recompute import recompute
-
-if TYPE_CHECKING:
-    from agent.parallel.processes import Processes
 
 
 def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: str, compile_mode: str | None) -> Any:
@@ -65,7 +65,7 @@ def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-def forget_gradients(model: Any, optimizer: Any) -> None:
+def forget_gradients(model: Any, optimizer: torch.optim.Optimizer) -> None:
     """After an update or a pass whose gradients nobody wants.
 
     DDP holds buckets for all gradients, and those stay where they are, in there, as zeros. Given back, the gradients of an
