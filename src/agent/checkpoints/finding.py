@@ -16,7 +16,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_weights(reference: str, key: str) -> list[Path]:
-    """The safetensors files behind a folder, a file or a hub id (``owner/name`` or ``owner/name@revision``).
+    """Finds the safetensors files behind a folder, a file or a hub id (``owner/name`` or ``owner/name@revision``).
 
     Args:
         reference: what the user wrote.
@@ -94,7 +94,7 @@ def _files_on_hub(repository: hub.Repository, key: str) -> list[Path]:
 
 
 def _converting(pickle: Path) -> str:
-    """What to do about a pickle file. Read so, it runs no code; tensors that share memory are written apart."""
+    """Says how to convert a pickle file. Read this way it runs no code, and tensors that share memory are written apart."""
     program = (
         "import sys, torch; from safetensors.torch import save_file; "
         "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there.
+"""Saves checkpoints so that each is either whole or not there, finds them again, and removes old ones.
 
 A checkpoint is written to a hidden sibling folder, every file is flushed to the disk, the manifest with each file's
 size and checksum is written last, and only then is the folder renamed into place. A folder under its final name is

@@ -1,4 +1,4 @@
-"""Loading weights as accounting: every tensor of the model and of the file is loaded, waived by a rule, or an error."""
+"""Loads weights and accounts for them: every tensor of the model and of the file is loaded, waived by a rule, or an error."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def load_into(
     fit: Fit,
     checksums: Checksums | None = None,
 ) -> Coverage:
-    """Reads safetensors files into the model's tensors, whatever their device and number type, and keeps the books.
+    """Reads safetensors files into the model's tensors, whatever their device and number type, and accounts for each of them.
 
-    Each file is read once, from front to back, into the memory where its tensors belong; the host holds a few megabytes
-    besides. Nothing is read before the books are in order.
+    Each file is read once, from front to back, into the memory where its tensors belong; the host needs a few
+    megabytes more. Nothing is read before the accounts are in order.
 
     Args:
         tensors: the model's own name → tensor to fill.

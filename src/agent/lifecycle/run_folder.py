@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, and the status that the outside reads."""
+"""Keeps the folder of one run: locks it, and writes the status that users, scripts and reports read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     """Tells the script that launched this process how it ended, through ``$VLA_STATUS_FILE``.
 
     torchrun turns every failure into exit code 1, so a launcher cannot tell a config error from a crash by it.
-    Does nothing when the variable is not set. Where it cannot be written the launcher takes the end for a crash, which the
-    log says.
+    Does nothing when the variable is not set. Where the file cannot be written, the log says so, and the launcher takes
+    the end for a crash.
     """
     target = os.environ.get("VLA_STATUS_FILE")
     if not target:
@@ -40,7 +40,7 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
 
 
 def holder(path: Path) -> str | None:
-    """Who runs in this folder now, None if nobody does or it cannot be told; asks in nobody's way."""
+    """Says who runs in this folder now, None if nobody does or it cannot be told; asking disturbs nobody."""
     return is_held(path)[1]
 
 
@@ -76,7 +76,7 @@ def report_failure(path: Path, rank: int, reason: str, kind: str, patience_s: fl
 
 
 def _has_ended(status: dict[str, Any]) -> bool:
-    """Whether the present attempt has."""
+    """Whether the present attempt has ended."""
     return "attempts" in status and status["attempts"][-1].get("ended") is not None
 
 
@@ -132,7 +132,7 @@ class RunFolder:
         return handle
 
     def moved(self) -> str | None:
-        """What has become of the folder if it is not where this run began it; None if it is."""
+        """Says what has become of the folder if it is not where this run began it; None if it is."""
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._place)):
                 return None
@@ -189,14 +189,14 @@ class RunFolder:
     def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None) -> None:
         """Writes ``status.json`` and the launcher's status file. An error of the disk is a warning, not the end."""
         if self.attempt["ended"] is not None:
-            return  # the watchdog has ended this attempt, and the training loop drew one more breath
+            return  # the watchdog has ended this attempt while the training loop was still at work
         try:
             recorded = _sound_status(self.path / "status.json").get("attempts", [])[-1:]
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path / "status.json", error)
             recorded = []
         if recorded and recorded[0].get("started") == self.attempt["started"] and recorded[0].get("ended") is not None:
-            return  # another rank has: it failed first, and knows why
+            return  # another rank has ended it: that rank failed first, and knows why
         now = {"state": state, "step": step, "reason": reason, "error_kind": error_kind}
         ended = None if state == "running" else time.time()
         self._status |= {**now, "updated": time.time()}

@@ -1,4 +1,4 @@
-"""Requests to stop a run, by a signal or by a file, and what this process answers them."""
+"""Takes requests to stop a run, which come as a signal or as a file, and remembers them for the training loop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from agent.parallel.processes import Processes
@@ -58,21 +59,20 @@ class StopRequest:
     def pending(self) -> bool:
         """True once this process has been asked to stop."""
         for path in self._files:
-            if not self.reason and os.path.exists(
-                path
-            ):  # not Path.exists, which raises what a bad moment of NFS brings
+            # Path.exists would raise the errors that NFS gives now and then.
+            if not self.reason and os.path.exists(path):
                 self.reason = _text_of(path) or f"asked to by the file {path}"
         return bool(self.reason)
 
     def abandoned(self, reason: str) -> None:
-        """Nobody waits for this process any more: it saves and stops, or leaves where there is nothing to save."""
+        """Saves and stops, or leaves where there is nothing to save, because nobody waits for this process any more."""
         if self.can_save and not self._pressed:
             self.reason = self.reason or reason
             _say(f"{reason}: saving at the next update, and stopping")
         else:
             self.leave(reason)
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
             self._on_interrupt()
         self.reason = self.reason or f"received {signal.Signals(number).name}"
@@ -80,7 +80,7 @@ class StopRequest:
     def _on_interrupt(self) -> None:
         now, first = time.monotonic(), not self._pressed
         if not first and now - self._pressed < _ONE_PRESS_S:
-            return  # the terminal's and the launcher's, of one press
+            return  # one press comes twice: from the terminal and from the launcher
         self._pressed = self._pressed or now
         if not first or not self.can_save:
             self.leave(BY_HAND if first else f"{BY_HAND} twice")
@@ -100,12 +100,12 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def reasons(self, processes: Processes) -> str:
-        """Why, as all processes know it together; a collective, for when one of them is known to be asked."""
+        """Joins the reasons that all processes have; a collective, for when one of them is known to be asked."""
         return ", ".join(sorted({reason for reason in processes.gather(self.reason) if reason}))
 
 
 def _text_of(stop_file: Path) -> str:
-    """What it says; nothing where whoever made it has left it unreadable for this process."""
+    """Returns what a stop file says; nothing where whoever made it has left it unreadable for this process."""
     try:
         text = stop_file.read_text(encoding="utf-8", errors="replace").strip()
         if not text:  # made with `touch`, or not yet written by who has just opened it

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the update."""
+"""Computes the learning rate as a function of the update."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LearningRate:
     ``after_warmup``: the cosine begins at the peak, where the warm-up ends, as optax's ``warmup_cosine_decay_schedule``
     (openpi) has it. ``first_update``: it counts from the first update on, as in LeRobot's
     ``CosineDecayWithWarmupSchedulerConfig``, so that in the update after the warm-up the rate falls by what the cosine has
-    come down meanwhile. Both reach ``final`` at ``decay_updates``.
+    fallen by then. Both reach ``final`` at ``decay_updates``.
     """
 
     peak: float
@@ -35,7 +35,7 @@ class LearningRate:
         n_updates: int,
         decay_start: DecayStart = "after_warmup",
     ) -> LearningRate:
-        """The schedule of a run of ``n_updates``.
+        """Plans the schedule of a run of ``n_updates``.
 
         ``decay`` None ends the decay at the last update. A ``decay`` beyond the run is shortened to it, and the
         warm-up in proportion, as LeRobot does. A warm-up that would fill the whole run, or leave nothing to a decay that
@@ -50,7 +50,7 @@ class LearningRate:
         return cls(peak, final, warmup, decay, decay_start)
 
     def at(self, update: int) -> float:
-        """The rate of the update with this number, counted from 0."""
+        """Returns the rate of the update with this number, counted from 0."""
         if update < self.warmup_updates:
             start = 1 / (self.warmup_updates + 1)
             return self.peak * (start + (1 - start) * update / self.warmup_updates)
@@ -60,7 +60,7 @@ class LearningRate:
         return self.final + (self.peak - self.final) * cosine
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Words a line for the log."""
         begin = "from there" if self.decay_start == "after_warmup" else "counted from the first update"
         return (
             f"learning rate: {self.warmup_updates} updates of warm-up to {self.peak:g}{self.fall()}, "
@@ -68,7 +68,7 @@ class LearningRate:
         )
 
     def fall(self) -> str:
-        """What to say of the step down where the warm-up ends; empty if there is none worth a word."""
+        """Words the step down where the warm-up ends; empty where it is too small to mention."""
         first = self.at(self.warmup_updates)
         if self.warmup_updates == 0 or first > 0.99 * self.peak:
             return ""

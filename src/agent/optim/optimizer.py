@@ -49,7 +49,7 @@ def make_optimizer(
     eight_bit: bool = False,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
+    """Makes AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
 
     One group, as LeRobot and openpi have it: the weight decay of the model config holds for all of them.
 
@@ -84,7 +84,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
 
 
 def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> None:
-    """One update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
+    """Makes an update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     if isinstance(optimizer, LowMemoryAdamW):
@@ -93,7 +93,7 @@ def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> No
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: ``exp_avg/<parameter>``, …"""
+    """Returns the optimizer's state as named tensors: ``exp_avg/<parameter>``, …"""
     state = optimizer.state
     return {
         f"{key}/{name}": value
@@ -150,7 +150,7 @@ def allocate_state(
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter, before the first update."""
+    """Makes what the optimizer keeps of a parameter, before the first update."""
     if isinstance(optimizer, LowMemoryAdamW):
         return optimizer.new_state(parameter)
     moments = ("exp_avg", "exp_avg_sq")

@@ -50,7 +50,7 @@ def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode
 
 
 def agree_on_compilation(policy: Policy, processes: Processes) -> None:
-    """Once all processes have done a pass: if a unit could not be compiled on one, all run eagerly on all. A collective.
+    """Has all units run eagerly on all processes if one of them could not be compiled on one. A collective, after a pass.
 
     One line of the log says why. A unit that fails later, for a new shape, runs eagerly on its process alone, which says
     so once; the numbers are the same to rounding.
@@ -115,7 +115,7 @@ class _Compiled:
 
 
 def _cause(error: BaseException) -> str:
-    """The first sentence of the error that began it all."""
+    """Returns the first line of the error that caused all others."""
     while (before := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = before
     inner = getattr(error, "inner_exception", error)

@@ -1,4 +1,4 @@
-"""What the launcher says about this process: its number among the others, and the device that it computes on."""
+"""Reads what the launcher says about this process: its rank among the others, and the device that it computes on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """This process's place among the others.
+    """Reads this process's place among the others from torchrun's variables.
 
     Raises:
         ValueError: if only some of torchrun's variables are set.
@@ -51,7 +51,7 @@ def read_launch() -> Launch:
 
 
 def choose_device(launch: Launch, wanted: str | None) -> torch.device:
-    """The GPU of this process, or the CPU where there is none.
+    """Chooses the GPU of this process, or the CPU where there is none.
 
     Args:
         launch: this process's place.
@@ -91,6 +91,6 @@ def choose_device(launch: Launch, wanted: str | None) -> torch.device:
 
 
 def _given_gpus() -> str:
-    """What ``CUDA_VISIBLE_DEVICES`` says if it names a GPU; like CUDA we look at nothing behind an entry that is none."""
+    """Returns ``CUDA_VISIBLE_DEVICES`` if it names a GPU; as for CUDA, nothing counts behind an entry that names none."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
     return given if re.match(r"\d|GPU-|MIG-", given) else ""

@@ -1,4 +1,4 @@
-"""The processes of one run as one: what they tell each other, and what rank 0 does for all of them."""
+"""Lets the processes of one run act as one: they add up and exchange values, and rank 0 acts or decides for all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from agent.parallel.launch import Launch
 
@@ -27,7 +28,7 @@ class Processes:
 
     def __init__(self, launch: Launch, device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
         self.rank, self.world_size, self.device = launch.rank, launch.world_size, device
-        self._control: Any = None
+        self._control: dist.ProcessGroup | None = None
         if launch.under_torchrun:
             import torch.distributed as dist
 
@@ -55,7 +56,7 @@ class Processes:
         return self.sum([float(flag)])[0] > 0
 
     def sum(self, values: list[float]) -> list[float]:
-        """Elementwise sums over the processes, in float64."""
+        """Adds up elementwise over the processes, in float64."""
         if not self.distributed:
             return values
         import torch
@@ -66,7 +67,7 @@ class Processes:
         return tensor.tolist()
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in the order of ranks, on every process."""
+        """Returns every process's value, in the order of ranks, on every process."""
         if not self.distributed:
             return [value]
         import torch.distributed as dist
@@ -112,7 +113,7 @@ class Processes:
         return box[0]
 
     def main_first(self, action: Callable[[], T]) -> T:
-        """``action`` on rank 0, then on the others: for what fills a cache that the others read."""
+        """Runs ``action`` on rank 0, then on the others: for what fills a cache that the others read."""
         result = self.on_main(action)
         return cast(T, result) if self.is_main else action()
 

@@ -1,4 +1,5 @@
-"""Activation checkpointing: which results of the forward pass are kept for the backward pass, and which computed again."""
+"""Chooses which results of the forward pass are kept for the backward pass, and which are computed again there
+(activation checkpointing)."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ def _recomputed(unit: nn.Module, forward: Callable[..., Any], selective: bool) -
 
 
 def _kept_operations() -> list[Any]:
-    """Matrix products with parameters, and attention in every kernel but the one that writes out all scores."""
+    """Lists matrix products with parameters, and attention in every kernel but the one that writes out all scores."""
     names = (
         "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"

@@ -1,4 +1,4 @@
-"""Parameters of which every process holds some rows (FSDP2), and how to read, fill and gather them a tensor at a time.
+"""Splits parameters so that every process holds some rows (FSDP2), and reads, fills and gathers them a tensor at a time.
 
 A sharded tensor is a ``DTensor``, split along its first dimension as ``torch.chunk`` splits: the processes hold
 successive rows, the last ones perhaps fewer or none. Outside of a forward and backward pass all parameters are in this
@@ -67,7 +67,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def rows(tensor: Tensor) -> Rows:
-    """This process's part of a tensor."""
+    """Returns this process's part of a tensor."""
     if not is_sharded(tensor):
         return Rows(tensor.detach(), 0)
     sharded: Any = tensor.detach()
@@ -81,7 +81,7 @@ def rows(tensor: Tensor) -> Rows:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the rows of all processes, on its device; a collective if it is sharded."""
+    """Gathers the rows of all processes on the tensor's device; a collective if it is sharded."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
@@ -106,12 +106,12 @@ def fill_from_main(tensor: Tensor, source: Tensor | None) -> None:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of the same shape, split in the same way."""
+    """Makes an uninitialised tensor of the same shape, split in the same way."""
     return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_``, also for sharded parameters: the norm is that of all rows.
+    """Clips as ``torch.nn.utils.clip_grad_norm_`` does, also for sharded parameters: the norm is that of all rows.
 
     One number is summed over the processes, instead of one per parameter. All parameters are sharded, or none is.
     """

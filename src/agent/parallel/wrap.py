@@ -53,7 +53,7 @@ def is_sharded_module(policy: Any) -> bool:
 
 
 def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
-    """Around forward and backward of a micro-batch; ``last`` is true for the last one of an update.
+    """Returns the context of a micro-batch's forward and backward pass; ``last`` is true for the last one of an update.
 
     DDP adds the processes' gradients up once, after the last. With sharded parameters that would keep whole gradients
     on every process, which is what sharding is to avoid: there they are added up after each, and only shards are kept.
@@ -66,9 +66,9 @@ def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
 
 
 def forget_gradients(model: Any, optimizer: torch.optim.Optimizer) -> None:
-    """After an update or a pass whose gradients nobody wants.
+    """Clears the gradients after an update, or after a pass whose gradients nobody wants.
 
-    DDP holds buckets for all gradients, and those stay where they are, in there, as zeros. Given back, the gradients of an
-    update's first micro-batches would have memory of their own until the last one: a second time the whole.
+    DDP holds buckets for all gradients: there they stay, as zeros. Were they given back, the gradients of an update's
+    first micro-batches would have memory of their own until the last one, which is twice the memory.
     """
     optimizer.zero_grad(set_to_none=not hasattr(model, "no_sync"))

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """All sinks of one run, on rank 0; the other ranks have none."""
+    """Passes the lines of one run to all that reports, on rank 0; the other ranks have none."""
 
     def __init__(self, run_dir: Path, n_updates: int, log_freq: int = 0) -> None:
         self._log_freq = log_freq
@@ -44,12 +44,12 @@ class Metrics:
         return self._wandb.run_id if self._wandb else None
 
     def advance(self, step: int) -> None:
-        """After every update, for who looks on."""
+        """Moves the progress bar after an update."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def write(self, record: dict[str, Any]) -> None:
-        """One logged update."""
+        """Reports one logged update."""
         self._lines.write(record)  # where wandb's process finds it
         text = "  ".join(
             f"{_short(key)} {_format(value)}" for key, value in record.items() if key in _SHOWN or "/" in key
@@ -57,11 +57,11 @@ class Metrics:
         log.info(f"update {record['step']}/{self._n_updates}  {text}  eta {clock(record['eta_s'])}")
 
     def sync(self) -> None:
-        """Before a checkpoint: what was logged until now is on the disk."""
+        """Brings to the disk what was logged until now; called before a checkpoint."""
         self._lines.sync()
 
     def end(self) -> None:
-        """No more lines: closes the file, and lets wandb take the last of them."""
+        """Closes the file after the last line, and lets wandb take what it lacks."""
         if self._bar is not None:
             self._bar.close()
         self._lines.close()

@@ -57,7 +57,7 @@ def _start(attempt: Attempt, stop: StopRequest, watchdog: Watchdog) -> Run:
     if launch.rank == 0:
         # The launcher knows of the run from here on: a crash while torch is imported or a GPU started counts as its own.
         report_attempt("running", reason="starting", run_dir=str(config.run_dir))
-    # The watchdog, which prints the stacks, is to be what ends a hang: a collective waits longer than any phase may take.
+    # A collective waits longer than any phase may take, so that the watchdog, which prints the stacks, ends a hang.
     hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
     device = choose_device(launch, config.model_cfg.device)  # type: ignore[attr-defined]
     processes = Processes(launch, device, timedelta(hours=hours))

@@ -1,4 +1,4 @@
-"""What a run reports of an update: the line of ``metrics.jsonl``, and the start of all that reports."""
+"""Reports an update: puts its line of ``metrics.jsonl`` together, and opens what takes the lines when a run starts."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def forget_reported(run: Run) -> None:
 
 
 def numbers_of(run: Run, result: StepResult, clock: Clock) -> dict[str, float | None]:
-    """What ``metrics.jsonl`` says of an update, gathered from all processes once."""
+    """Gathers from all processes what ``metrics.jsonl`` says of an update; call it once, as it resets the clock."""
     config, state, processes = run.config, run.state, run.processes
     step_s, waited = clock.read()
     of_this_process = [waited if rank == processes.rank else 0.0 for rank in range(processes.world_size)]
@@ -77,7 +77,7 @@ def numbers_of(run: Run, result: StepResult, clock: Clock) -> dict[str, float | 
 
 
 def write_line(run: Run, numbers: Mapping[str, float | None], clock: Clock, saver: Saver) -> None:
-    """One line of metrics, from rank 0."""
+    """Writes one line of metrics, on rank 0."""
     if run.metrics is not None and run.folder is not None:
         run.metrics.write({name: _finite(value) for name, value in numbers.items()})
         run.folder.note(busy_s=round(clock.total_s, 2), checkpoint_stall_s=round(saver.stall_s, 2))
@@ -85,12 +85,12 @@ def write_line(run: Run, numbers: Mapping[str, float | None], clock: Clock, save
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN: the numbers of a skipped update are null."""
+    """Turns what is not finite into null, as JSON has no NaN; a skipped update has such numbers."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def _peak_memory_gb(device: torch.device) -> float:
-    """Most memory this process has held: the GPU's where there is one, else the process's own."""
+    """Returns the most memory that this process has held: the GPU's where there is one, else the process's own."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

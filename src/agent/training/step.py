@@ -1,4 +1,4 @@
-"""One update of the weights, and how long it took."""
+"""Makes one update of the weights from the micro-batches of a global batch, and measures how long it took."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update, still on the device."""
+    """What is known of an update once it is made."""
 
     loss_sum: torch.Tensor
-    """Sum of this process's sample losses."""
+    """Sum of this process's sample losses, still on the device."""
     grad_norm: float
     """Before clipping; not finite if the update was skipped."""
     lr: float
 
 
 def train_step(run: Run, batches: Iterator[Batch], clock: Clock) -> StepResult:
-    """One optimizer update over ``accumulation_steps`` micro-batches.
+    """Makes one optimizer update over ``accumulation_steps`` micro-batches.
 
     Raises:
         FloatingPointError: if the gradient is not finite, before any weight changes, and ``skip_nonfinite`` does not
@@ -102,7 +102,7 @@ def _name_the_samples(run: Run, seen: list[_Seen], grad_norm: float) -> str:
 
 
 class Clock:
-    """Where the time of the updates goes. Validation and checkpoints are not counted."""
+    """Measures where the time of the updates goes. Validation and checkpoints are not counted."""
 
     def __init__(self) -> None:
         self.total_s = 0.0
@@ -111,7 +111,7 @@ class Clock:
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """Around one update."""
+        """Times one update, which happens in the block."""
         begin = time.perf_counter()
         yield
         took = time.perf_counter() - begin
@@ -121,13 +121,13 @@ class Clock:
 
     @contextlib.contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the wait for a micro-batch."""
+        """Times the wait for a micro-batch, which happens in the block."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     def read(self) -> tuple[float, float]:
-        """Seconds per update and the fraction of them spent waiting for data, since the last reading."""
+        """Returns the seconds per update and the fraction of them spent waiting for data, since the last reading."""
         step_s, fraction = self._busy / self._updates, self._waited / self._busy
         self._updates, self._busy, self._waited = 0, 0.0, 0.0
         return step_s, fraction

@@ -1,4 +1,4 @@
-"""The training loop: update after update, with the validations, reports and checkpoints that are due in between."""
+"""Runs the training loop: update after update, with the validations, reports and checkpoints that are due in between."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _note_update(run: Run) -> None:
 
 
 def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Clock, saver: Saver) -> bool:
-    """The validation that is due before an update: of the starting weights, or the one that a stop has cut short.
+    """Makes the validation that is due before an update: of the starting weights, or the one that a stop has cut short.
 
     Returns:
         False if a stop has cut it short; there is nothing new to save then.
@@ -97,7 +97,7 @@ def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Cl
     state = run.state
     if state.unreported is not None:
         watchdog.alive(f"validation at update {state.step}", patience=4)
-        # unless validation was turned off since
+        # Nothing is owed any more if validation was turned off since.
         validation = validate(run, stop) if run.config.eval_freq else {}
         if validation is None:
             return False
@@ -128,7 +128,7 @@ def _loader(run: Run) -> TrainLoader:
 
 
 def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, after passes over the first whose gradients are thrown away.
+    """Returns the same batches, after passes over the first of them whose gradients are thrown away.
 
     In the first synchronised backward pass DDP learns the graph, in the second the order of the gradients, by which it
     then sorts its buckets. Without these passes the first updates of every start would add in another order than the
