@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
+from torch import nn
 
 from agent.parallel.compilation import compile_units
 from agent.parallel.processes import Processes
 from agent.parallel.recompute import recompute
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.nn.parallel import DistributedDataParallel
 
-def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: str, compile_mode: str | None) -> Any:
+
+def parallelize(
+    policy: Any, processes: Processes, *, activation_checkpointing: str, compile_mode: str | None
+) -> nn.Module:
     """Wraps a policy that is on its device, in the one order that works: checkpoint, compile, DDP.
 
     Args:
@@ -47,12 +54,17 @@ def parallelize(policy: Any, processes: Processes, *, activation_checkpointing: 
     )
 
 
-def is_sharded_module(policy: Any) -> bool:
+def is_sharded_module(policy: nn.Module) -> TypeGuard[FSDPModule]:
     """Whether ``agent.parallel.sharding.shard`` has split the parameters of this policy."""
     return hasattr(policy, "set_is_last_backward")
 
 
-def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
+def _is_replicated(model: nn.Module) -> TypeGuard[DistributedDataParallel]:
+    """Whether this is DDP around a policy."""
+    return hasattr(model, "no_sync")
+
+
+def accumulating(model: nn.Module, last: bool) -> contextlib.AbstractContextManager:
     """Returns the context of a micro-batch's forward and backward pass; ``last`` is true for the last one of an update.
 
     DDP adds the processes' gradients up once, after the last. With sharded parameters that would keep whole gradients
@@ -60,15 +72,15 @@ def accumulating(model: Any, last: bool) -> contextlib.AbstractContextManager:
     """
     if is_sharded_module(model):
         model.set_is_last_backward(last)
-    elif hasattr(model, "no_sync") and not last:
+    elif _is_replicated(model) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
 
 
-def forget_gradients(model: Any, optimizer: torch.optim.Optimizer) -> None:
+def forget_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Clears the gradients after an update, or after a pass whose gradients nobody wants.
 
     DDP holds buckets for all gradients: there they stay, as zeros. Were they given back, the gradients of an update's
     first micro-batches would have memory of their own until the last one, which is twice the memory.
     """
-    optimizer.zero_grad(set_to_none=not hasattr(model, "no_sync"))
+    optimizer.zero_grad(set_to_none=not _is_replicated(model))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
@@ -49,8 +50,8 @@ class Run:
     folder: RunFolder | None  # on rank 0
     checkpoints: CheckpointStore
     data: Data
-    policy: Any
-    model: Any  # the policy, or DDP around it
+    policy: Any  # a Policy, which is an nn.Module as well
+    model: nn.Module  # the policy, or DDP around it
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     state: TrainState

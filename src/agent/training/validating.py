@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.data.loading.loader import validation_batches
 from agent.progress import followed
@@ -14,6 +14,7 @@ from agent.validation.record import Evaluation, ValidationRecords, dimension_nam
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.source import Source
     from agent.lifecycle.stopping import StopRequest
     from agent.training.train_state import Run
 
@@ -111,7 +112,7 @@ def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
     )
 
 
-def _names(source: Any) -> DatasetNames:
+def _names(source: Source) -> DatasetNames:
     key = source.config.action
     return DatasetNames(
         source.config.repo_id,
