@@ -101,6 +101,7 @@ def _train(attempt: Attempt, run: Run, stop: StopRequest, watchdog: Watchdog) ->
 
 
 def _updates(attempt: Attempt, run: Run, stop: StopRequest, watchdog: Watchdog) -> int:
+    """Makes the updates that are left, if any, and returns the exit code."""
     from agent.training.metrics_line import forget_reported, start_reporting
     from agent.training.trainer import train
 

@@ -188,7 +188,7 @@ def _completed(saved: Any, config: Any) -> Any:
 
 
 def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lists all keys that a resume must not change silently, as lines ``key: old → new``."""
+    """Lines ``key: old → new`` of all keys that a resume must not change silently."""
     lines = []
     for key in [*saved, *(k for k in current if k not in saved)]:
         name = f"{prefix}{key}"

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from agent.checkpoints import weights
 from agent.checkpoints.finding import find_weights
@@ -68,7 +68,7 @@ def resume(
     checkpoints: CheckpointStore,
     found: list[Path],
     processes: Processes,
-    policy: nn.Module,
+    policy: Any,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None = None,
 ) -> TrainState | None:
@@ -116,7 +116,7 @@ def _load(
     config: TrainPipelineConfig,
     data: Data,
     path: Path,
-    policy: nn.Module,
+    policy: Any,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     checksums: Checksums | None,

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from agent.checkpoints import tensor_reader
 from agent.checkpoints.manifest import Folder
@@ -208,7 +209,7 @@ def exact_weights(checkpoint: Path, of: str = PRETRAINED) -> Path:
 
 
 def restore(
-    checkpoint: Path, optimizer: torch.optim.Optimizer, policy: nn.Module, checksums: Checksums | None = None
+    checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Any, checksums: Checksums | None = None
 ) -> TrainState:
     """Puts the optimizer's state back and returns the counters.
 

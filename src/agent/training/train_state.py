@@ -50,7 +50,7 @@ class Run:
     folder: RunFolder | None  # on rank 0
     checkpoints: CheckpointStore
     data: Data
-    policy: Any  # a Policy, which is an nn.Module as well
+    policy: Any
     model: nn.Module  # the policy, or DDP around it
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
