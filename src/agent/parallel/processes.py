@@ -5,22 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
-if TYPE_CHECKING:
-    import torch
-    import torch.distributed as dist
+import torch
+import torch.distributed as dist
 
-    from agent.parallel.launch import Launch
+from agent.parallel.launch import Launch
 
 T = TypeVar("T")
-
-
-def lost_a_peer(error: Exception) -> bool:
-    """Whether this is a collective's error because another process is gone, which then knows the reason."""
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 class Processes:
@@ -30,8 +22,6 @@ class Processes:
         self.rank, self.world_size, self.device = launch.rank, launch.world_size, device
         self._control: dist.ProcessGroup | None = None
         if launch.under_torchrun:
-            import torch.distributed as dist
-
             # Where torchrun keeps the store, it was there before its ranks: one that does not answer never will.
             kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             meeting = dist.rendezvous("env://", timeout=min(timeout, timedelta(minutes=1)) if kept else timeout)
@@ -59,9 +49,6 @@ class Processes:
         """Adds up elementwise over the processes, in float64."""
         if not self.distributed:
             return values
-        import torch
-        import torch.distributed as dist
-
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self._control)
         return tensor.tolist()
@@ -70,8 +57,6 @@ class Processes:
         """Returns every process's value, in the order of ranks, on every process."""
         if not self.distributed:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self._control)
         return values
@@ -106,8 +91,6 @@ class Processes:
     def _from_main(self, value: T) -> T:
         if not self.distributed:
             return value
-        import torch.distributed as dist
-
         box: list[Any] = [value]
         dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
@@ -120,7 +103,5 @@ class Processes:
     def close(self) -> None:
         """Leaves the process group."""
         if self.distributed:
-            import torch.distributed as dist
-
             dist.destroy_process_group()
             self._control = None

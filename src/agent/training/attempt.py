@@ -20,12 +20,12 @@ from agent.lifecycle.run_folder import RunFolder, State, report_attempt, report_
 from agent.lifecycle.stopping import StopRequest, by_hand
 from agent.lifecycle.watchdog import Watchdog
 from agent.parallel.launch import Launch, choose_device
-from agent.parallel.processes import Processes, lost_a_peer
 from agent.reporting.writing import RunReport
 from agent.simulation import starting
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.parallel.processes import Processes
     from agent.training.train_state import Run
 
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_PREEMPTED, EXIT_INTERRUPTED = 0, 1, 2, 75, 130
@@ -44,7 +44,7 @@ def execute(config: TrainPipelineConfig, launch: Launch, stop: StopRequest) -> i
             return attempt.fail(str(error), "config", alone=attempt.begun)
         except Exception as error:
             log.exception("the run could not be started")
-            return attempt.fail(attempt.describe(error), "runtime", alone=attempt.begun and not lost_a_peer(error))
+            return attempt.crash(error)
         exit_code = _train(attempt, run, stop, watchdog)
     if launch.rank == 0 and exit_code == EXIT_PREEMPTED and "VLA_ATTEMPT" not in os.environ:
         log.info("%s", _to_continue(launch))  # where a script has started the run, that says what comes next
@@ -57,6 +57,8 @@ def _start(attempt: Attempt, stop: StopRequest, watchdog: Watchdog) -> Run:
     if launch.rank == 0:
         # The launcher knows of the run from here on: a crash while torch is imported or a GPU started counts as its own.
         report_attempt("running", reason="starting", run_dir=str(config.run_dir))
+    from agent.parallel.processes import Processes
+
     # A collective waits longer than any phase may take, so that the watchdog, which prints the stacks, ends a hang.
     hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
     device = choose_device(launch, config.model_cfg.device)  # type: ignore[attr-defined]
@@ -87,7 +89,7 @@ def _train(attempt: Attempt, run: Run, stop: StopRequest, watchdog: Watchdog) ->
         log.exception("update %d failed", run.state.step + 1)
         # A start would find nothing where the folder was, and begin at update 0: a person has to look.
         kind = "config" if attempt.folder is not None and attempt.folder.moved() else "runtime"
-        return attempt.fail(attempt.describe(error), kind, run.state.step, alone=not lost_a_peer(error))
+        return attempt.crash(error, kind, run.state.step)
     finally:
         watchdog.close()
         if attempt.folder is not None:
@@ -164,6 +166,17 @@ class Attempt:
             print(f"error: rank {self.launch.rank}: {reason}", file=sys.stderr, flush=True)
         return EXIT_CONFIG if kind == "config" else EXIT_FAILED
 
+    def crash(self, error: Exception, kind: str = "runtime", step: int | None = None) -> int:
+        """Tells of an error that nobody foresaw, and what to do where a disk or a GPU's memory is full."""
+        text = f"{type(error).__name__}: {error}"
+        if disk := which_disk(error, self.config.run_dir):
+            text += f"\n{disk}"
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
+            from agent.training.memory_advice import when_exhausted
+
+            text += f"\n{when_exhausted(self.config, self.launch.world_size)}"
+        return self.fail(text, kind, step, alone=self.begun and not _lost_a_peer(error))
+
     def report_hang(self, reason: str) -> None:
         """Tells that a process hangs; every process does, as rank 0 may be the one that is stuck."""
         self._tell("failed", f"hang: {reason}", "runtime")
@@ -184,16 +197,12 @@ class Attempt:
         else:
             report_attempt(state, reason=reason, error_kind=kind, run_dir=str(self.config.run_dir))
 
-    def describe(self, error: Exception) -> str:
-        """The error's own words, and what to do where a disk or a GPU's memory is full."""
-        text = f"{type(error).__name__}: {error}"
-        if disk := which_disk(error, self.config.run_dir):
-            text += f"\n{disk}"
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which may not be imported yet
-            from agent.training.memory_advice import when_exhausted
 
-            text += f"\n{when_exhausted(self.config, self.launch.world_size)}"
-        return text
+def _lost_a_peer(error: Exception) -> bool:
+    """Whether this is a collective's error because another process is gone, which then knows the reason."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _to_continue(launch: Launch) -> str:
