@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 from agent.checkpoints import tensor_reader, weights
+from agent.checkpoints.finding import find_weights
 from agent.checkpoints.manifest import Verification, verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.tensor_reader import Checksums
 from agent.checkpoints.writer import CheckpointWriter
-from agent.parallel.processes import Launch, Processes
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"
@@ -93,7 +95,7 @@ def fresh(tensor: Tensor) -> Tensor:
 
 def load(path: Path, state: dict[str, dict[str, Tensor]], checksums: Checksums | None) -> None:
     """As a resume does it: model and optimizer get memory that nothing was in before."""
-    files = weights.find_weights(str(path / PRETRAINED), "benchmark")
+    files = find_weights(str(path / PRETRAINED), "benchmark")
     model = {name: fresh(tensor) for name, tensor in state[WEIGHTS].items()}
     weights.load_into(model, files, _Match, lambda *_: None, checksums)  # type: ignore[arg-type]
     optimizer = state[f"{OPTIMIZER}.safetensors"]

@@ -31,10 +31,11 @@ from agent.configuration_pipeline import load_config
 from agent.data.normalization.normalizer import Normalizer
 from agent.data.samples.reader import collate
 from agent.data.samples.task_tokens import make_task_tokens
-from agent.models.pi import adapter
-from agent.models.pi.model import PI0
-from agent.optim.optimizer import LearningRate
-from agent.parallel.processes import Launch, Processes
+from agent.models.pi0 import adapter
+from agent.models.pi0.model import PI0
+from agent.optim.learning_rate import LearningRate
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 from agent.reproducibility import stream
 from agent.settings.plan import make_plan
 from agent.training.building import build_run_data

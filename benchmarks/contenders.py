@@ -22,17 +22,17 @@ from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.loading.loader import DataConfig
 from agent.data.samples.reader import Sample, collate
 from agent.data.samples.transforms import SampleSpec
-from agent.models.common.sizes import GemmaVariant, VisionVariant
-from agent.models.lerobot_config import FeatureSpec
-from agent.models.pi import adapter
-from agent.models.pi.configuration import PI0Config
-from agent.models.pi.model import PI0
-from agent.optim.optimizer import LearningRate, freeze, make_optimizer
-from agent.parallel.processes import Launch, Processes
+from agent.models.pi0 import adapter
+from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi0.model import PI0
+from agent.optim.learning_rate import LearningRate
+from agent.optim.optimizer import freeze, make_optimizer
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 from agent.parallel.wrap import parallelize
 from agent.settings.plan import Plan
+from agent.training.step import train_step
 from agent.training.train_state import Run, TrainState
-from agent.training.trainer import train_step
 
 STATE_DIM, ACTION_DIM = 8, 7
 MAX_GRAD_NORM = 1.0
@@ -182,7 +182,7 @@ class _NoClock:
 
 
 class Ours(Contender):
-    """`agent.training.trainer.train_step` over a model that `agent.parallel.wrap` has wrapped."""
+    """`agent.training.step.train_step` over a model that `agent.parallel.wrap` has wrapped."""
 
     def __init__(
         self, config: TrainPipelineConfig, batch: Batch, weights: dict[str, Any], device: torch.device

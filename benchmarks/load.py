@@ -115,15 +115,16 @@ def ours(folder: Path) -> None:
     import torch
 
     from agent.checkpoints import weights
-    from agent.models.pi import adapter
-    from agent.models.pi.model import PI0
+    from agent.checkpoints.finding import find_weights
+    from agent.models.pi0 import adapter
+    from agent.models.pi0.model import PI0
 
     config = model_config()
     yield_to_start()
     with torch.device("meta"):
         policy = PI0(config)
     policy.to_empty(device="cpu")
-    files = weights.find_weights(str(folder), "benchmark")
+    files = find_weights(str(folder), "benchmark")
     weights.load_into(policy.state_dict(), files, partial(adapter.from_lerobot, config=config), adapter.fit)
     assert all(tensor.flatten()[0] == NUMBER for tensor in policy.state_dict().values())
     KEEP.append(policy)

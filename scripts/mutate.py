@@ -48,9 +48,12 @@ PYTHON = REPOSITORY / ".venv" / "bin" / "python"
 # Module → the test files (of tests/test_*.py) that are nearest to it, the cheapest first.
 NEAREST = {
     "training.trainer": "reliability training",
+    "training.step": "reliability training",
+    "training.metrics_line": "reliability training",
     "training.saving": "optim checkpoint_writer reliability training",
     "training.resuming": "reliability training",
     "optim.optimizer": "optim low_memory_optimizers",
+    "optim.learning_rate": "optim",
     "optim.low_memory_adamw": "low_memory_optimizers",
     "optim.adamw8bit": "low_memory_optimizers",
     "optim.stochastic_rounding": "low_memory_optimizers",
@@ -62,7 +65,8 @@ NEAREST = {
     "data.normalization.normalizer": "normalization relative_actions mixed_data",
     "data.normalization.relative": "relative_actions",
     "checkpoints.weights": "weights pi0_adapter base_weights",
-    "models.pi.adapter": "pi0_adapter weights base_weights",
+    "checkpoints.finding": "weights base_weights",
+    "models.pi0.adapter": "pi0_adapter weights base_weights",
     "checkpoints.manifest": "checkpoint checkpoint_writer",
     "checkpoints.store": "checkpoint checkpoint_writer best",
     "checkpoints.writer": "checkpoint_writer",

@@ -316,11 +316,11 @@ def count_waits() -> None:
 
     import torch
 
-    from agent.models.pi.model import PI0
-    from agent.training import trainer
+    from agent.models.pi0.model import PI0
+    from agent.training import step, trainer
 
     target = Path(os.environ["WAITS"] + f".{_rank()}")
-    train_step, clip, forward = trainer.train_step, trainer.clip_gradients, PI0.forward
+    train_step, clip, forward = trainer.train_step, step.clip_gradients, PI0.forward
     gpu = torch.cuda.is_available()
     if gpu:
         torch.set_warn_always(True)
@@ -354,7 +354,7 @@ def count_waits() -> None:
         assert float(losses.detach().sum()) >= 0
         return losses
 
-    trainer.train_step, trainer.clip_gradients = watched, marked
+    trainer.train_step, step.clip_gradients = watched, marked
     if "LOOK" in os.environ:
         PI0.forward = looking  # type: ignore[method-assign]
 
@@ -413,9 +413,9 @@ def count_blocks_of_gradients() -> None:
     """Writes, after each micro-batch, in how many blocks of memory the gradients are, and how many gradients there are."""
     import contextlib
 
-    from agent.training import trainer
+    from agent.training import step
 
-    accumulating, target = trainer.accumulating, Path(os.environ["BLOCKS"] + f".{_rank()}")
+    accumulating, target = step.accumulating, Path(os.environ["BLOCKS"] + f".{_rank()}")
 
     @contextlib.contextmanager
     def counted(model: Any, last: bool) -> Any:
@@ -426,7 +426,7 @@ def count_blocks_of_gradients() -> None:
         with open(target, "a") as stream:
             stream.write(json.dumps([len(blocks), len(gradients)]) + "\n")
 
-    trainer.accumulating = counted
+    step.accumulating = counted
 
 
 def small_buckets() -> None:

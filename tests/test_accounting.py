@@ -35,7 +35,7 @@ from agent.models.pi.memory import predict
 from agent.models.pi.model import PI0
 from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer, optimizer_tensors
 from agent.parallel import sharding
-from agent.parallel.wrap import recompute
+from agent.parallel.recompute import recompute
 
 TERA = 1e12
 A_THIRD: dict[str, Any] = {

@@ -27,7 +27,8 @@ from agent.checkpoints.host_snapshot import HostSnapshot
 from agent.checkpoints.manifest import MANIFEST, verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter, Outcome, share
-from agent.parallel.processes import Launch, Processes
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 
 HERE = Path(__file__).parent
 

@@ -27,7 +27,7 @@ from agent.configuration_pipeline import (
     load_config,
     reconcile,
 )
-from agent.parallel.processes import Launch, choose_device, read_launch
+from agent.parallel.launch import Launch, choose_device, read_launch
 from agent.settings.files import ConfigError
 from agent.settings.plan import make_plan
 from agent.training.config_changes import changes_since, changes_since_checkpoint, settle

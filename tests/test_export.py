@@ -31,6 +31,7 @@ from test_pi0_adapter import reference
 
 from agent import export
 from agent.checkpoints import weights
+from agent.checkpoints.finding import find_weights
 from agent.inference import load_policy
 from agent.models.base import ModelConfig
 from agent.models.pi import adapter, exporting
@@ -107,7 +108,7 @@ def test_every_format_loads_back_bit_for_bit(runs, tmp_path, target, where):
     out = exported(checkpoint, tmp_path / "out", target)
     config = config_of(pretrained)
     model = PI0(config)
-    files = weights.find_weights(str(out), "--out")
+    files = find_weights(str(out), "--out")
     coverage = weights.load_into(model.state_dict(), files, partial(adapter.from_lerobot, config=config), adapter.fit)
     expected = our_tensors(pretrained)
     assert len(coverage.loaded) == len(expected) and not coverage.adapted

@@ -17,8 +17,8 @@ from test_pi0_model import CAMERAS, TIME, lively_model, make_batch, relative
 from agent.batch import Batch
 from agent.checkpoints.manifest import MANIFEST, seal
 from agent.models.flow_matching import draw, draw_several
-from agent.models.pi.model import PI0
-from agent.parallel.wrap import recompute
+from agent.models.pi0.model import PI0
+from agent.parallel.recompute import recompute
 
 K = 3
 

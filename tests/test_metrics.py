@@ -23,7 +23,8 @@ import pytest
 from PIL import Image
 
 from agent import progress
-from agent.tracking.metrics import JsonLines, Metrics
+from agent.tracking.jsonl import JsonLines
+from agent.tracking.metrics import Metrics
 from agent.tracking.wandb_sink import WandbConfig
 
 
@@ -114,7 +115,8 @@ def test_many_restarts_leave_every_step_once(tmp_path):
 START = """
 import json, os, signal, sys, time
 from pathlib import Path
-from agent.tracking.metrics import Metrics, setup_logging
+from agent.tracking.console import setup_logging
+from agent.tracking.metrics import Metrics
 from agent.tracking.wandb_sink import WandbConfig
 run_dir, after, first, last, attempt, end = Path(sys.argv[1]), *map(int, sys.argv[2:6]), sys.argv[6]
 setup_logging(0, debug=False)
@@ -344,7 +346,8 @@ def test_without_wandb_there_is_no_id_and_no_folder(tmp_path, monkeypatch):
 SHOW = """
 import logging, sys
 from pathlib import Path
-from agent.tracking.metrics import Metrics, setup_logging
+from agent.tracking.console import setup_logging
+from agent.tracking.metrics import Metrics
 from agent.progress import followed
 sys.path.insert(0, sys.argv[2])
 from test_metrics import record

@@ -14,7 +14,8 @@ from torch import nn
 
 from agent.checkpoints import tensor_file
 from agent.checkpoints.store import TRAINING
-from agent.optim.optimizer import LearningRate, allocate_state, freeze, make_optimizer, optimizer_tensors
+from agent.optim.learning_rate import LearningRate
+from agent.optim.optimizer import allocate_state, freeze, make_optimizer, optimizer_tensors
 from agent.training import saving
 
 PEAK, FINAL = 5e-5, 2.5e-6

@@ -22,8 +22,11 @@ from test_training import what_was_computed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent.checkpoints import tensor_reader
-from agent.parallel.processes import Launch, Processes
-from agent.parallel.wrap import agree_on_compilation, parallelize, recompute
+from agent.parallel.compilation import agree_on_compilation
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
+from agent.parallel.recompute import recompute
+from agent.parallel.wrap import parallelize
 
 FSDP = ("--parallel", "fsdp")
 PRETRAINED = "pretrained_model/model.safetensors"

@@ -21,11 +21,11 @@ from agent.describe_config import field_texts
 from agent.models.common.modules import attend
 from agent.models.common.sizes import GemmaVariant, VisionVariant
 from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
-from agent.models.lerobot_config import FeatureSpec
-from agent.models.pi import adapter
-from agent.models.pi.configuration import PI0Config
-from agent.models.pi.model import PI0, prepare_images
-from agent.parallel.wrap import recompute
+from agent.models.pi0 import adapter
+from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi0.layers import attend
+from agent.models.pi0.model import PI0, prepare_images
+from agent.parallel.recompute import recompute
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
 # LeRobot's attention assumes eight heads.

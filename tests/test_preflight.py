@@ -27,9 +27,8 @@ from make_dataset import frame_image, write_dataset
 from PIL import Image
 
 from agent.configuration_pipeline import load_config
-from agent.models.common.memory import Training
-from agent.models.pi.memory import predict
-from agent.parallel.processes import Launch
+from agent.models.pi0.memory import Training, predict
+from agent.parallel.launch import Launch
 from agent.preflight import memory, rehearsal
 from agent.preflight.context import Context
 from agent.preflight.slurm import Job, find_job, seconds_of

@@ -338,7 +338,7 @@ def test_what_is_in_the_cache_is_enough_without_network(site: Site, prepared: su
 
 LOOK = r"""
 import json, sys, time
-from agent.checkpoints.weights import find_weights
+from agent.checkpoints.finding import find_weights
 for reference in sys.argv[1:]:
     begin = time.monotonic()
     try:

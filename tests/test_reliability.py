@@ -24,7 +24,7 @@ from test_training import what_was_computed
 
 from agent.checkpoints import tensor_reader
 from agent.checkpoints.manifest import files_of
-from agent.optim.optimizer import LearningRate
+from agent.optim.learning_rate import LearningRate
 
 FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four ranks: accumulation 2
 

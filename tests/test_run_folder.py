@@ -24,7 +24,7 @@ import pytest
 from agent.checkpoints.store import CheckpointStore
 from agent.lifecycle.disk_space import which_disk
 from agent.lifecycle.run_folder import RunFolder, report_attempt, write_text
-from agent.parallel.processes import StopRequest
+from agent.lifecycle.stopping import StopRequest
 from agent.validation.record import ValidationRecords
 
 

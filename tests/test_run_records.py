@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ import pytest
 from run_folders import RunFolderSpec, write_run
 
 from agent.deployment.model_card import last_validation
-from agent.lifecycle.records import read_metrics, read_status
+from agent.lifecycle.records import follow_metrics, read_metrics, read_status
 from agent.lifecycle.run_folder import RunFolder, report_failure
-from agent.tracking.metrics import JsonLines
+from agent.tracking.jsonl import JsonLines
 from agent.validation.record import ValidationRecords
 
 
@@ -166,10 +168,49 @@ def test_a_status_that_is_damaged_while_the_run_goes_on_is_mended(tmp_path: Path
         folder.update("running", 5)
         assert json.loads((tmp_path / "status.json").read_text())["step"] == 5
     (tmp_path / "status.json").write_text("{")
-    assert report_failure(tmp_path, 1, "no such kernel", "runtime")
+    assert report_failure(tmp_path, 1, "no such kernel", "runtime", patience_s=0)
     folder.close()
     kept = sorted(tmp_path.glob("status.json.damaged*"))
     assert [path.read_text() for path in kept] == ["{", '{"attempts": [{"started": "x"}]}', "[]", "{"]
+
+
+@pytest.mark.parametrize("end", ["", "\n", '\n{"step": 3, "lo', '\n{"step": 3}', '\n{"step": 3, "loss": nul\n'])
+def test_who_follows_a_run_reads_what_others_read_afterwards(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, line(1))
+    written = iter([json.dumps(line(2))[:9], json.dumps(line(2))[9:] + end])
+
+    def ended(_: float) -> bool:
+        new = next(written, None)
+        with open(path, "a") as stream:
+            stream.write(new or "")
+        return new is None
+
+    assert list(follow_metrics(path, ended)) == read_metrics(path).records
+    assert [record["step"] for record in read_metrics(path).records][:2] == [1, 2]
+
+
+def test_a_rank_that_fails_leaves_the_word_to_rank_0(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin_attempt()
+    slow = threading.Timer(0.3, lambda: folder.update("failed", 5, "no memory", "runtime"))
+    slow.start()
+    begin = time.monotonic()
+    assert not report_failure(tmp_path, 1, "no memory", "runtime", patience_s=60)
+    assert 0.2 < time.monotonic() - begin < 30  # no longer than it takes
+    slow.join()
+    folder.close()
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "no memory"
+
+
+def test_what_one_rank_alone_knows_is_told_once_and_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin_attempt()
+    told = [report_failure(tmp_path, rank, "no such kernel", "runtime", patience_s=0.1) for rank in (1, 2)]
+    folder.update("failed", 5, "Connection closed by peer", "runtime")  # rank 0 waited for rank 1
+    folder.close()
+    assert told == [True, False]
+    assert json.loads((tmp_path / "status.json").read_text())["reason"] == "rank 1: no such kernel"
 
 
 def test_the_validations_that_choose_the_best_are_checked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

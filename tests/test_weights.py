@@ -22,12 +22,11 @@ from test_pi0_adapter import reference
 
 from agent.batch import ActionChunk, Batch, Observation
 from agent.checkpoints import tensor_file
-from agent.checkpoints.weights import Coverage, account, find_weights, load_into
-from agent.models.common.sizes import GemmaVariant, VisionVariant
-from agent.models.lerobot_config import FeatureSpec
-from agent.models.pi import adapter
-from agent.models.pi.configuration import PI0Config
-from agent.models.pi.model import PI0
+from agent.checkpoints.finding import find_weights
+from agent.checkpoints.weights import Coverage, account, load_into
+from agent.models.pi0 import adapter
+from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
+from agent.models.pi0.model import PI0
 
 KEY = "load_from_checkpoint"
 TINY = {"depth": 2, "mlp_dim": 24, "heads": 2, "kv_heads": 1, "head_dim": 8, "vocab_size": 20}
@@ -335,7 +334,7 @@ def test_a_path_that_does_not_exist(reference):
 def on_hub(reference: str, home: Path) -> str:
     """What a process without network says."""
     program = (
-        "import sys; from agent.checkpoints.weights import find_weights\n"
+        "import sys; from agent.checkpoints.finding import find_weights\n"
         "try: print('found', *find_weights(sys.argv[1], 'load_from_checkpoint'))\n"
         "except ValueError as error: print('refused', error)"
     )

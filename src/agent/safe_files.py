@@ -41,6 +41,15 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+def write_link(path: Path, target: str) -> None:
+    """Replaces a symbolic link by one to another target, and flushes that to the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a place for a file or folder, which is flushed and takes the name ``path`` when the block has ended well.

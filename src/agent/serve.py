@@ -30,7 +30,7 @@ def serve(options: argparse.Namespace) -> None:
     Raises:
         ValueError: for everything that the user has to put right.
     """
-    from agent.tracking.metrics import setup_logging
+    from agent.tracking.console import setup_logging
 
     token = _token(options)
     renames = _renames(options.rename)

@@ -1,4 +1,4 @@
-"""A copy of tensors in host memory, taken between two updates and written while training goes on."""
+"""Copies tensors to host memory between two updates, so that they can be written while training goes on."""
 
 from __future__ import annotations
 
@@ -126,9 +126,8 @@ class HostSnapshot:
         """Returns when the copies can be read. Any thread may call it, and does a part of the work."""
         self._work.help()
         if self._event is not None:
-            with torch.cuda.device(
-                self._device
-            ):  # per thread: elsewhere the wait would open a context on the first GPU
+            # The device is set per thread: without this the wait would open a context on the first GPU.
+            with torch.cuda.device(self._device):
                 self._event.synchronize()
         self._sources = {}
 

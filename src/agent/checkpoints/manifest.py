@@ -1,4 +1,4 @@
-"""The list of a checkpoint's files with size and checksum: writing it last, and holding files against it."""
+"""Writes the list of a checkpoint's files with size and checksum, which comes last, and compares files with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FOLDERS = ("pretrained_model", "pretrained_model_ema", "training_state")
-"""Of a checkpoint."""
+"""The folders of a checkpoint: weights, their moving average, and what only a resume needs."""
 _BLOCK = 1 << 22  # stays in the processor's cache between the read and the hash
 # What the system says of a disk that has lost something. Any other error is of the moment: too many open files, a file
 # server that restarts, a permission. A checkpoint that cannot be read then is not damaged.
@@ -220,13 +220,13 @@ def verify(folder: Path) -> str | None:
 
 
 class Verification:
-    """Holds a checkpoint against its manifest while it is loaded, so that no file is read twice.
+    """Compares a checkpoint with its manifest while it is loaded, so that no file is read twice.
 
     Whoever reads a file feeds its :meth:`checksum`. What nobody has read to the end, :meth:`result` reads.
 
     Args:
         folder: of the checkpoint.
-        under: how the names of the files begin that are held against it.
+        under: how the names of the files begin that are compared.
     """
 
     def __init__(self, folder: Path, under: str = "") -> None:
@@ -272,7 +272,7 @@ class Verification:
 
 
 class _Digest:
-    """A checksum that knows how much it was fed."""
+    """A checksum that also counts the bytes that it was fed."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -284,7 +284,7 @@ class _Digest:
         self.size += len(block)
 
     def hexdigest(self) -> str:
-        """Of all so far."""
+        """Returns the checksum of all bytes so far."""
         return self._hash.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there.
+"""Saves checkpoints so that each is either whole or not there, finds them again, and removes old ones.
 
 A checkpoint is written to a hidden sibling folder, every file is flushed to the disk, the manifest with each file's
 size and checksum is written last, and only then is the folder renamed into place. A folder under its final name is
@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
-from agent.checkpoints.manifest import Damaged, Known, check_sizes, files_of, forget, seal
-from agent.safe_files import sync
+from agent.checkpoints.manifest import FOLDERS, Damaged, Known, check_sizes, files_of, forget, seal
+from agent.safe_files import sync, write_link
 
 log = logging.getLogger(__name__)
 
-PRETRAINED = "pretrained_model"
-PRETRAINED_EMA = "pretrained_model_ema"
-TRAINING = "training_state"
+PRETRAINED, PRETRAINED_EMA, TRAINING = FOLDERS
 
 
 class CheckpointStore:
@@ -149,11 +147,7 @@ class CheckpointStore:
     def _link(self, name: str, target: Path) -> None:
         if os.path.lexists(self.folder / name) and os.readlink(self.folder / name) == target.name:
             return
-        temporary = self.folder / f".{name}.tmp"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(target.name)
-        os.replace(temporary, self.folder / name)
-        sync(self.folder)
+        write_link(self.folder / name, target.name)
 
     def relink(self) -> None:
         """Sets ``last`` and ``best`` anew: a kill between the end of a save and its links leaves older ones."""

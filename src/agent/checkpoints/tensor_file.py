@@ -1,4 +1,4 @@
-"""Files of tensors in the safetensors format, written with their checksum in one pass.
+"""Writes files of tensors in the safetensors format, with their checksum in one pass.
 
 The library's writer needs the whole file in memory or maps it, returns before the bytes are on the disk, reports a
 full disk in an exception of its own, and the file would have to be read again for its checksum. The format is simple

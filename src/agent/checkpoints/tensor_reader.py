@@ -1,6 +1,6 @@
-"""Reading safetensors files straight to where their tensors belong, each byte once.
+"""Reads safetensors files straight to where their tensors belong, each byte once.
 
-Not mapped, as the library does it: a disk that cannot read a page would kill the process then, and a mapped file is
+Files are not mapped, as the library does it: a disk that cannot read a page would kill the process, and a mapped file is
 read a second time for its checksum. Here a file is read from front to back in blocks. A block goes right into the
 memory of its tensor where that is possible, and by way of a small buffer where it is not: to a GPU, or to another
 number type. While the next block is read, a thread computes the checksum of this one.

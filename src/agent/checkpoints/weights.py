@@ -1,28 +1,20 @@
-"""Loading weights as accounting: every tensor of the model and of the file is loaded, waived by a rule, or an error."""
+"""Loads weights and accounts for them: every tensor of the model and of the file is loaded, waived by a rule, or an error."""
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from agent import hub
-from agent.checkpoints.manifest import Folder, is_inside
+import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from agent.checkpoints.tensor_reader import Checksums
-
-
-# The weights, and what may hold their statistics.
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "assets/*norm_stats.json"]
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+from agent.checkpoints import tensor_reader
+from agent.checkpoints.tensor_reader import Checksums
+from agent.parallel import sharding
 
 
 class Layout(Protocol):
@@ -106,95 +98,6 @@ class Coverage:
             )
 
 
-def find_weights(reference: str, key: str) -> list[Path]:
-    """The safetensors files behind a folder, a file or a hub id (``owner/name`` or ``owner/name@revision``).
-
-    Args:
-        reference: what the user wrote.
-        key: the config key it stands under, for messages.
-
-    Raises:
-        ValueError: if there is nothing there; never an empty list.
-        HubTrouble: if the hub may have it another time.
-    """
-    path = Path(reference).expanduser()
-    if path.suffix in _PICKLES and path.exists():
-        raise ValueError(f"{key}: {path} is a pickle file, which can run code when opened{_converting(path)}")
-    if path.is_file():
-        if Folder(path.parent).file(path.name) is None:
-            raise ValueError(
-                f"{key}: {path} is in a checkpoint, whose manifest does not list it; copy it to a folder of its own if it is "
-                "meant"
-            )
-        return [path]
-    for folder in (
-        path,
-        path / "pretrained_model",
-        path / "last" / "pretrained_model",
-        path / "checkpoints/last/pretrained_model",
-    ):
-        if folder.is_dir() and (files := _files_in(folder, key)):
-            return files
-    if path.is_dir():
-        pickles = sorted(file for file in path.iterdir() if file.suffix in _PICKLES)
-        hint = f"; its {pickles[0].name} is a pickle file{_converting(pickles[0])}" if pickles else ""
-        raise ValueError(
-            f"{key}: the folder {path} holds no model.safetensors and no model.safetensors.index.json{hint}"
-        )
-    repository = None if path.is_absolute() or reference.startswith((".", "~")) else hub.parse(reference)
-    if repository is None:
-        raise ValueError(
-            f"{key}: there is no file or folder {reference}, and it does not look like a hub id (owner/name)"
-        )
-    return _files_on_hub(repository, key)
-
-
-def _converting(pickle: Path) -> str:
-    """What to do about a pickle file. Read so, it runs no code; tensors that share memory are written apart."""
-    program = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "tensors = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-        "save_file({name: t.clone().contiguous() for name, t in tensors.items()}, sys.argv[2])"
-    )
-    command = ["uv", "run", "python", "-c", program, str(pickle), str(pickle.with_name("model.safetensors"))]
-    return f"; convert it to safetensors first:\n{shlex.join(command)}"
-
-
-def _files_in(folder: Path, key: str) -> list[Path]:
-    there = Folder(folder)
-    if (index := there.file("model.safetensors.index.json")) is not None:
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            names = []
-        if not names:
-            raise ValueError(f"{key}: {index} cannot be read as an index, it is truncated or damaged")
-        if outside := [name for name in names if not is_inside(name)]:
-            raise ValueError(
-                f"{key}: {index} names {outside[0]}, which is outside of its folder; nothing is read from there"
-            )
-        absent = [name for name in names if there.file(name) is None]
-        if absent:
-            raise ValueError(
-                f"{key}: {index} names {', '.join(absent)}, which {'is' if len(absent) == 1 else 'are'} not there"
-            )
-        return [folder / name for name in names]
-    single = there.file("model.safetensors")
-    return [single] if single is not None else []
-
-
-def _files_on_hub(repository: hub.Repository, key: str) -> list[Path]:
-    folder = hub.snapshot(repository, key, _HUB_FILES)
-    files = _files_in(folder, key)
-    if not files:
-        # Without internet this is what the cache has, which can be less than the hub.
-        raise ValueError(
-            f"{key}: '{repository}' holds no model.safetensors, as far as it was downloaded to {folder}; if the hub has "
-            f"one, run {repository.command} on a machine with internet and the same HF_HOME"
-        )
-    return files
-
-
 def load_into(
     tensors: Mapping[str, Tensor],
     files: list[Path],
@@ -202,10 +105,10 @@ def load_into(
     fit: Fit,
     checksums: Checksums | None = None,
 ) -> Coverage:
-    """Reads safetensors files into the model's tensors, whatever their device and number type, and keeps the books.
+    """Reads safetensors files into the model's tensors, whatever their device and number type, and accounts for each of them.
 
-    Each file is read once, from front to back, into the memory where its tensors belong; the host holds a few megabytes
-    besides. Nothing is read before the books are in order.
+    Each file is read once, from front to back, into the memory where its tensors belong; the host needs a few
+    megabytes more. Nothing is read before the accounts are in order.
 
     Args:
         tensors: the model's own name → tensor to fill.
@@ -220,11 +123,6 @@ def load_into(
     Raises:
         ValueError: if a file is damaged, or the files and the model do not cover each other.
     """
-    import torch
-
-    from agent.checkpoints import tensor_reader
-    from agent.parallel import sharding
-
     coverage, places = account({name: tuple(tensor.shape) for name, tensor in tensors.items()}, files, match, fit)
     for path, sources in places.items():
         targets, aside = {}, {}
@@ -263,8 +161,6 @@ def account(
     Raises:
         ValueError: if a file is damaged, or the files and the model do not cover each other.
     """
-    from agent.checkpoints import tensor_reader
-
     listed: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in files:
         for entry in tensor_reader.entries(path):

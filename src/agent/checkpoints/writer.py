@@ -1,11 +1,10 @@
-"""Checkpoints in the background: threads copy the tensors to memory and bring the copy to the disk.
+"""Writes checkpoints in the background: threads copy the tensors to memory and bring the copy to the disk.
 
 A save has two parts. In the first a thread of every process copies that process's share, which must be done before the
-next step of the optimizer, writes it and syncs it. When all have
-ended, which the processes find out together at an update boundary, rank 0 seals the checkpoint in a thread of its own:
-manifest, rename, ``last``, pruning. At the boundary after that all of them learn the outcome. Threads touch files
-only: whatever the processes tell each other is told in the main thread, so a process that dies is noticed there, as in
-every other collective.
+next step of the optimizer, writes it and syncs it. When all have ended, which the processes find out together at an
+update boundary, rank 0 seals the checkpoint in a thread of its own: manifest, rename, ``last``, pruning. At the boundary
+after that all of them learn the outcome. Threads touch files only: whatever the processes tell each other is told in the
+main thread, so a process that dies is noticed there, as in every other collective.
 """
 
 from __future__ import annotations

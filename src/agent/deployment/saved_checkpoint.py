@@ -64,7 +64,7 @@ def open_checkpoint(reference: str) -> Source:
         ValueError: if it is not there, damaged, or not of a model that is known here.
     """
     from agent.checkpoints import manifest
-    from agent.checkpoints.weights import find_weights
+    from agent.checkpoints.finding import find_weights
 
     if not Path(reference).expanduser().exists():
         raise ValueError(
@@ -192,7 +192,7 @@ def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[s
 
 def bases(source: Source) -> list[str]:
     """Where the weights began: what was loaded first, what that had been trained from, and so on."""
-    from agent.checkpoints.weights import find_weights
+    from agent.checkpoints.finding import find_weights
     from agent.deployment.model_card import is_hub_id
 
     found: list[str] = []

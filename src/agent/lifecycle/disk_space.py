@@ -1,4 +1,4 @@
-"""Which disk is full, where an error says only that one is."""
+"""Finds out which disk is full, where an error says only that one is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ENOUGH = 1 << 20  # bytes: with less than this free, a disk is named as full
 
 
 def which_disk(error: BaseException, run_dir: Path) -> str:
-    """The places that a run writes to and that are full; empty if the error is another one, or names its file itself.
+    """Names the full places among those that a run writes to; empty if the error is another one, or names its file itself.
 
     Args:
         error: with what led to it.
@@ -38,7 +38,7 @@ def which_disk(error: BaseException, run_dir: Path) -> str:
 
 
 def _places(run_dir: Path) -> dict[str, Path]:
-    """What a start or a training may write to → where that is, the first existing folder above it."""
+    """Maps what a start or a training may write to → where that is, the first existing folder above it."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     named = {
         "the run folder": run_dir,

@@ -1,4 +1,4 @@
-"""What the attempts of one run add up to: how much of the time it was given became progress."""
+"""Adds up the attempts of one run: how much of the time that it was given became progress."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FIGURES = ("restarts", "updates_redone", "waited_s", "checkpoint_stall_s", "firs
 
 
 def summary(attempts: list[dict[str, Any]]) -> dict[str, float]:
-    """Figures over all attempts so far.
+    """Computes figures over all attempts so far.
 
     Args:
         attempts: oldest first; each with ``started``, ``updated`` (unix seconds), ``first_step``, ``step`` and
@@ -43,7 +43,7 @@ def refused(attempt: dict[str, Any]) -> bool:
 
 
 def costs(attempts: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """What each attempt cost: ``redone``, its updates that were lost with it and done again; ``waited_s`` since the end
+    """Computes what each attempt cost: ``redone``, its updates that were lost with it and done again; ``waited_s`` since the end
     of the one before; ``effective_s``, the seconds of its updates that count."""
     found = []
     for number, attempt in enumerate(attempts):
@@ -63,7 +63,7 @@ def costs(attempts: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def story(attempts: list[dict[str, Any]]) -> list[str]:
-    """A line for each earlier attempt: what it did and why it ended."""
+    """Words a line for each earlier attempt: what it did and why it ended."""
     lines = []
     for number, attempt in enumerate(attempts[:-1], start=1):
         state = attempt.get("state", "running")

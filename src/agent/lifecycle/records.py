@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ class MetricsLines:
 
 
 def read_metrics(path: Path) -> MetricsLines:
-    """Reads the whole file.
+    """Reads the whole file. A last line without an end counts if it is whole JSON, and else for nothing, without a word.
 
     Raises:
         OSError: if the file is there and cannot be read for the moment.
@@ -157,6 +157,25 @@ def read_metrics(path: Path) -> MetricsLines:
         return parse_metrics(path.read_bytes())
     except FileNotFoundError:
         return MetricsLines(there=False)
+
+
+def follow_metrics(path: Path, ended: Callable[[float], bool]) -> Iterator[dict[str, Any]]:
+    """Reads the lines that are there, and those that are added, until there are no more after the end.
+
+    Args:
+        path: opened once: a later start of the run makes another file.
+        ended: waits so many seconds at most for the run's end, and tells whether it has come.
+    """
+    with open(path, "rb") as stream:
+        rest, last = b"", False
+        while True:
+            new = stream.read()
+            whole, newline, rest = (rest + new).rpartition(b"\n")
+            yield from parse_metrics(whole + newline).records
+            if last and not new:
+                yield from parse_metrics(rest).records
+                return
+            last = ended(0.0 if new else 1.0)
 
 
 def parse_metrics(content: bytes) -> MetricsLines:

@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, and the status that the outside reads."""
+"""Keeps the folder of one run: locks it, and writes the status that users, scripts and reports read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
     """Tells the script that launched this process how it ended, through ``$VLA_STATUS_FILE``.
 
     torchrun turns every failure into exit code 1, so a launcher cannot tell a config error from a crash by it.
-    Does nothing when the variable is not set. Where it cannot be written the launcher takes the end for a crash, which the
-    log says.
+    Does nothing when the variable is not set. Where the file cannot be written, the log says so, and the launcher takes
+    the end for a crash.
     """
     target = os.environ.get("VLA_STATUS_FILE")
     if not target:
@@ -40,7 +40,7 @@ def report_attempt(state: State, *, reason: str = "", error_kind: str | None = N
 
 
 def holder(path: Path) -> str | None:
-    """Who runs in this folder now, None if nobody does or it cannot be told; asks in nobody's way."""
+    """Says who runs in this folder now, None if nobody does or it cannot be told; asking disturbs nobody."""
     return is_held(path)[1]
 
 
@@ -50,27 +50,34 @@ def is_held(path: Path) -> tuple[bool | None, str | None]:
     return held, (who or "an unknown process") if held else None
 
 
-def report_failure(path: Path, rank: int, reason: str, kind: str) -> bool:
+def report_failure(path: Path, rank: int, reason: str, kind: str, patience_s: float = 2.0) -> bool:
     """Ends the present attempt in ``status.json``; for a rank other than 0, which fails by itself.
 
-    Rank 0 waits for it in a collective, perhaps until the launcher kills it, and if not, then with an error of the
-    network, which would say nothing.
+    Rank 0 may be failing as well, and what it says counts: it has so many seconds to end the attempt itself. If it does
+    not, it waits for this rank in a collective, perhaps until the launcher kills it, and if not, then with an error of
+    the network, which would say nothing.
 
     Returns:
         False if the attempt has ended already, with a reason of its own.
     """
-    status = _sound_status(path / "status.json")
+    file, end = path / "status.json", time.monotonic() + patience_s
+    while not (ended := _has_ended(status := _sound_status(file))) and time.monotonic() < end:
+        time.sleep(0.05)
+    if ended:
+        return False
     now: dict[str, Any] = {"state": "failed", "reason": f"rank {rank}: {reason}", "error_kind": kind}
     if "attempts" in status:
-        attempt = status["attempts"][-1]
-        if attempt.get("ended") is not None:
-            return False
         now["updated"] = time.time()
-        attempt.update({**now, "ended": now["updated"]})
+        status["attempts"][-1].update({**now, "ended": now["updated"]})
         status |= now | history.summary(status["attempts"])
-        write_text(path / "status.json", json.dumps(status, indent=1) + "\n")
+        write_text(file, json.dumps(status, indent=1) + "\n")
     report_attempt("failed", reason=now["reason"], error_kind=kind, step=status.get("step", 0), run_dir=str(path))
     return True
+
+
+def _has_ended(status: dict[str, Any]) -> bool:
+    """Whether the present attempt has ended."""
+    return "attempts" in status and status["attempts"][-1].get("ended") is not None
 
 
 def _sound_status(path: Path) -> dict[str, Any]:
@@ -125,7 +132,7 @@ class RunFolder:
         return handle
 
     def moved(self) -> str | None:
-        """What has become of the folder if it is not where this run began it; None if it is."""
+        """Says what has become of the folder if it is not where this run began it; None if it is."""
         try:
             if os.path.samestat(os.stat(self.path), os.fstat(self._place)):
                 return None
@@ -182,14 +189,14 @@ class RunFolder:
     def update(self, state: State, step: int, reason: str = "", error_kind: str | None = None) -> None:
         """Writes ``status.json`` and the launcher's status file. An error of the disk is a warning, not the end."""
         if self.attempt["ended"] is not None:
-            return  # the watchdog has ended this attempt, and the training loop drew one more breath
+            return  # the watchdog has ended this attempt while the training loop was still at work
         try:
             recorded = _sound_status(self.path / "status.json").get("attempts", [])[-1:]
         except OSError as error:
             log.warning("%s cannot be read: %s", self.path / "status.json", error)
             recorded = []
         if recorded and recorded[0].get("started") == self.attempt["started"] and recorded[0].get("ended") is not None:
-            return  # another rank has: it failed first, and knows why
+            return  # another rank has ended it: that rank failed first, and knows why
         now = {"state": state, "step": step, "reason": reason, "error_kind": error_kind}
         ended = None if state == "running" else time.time()
         self._status |= {**now, "updated": time.time()}

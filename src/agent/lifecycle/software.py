@@ -1,4 +1,4 @@
-"""On what a run runs: recorded at each start, shown by the report."""
+"""Describes the hardware and software that a run uses, for its record of each start and for the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")  # of x86-64 and of 
 
 
 def describe(world_size: int, device_type: str) -> dict[str, Any]:
-    """Processor, GPUs, driver and versions, as JSON.
+    """Collects processor, GPUs, driver and versions, as JSON.
 
     Args:
         world_size: processes of the run, one a GPU.
@@ -41,7 +41,7 @@ def describe(world_size: int, device_type: str) -> dict[str, Any]:
 
 
 def slow_bfloat16(device_type: str) -> str | None:
-    """What to say of products in bfloat16 where nothing computes them natively; None where the hardware does.
+    """Warns of products in bfloat16 where nothing computes them natively; None where the hardware does.
 
     PyTorch then converts back and forth: a π0 of 5 M parameters took 4.4 s an update in bfloat16 and 0.9 s in float32 on
     a Xeon without AVX512-BF16 and AMX (one thread, beside other work, torch 2.11.0, 29 November 2026).

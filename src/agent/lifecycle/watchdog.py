@@ -72,7 +72,7 @@ class Watchdog:
         self.neighbours: list[int] = []
         """Process ids of the run's processes on this node, once they are known."""
         self._sign = ("", 0.0, timeout_s)
-        """What came last: the phase, when it began and how long it may take; one object, which the thread reads whole."""
+        """The last sign of life: the phase, when it began, how long it may take; one object, which the thread reads whole."""
         self._closed = threading.Event()
         # One thread, the interrupted one: the others run while the handler reads their frames, and it crashes on one that
         # changes.
@@ -90,7 +90,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(limit_s + 60, exit=True, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the watch."""
+        """Stops watching."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
 

@@ -1,4 +1,4 @@
-"""AdamW's two moments in eight bits a number, in blocks with a scale each (https://arxiv.org/abs/2110.02861).
+"""Stores AdamW's two moments in eight bits a number, in blocks with a scale each (https://arxiv.org/abs/2110.02861).
 
 A block is up to 256 consecutive numbers of a row, so a matrix that is split by rows over processes is quantised as if it
 were whole. A code stands for one of 256 numbers between -1 and 1, or 0 and 1, dense around zero over seven decades, as in

@@ -1,4 +1,4 @@
-"""The exponential moving average of the trained weights, which often acts better than any single update's.
+"""Keeps the exponential moving average of the trained weights, which often act better than those of any one update.
 
 A copy in float32 whatever the weights are held in, on their device, and split over the processes as they are. Frozen
 weights are their own average and are not copied. After update n (from 0, skipped ones not counted)::
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from agent.parallel import sharding
 
 
 def decay_at(decay: float, applied: int) -> float:
@@ -32,12 +33,8 @@ class Ema:
         decay: in (0, 1).
     """
 
-    def __init__(self, policy: Any, decay: float) -> None:
-        from agent.parallel import sharding
-
+    def __init__(self, policy: nn.Module, decay: float) -> None:
         assert 0 < decay < 1, "checked with the configuration"
-        import torch
-
         self.decay = decay
         self._parameters = {name: p for name, p in policy.named_parameters() if p.requires_grad}
         self.tensors: dict[str, Tensor] = {
@@ -46,9 +43,7 @@ class Ema:
         """Name of a trained parameter → its average, float32, sharded as it is. Uninitialised until :meth:`begin`."""
 
     def begin(self) -> None:
-        """Sets the average to the weights of now."""
-        import torch
-
+        """Sets the average to the present weights."""
         with torch.no_grad():
             for average, weight in zip(*self._local(), strict=True):
                 average.copy_(weight)
@@ -59,8 +54,6 @@ class Ema:
         Args:
             applied: updates applied before this one, skipped ones not counted.
         """
-        import torch
-
         share = 1 - decay_at(self.decay, applied)
         with torch.no_grad():
             averages, weights = self._local()
@@ -72,13 +65,13 @@ class Ema:
             torch._foreach_add_(averages, weights, alpha=share)
 
     def state(self, of_policy: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The policy's ``state_dict`` with the average in place of the trained weights; not copies."""
+        """Returns the policy's ``state_dict`` with the average in place of the trained weights, without a copy."""
         assert set(self.tensors) <= set(of_policy)
         return {**of_policy, **self.tensors}
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The policy has the average for weights while this lasts, and then again, bit for bit, its own.
+        """Gives the policy the average for weights while the block lasts, and afterwards its own again, bit for bit.
 
         Not within an update: gradients must be gone, whose memory the copies of weights that are not float32 take.
         """
@@ -94,16 +87,12 @@ class Ema:
             _exchange(averages, weights, kept, back=True)
 
     def _local(self) -> tuple[list[Tensor], list[Tensor]]:
-        """What this process holds of averages and weights. Asked for every time: FSDP moves its memory once."""
-        from agent.parallel import sharding
-
+        """Returns what this process holds of averages and weights. It is looked up every time, as FSDP moves its memory once."""
         averages = [sharding.rows(tensor).local for tensor in self.tensors.values()]
         return averages, [sharding.rows(parameter).local for parameter in self._parameters.values()]
 
 
 def _exchange(averages: list[Tensor], weights: list[Tensor], kept: list[Tensor | None], back: bool) -> None:
-    import torch
-
     with torch.no_grad():
         for average, weight, own in zip(averages, weights, kept, strict=True):
             if own is not None:

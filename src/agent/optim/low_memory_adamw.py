@@ -1,4 +1,5 @@
-"""AdamW with moments of eight bits, weights of bfloat16, or both, in the memory of a few million numbers besides.
+"""Updates by AdamW with moments of eight bits, weights of bfloat16, or both; the temporary memory is that of a few million
+numbers.
 
 torchao's and bitsandbytes' were tried first (0.18 and 0.50, on a CPU). torchao compiles its update: 31 s before the first
 one of two tensors, and it does not run without a C++ compiler. Its stochastic rounding draws from torch's global
@@ -188,7 +189,7 @@ def _pieces(shape: tuple[int, ...], first_row: int, rows: int) -> Iterator[_Piec
 
 
 def _rows(tensor: Tensor, piece: _Piece) -> Tensor:
-    """These rows of a tensor as (rows, numbers); a view, unless a gradient lies otherwise than its weight."""
+    """Returns these rows of a tensor as (rows, numbers): a view, unless a gradient's memory layout is not its weight's."""
     if tensor.dim() == 0:
         return tensor.reshape(1, 1)
     return tensor[piece.begin : piece.end].flatten(1) if tensor.dim() > 1 else tensor[piece.begin : piece.end, None]

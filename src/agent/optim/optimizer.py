@@ -1,86 +1,15 @@
-"""Which parameters are trained, the optimizer, and the learning rate as a function of the update."""
+"""Chooses which parameters are trained, makes their optimizer, and names its state for checkpoints."""
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+import torch
+from torch import Tensor, nn
 
-    import torch
-    from torch import Tensor, nn
-
-
-DecayStart = Literal["after_warmup", "first_update"]
-
-
-@dataclass(frozen=True)
-class LearningRate:
-    """Linear warm-up to the peak, then cosine decay; the warm-up is the same in openpi and LeRobot.
-
-    ``after_warmup``: the cosine begins at the peak, where the warm-up ends, as optax's ``warmup_cosine_decay_schedule``
-    (openpi) has it. ``first_update``: it counts from the first update on, as in LeRobot's
-    ``CosineDecayWithWarmupSchedulerConfig``, so that in the update after the warm-up the rate falls by what the cosine has
-    come down meanwhile. Both reach ``final`` at ``decay_updates``.
-    """
-
-    peak: float
-    final: float
-    warmup_updates: int
-    decay_updates: int
-    decay_start: DecayStart = "after_warmup"
-
-    @classmethod
-    def plan(
-        cls,
-        peak: float,
-        final: float,
-        warmup: int,
-        decay: int | None,
-        n_updates: int,
-        decay_start: DecayStart = "after_warmup",
-    ) -> LearningRate:
-        """The schedule of a run of ``n_updates``.
-
-        ``decay`` None ends the decay at the last update. A ``decay`` beyond the run is shortened to it, and the
-        warm-up in proportion, as LeRobot does. A warm-up that would fill the whole run, or leave nothing to a decay that
-        begins after it, is cut to a tenth of that.
-        """
-        if decay is not None and n_updates < decay:
-            warmup = int(warmup * n_updates / decay)
-        decay = min(decay or n_updates, n_updates)
-        room = decay if decay_start == "after_warmup" else n_updates
-        if warmup >= room:
-            warmup = room // 10
-        return cls(peak, final, warmup, decay, decay_start)
-
-    def at(self, update: int) -> float:
-        """The rate of the update with this number, counted from 0."""
-        if update < self.warmup_updates:
-            start = 1 / (self.warmup_updates + 1)
-            return self.peak * (start + (1 - start) * update / self.warmup_updates)
-        begin = self.warmup_updates if self.decay_start == "after_warmup" else 0
-        progress = (min(update, self.decay_updates) - begin) / (self.decay_updates - begin)
-        cosine = 0.5 * (1 + math.cos(math.pi * progress))
-        return self.final + (self.peak - self.final) * cosine
-
-    def describe(self) -> str:
-        """One line for the log."""
-        begin = "from there" if self.decay_start == "after_warmup" else "counted from the first update"
-        return (
-            f"learning rate: {self.warmup_updates} updates of warm-up to {self.peak:g}{self.fall()}, "
-            f"cosine {begin} to {self.final:g} at update {self.decay_updates}"
-        )
-
-    def fall(self) -> str:
-        """What to say of the step down where the warm-up ends; empty if there is none worth a word."""
-        first = self.at(self.warmup_updates)
-        if self.warmup_updates == 0 or first > 0.99 * self.peak:
-            return ""
-        return f", where it falls to {first:.3g} at once"
+from agent.optim.low_memory_adamw import LowMemoryAdamW
+from agent.parallel import sharding
 
 
 def freeze(module: nn.Module, frozen: dict[str, str]) -> str:
@@ -120,7 +49,7 @@ def make_optimizer(
     eight_bit: bool = False,
     seed: int = 0,
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
+    """Makes AdamW (Loshchilov & Hutter, arXiv:1711.05101) over every parameter that is trained, in one group.
 
     One group, as LeRobot and openpi have it: the weight decay of the model config holds for all of them.
 
@@ -133,12 +62,8 @@ def make_optimizer(
         eight_bit: hold the moments in eight bits a number.
         seed: of the bits that round weights of bfloat16.
     """
-    import torch
-
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if eight_bit or any(p.dtype == torch.bfloat16 for _, p in named):
-        from agent.optim.low_memory_adamw import LowMemoryAdamW
-
         return LowMemoryAdamW(
             named, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, eight_bit=eight_bit, seed=seed
         )
@@ -153,27 +78,22 @@ def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
         The norm before that, one number on the device, the same on every process. A collective if the gradients are
         sharded.
     """
-    from agent.optim import low_memory_adamw
-    from agent.parallel import sharding
-
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    if isinstance(optimizer, LowMemoryAdamW):
         return optimizer.clip(max_norm)
     return sharding.clip_grad_norm([p for group in optimizer.param_groups for p in group["params"]], max_norm)
 
 
 def apply_update(optimizer: torch.optim.Optimizer, lr: float, number: int) -> None:
-    """One update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
-    from agent.optim import low_memory_adamw
-
+    """Makes an update at this learning rate; ``number`` is that of the update, counted from 0, skipped ones included."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    if isinstance(optimizer, LowMemoryAdamW):
         optimizer.update = number
     optimizer.step()
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors: ``exp_avg/<parameter>``, …"""
+    """Returns the optimizer's state as named tensors: ``exp_avg/<parameter>``, …"""
     state = optimizer.state
     return {
         f"{key}/{name}": value
@@ -230,12 +150,8 @@ def allocate_state(
 
 
 def _new_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """What the optimizer keeps of a parameter, before the first update."""
-    import torch
-
-    from agent.optim import low_memory_adamw
-
-    if isinstance(optimizer, low_memory_adamw.LowMemoryAdamW):
+    """Makes what the optimizer keeps of a parameter, before the first update."""
+    if isinstance(optimizer, LowMemoryAdamW):
         return optimizer.new_state(parameter)
     moments = ("exp_avg", "exp_avg_sq")
     empty = {kind: torch.empty_like(parameter, requires_grad=False) for kind in moments}

@@ -1,4 +1,4 @@
-"""Rounding to bfloat16, up or down with the probability that keeps the mean.
+"""Rounds to bfloat16, up or down with the probability that keeps the mean.
 
 bfloat16 has eight significant bits: an update of less than 1/512 of a weight, which is what a small learning rate gives,
 is lost when the sum is rounded to nearest. Rounded up with the probability of its distance to the lower neighbour it is

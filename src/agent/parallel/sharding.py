@@ -1,4 +1,4 @@
-"""Parameters of which every process holds some rows (FSDP2), and how to read, fill and gather them a tensor at a time.
+"""Splits parameters so that every process holds some rows (FSDP2), and reads, fills and gathers them a tensor at a time.
 
 A sharded tensor is a ``DTensor``, split along its first dimension as ``torch.chunk`` splits: the processes hold
 successive rows, the last ones perhaps fewer or none. Outside of a forward and backward pass all parameters are in this
@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-    import torch
-    from torch import Tensor
-
-    from agent.parallel.processes import Processes
+from agent.parallel.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ def shard(policy: Any, processes: Processes, reduced: torch.dtype | None) -> Non
         reduced: the type to which ``policy.wrap_units()`` are gathered, None for the parameters' own. What is outside
             of them is small, or computes in float32 by itself, and is gathered as it is.
     """
-    import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
@@ -68,7 +67,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def rows(tensor: Tensor) -> Rows:
-    """This process's part of a tensor."""
+    """Returns this process's part of a tensor."""
     if not is_sharded(tensor):
         return Rows(tensor.detach(), 0)
     sharded: Any = tensor.detach()
@@ -82,7 +81,7 @@ def rows(tensor: Tensor) -> Rows:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with the rows of all processes, on its device; a collective if it is sharded."""
+    """Gathers the rows of all processes on the tensor's device; a collective if it is sharded."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
@@ -99,9 +98,6 @@ def fill_from_main(tensor: Tensor, source: Tensor | None) -> None:
         tensor: sharded.
         source: the whole tensor, on any device; None on the other ranks.
     """
-    import torch
-    import torch.distributed as dist
-
     on_device = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if source is not None:
         on_device.copy_(source)
@@ -110,21 +106,15 @@ def fill_from_main(tensor: Tensor, source: Tensor | None) -> None:
 
 
 def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of the same shape, split in the same way."""
-    import torch
-
+    """Makes an uninitialised tensor of the same shape, split in the same way."""
     return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """``torch.nn.utils.clip_grad_norm_``, also for sharded parameters: the norm is that of all rows.
+    """Clips as ``torch.nn.utils.clip_grad_norm_`` does, also for sharded parameters: the norm is that of all rows.
 
     One number is summed over the processes, instead of one per parameter. All parameters are sharded, or none is.
     """
-    import torch
-    import torch.distributed as dist
-    from torch.nn.utils import clip_grad_norm_, get_total_norm
-
     parameters = [p for p in parameters if p.grad is not None]
     if not parameters or not is_sharded(parameters[0]):
         return clip_grad_norm_(parameters, max_norm)

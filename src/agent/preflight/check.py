@@ -33,7 +33,7 @@ from agent.preflight.report import NotChecked, Row, failed, table, worst, write
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.parallel.processes import Launch
+    from agent.parallel.launch import Launch
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agent.checkpoints.store import CheckpointStore
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.build import Data
-    from agent.parallel.processes import Launch
+    from agent.parallel.launch import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STAND_IN = (
@@ -194,7 +194,8 @@ class Context:
     def _build(self) -> Data:
         import torch
 
-        from agent.parallel.processes import Launch, Processes
+        from agent.parallel.launch import Launch
+        from agent.parallel.processes import Processes
         from agent.training.building import build_run_data
 
         return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])

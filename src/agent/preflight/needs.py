@@ -60,7 +60,7 @@ def tokenizer(config: TrainPipelineConfig) -> Item:
 
 def weights(config: TrainPipelineConfig) -> Item | None:
     """The weights that a new run begins with; None if it draws them."""
-    from agent.checkpoints.weights import find_weights
+    from agent.checkpoints.finding import find_weights
 
     model: Any = config.model_cfg
     for key, reference in (
@@ -75,7 +75,8 @@ def weights(config: TrainPipelineConfig) -> Item | None:
 
 
 def _look_for_weights(config: TrainPipelineConfig, key: str, reference: str) -> Found:
-    from agent.checkpoints.weights import account, find_weights
+    from agent.checkpoints.finding import find_weights
+    from agent.checkpoints.weights import account
     from agent.models import registry
 
     files = find_weights(reference, key)

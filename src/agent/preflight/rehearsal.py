@@ -113,7 +113,8 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
 def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
     from agent.data.loading.loader import TrainLoader
     from agent.lifecycle.watchdog import Watchdog
-    from agent.parallel.processes import Launch, Processes
+    from agent.parallel.launch import Launch
+    from agent.parallel.processes import Processes
     from agent.training.building import build
     from agent.training.saving import Saver
 
@@ -140,7 +141,7 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
     """Two updates on the same batch, because the first allocates; the last is timed."""
     import torch
 
-    from agent.training.trainer import train_step
+    from agent.training.step import train_step
 
     device = run.processes.device
     cuda = device.type == "cuda"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 
-from agent.optim.optimizer import LearningRate
+from agent.optim.learning_rate import LearningRate
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.settings.plan import Plan, accumulation_steps, make_plan

@@ -14,7 +14,7 @@ from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
-from agent.tracking.metrics import JsonLines
+from agent.tracking.jsonl import JsonLines
 from agent.training.config_changes import changes_since_checkpoint
 from agent.validation.record import read_record
 
@@ -100,7 +100,7 @@ def _resume(context: Context, checkpoint: Path) -> Row:
 
 
 def _owes_a_validation(run_dir: Path, checkpoint: Path) -> bool:
-    """As ``trainer.forget_reported`` decides it when the run starts."""
+    """As ``metrics_line.forget_reported`` decides it when the run starts."""
     state = json.loads(Folder(checkpoint / TRAINING).text("state.json"))
     return state.get("unreported") is not None and not JsonLines(run_dir / "metrics.jsonl").has(state["step"])
 

@@ -1,15 +1,21 @@
-"""Batch arithmetic: what follows from the config, the number of processes and the number of training frames."""
+"""Batch arithmetic: how a global batch is split over processes, and how many updates a run makes."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from agent.settings.files import ConfigError
 
-if TYPE_CHECKING:
-    from agent.configuration_pipeline import TrainPipelineConfig
+
+class Batches(Protocol):
+    """What a training config says about batches and updates."""
+
+    global_batch_size: int
+    per_device_batch_size: int
+    n_updates: int | None
+    n_epochs: float
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Plan:
     updates_per_epoch: float
     n_updates: int
 
-    def describe(self, config: TrainPipelineConfig) -> str:
+    def describe(self, config: Batches) -> str:
         """One line for the log."""
         return (
             f"global batch {config.global_batch_size} = {config.per_device_batch_size} per device × "
@@ -32,7 +38,7 @@ class Plan:
         )
 
 
-def accumulation_steps(config: TrainPipelineConfig, world_size: int) -> int:
+def accumulation_steps(config: Batches, world_size: int) -> int:
     """Micro-batches per update.
 
     Raises:
@@ -52,7 +58,7 @@ def accumulation_steps(config: TrainPipelineConfig, world_size: int) -> int:
     )
 
 
-def make_plan(config: TrainPipelineConfig, world_size: int, train_frames: int) -> Plan:
+def make_plan(config: Batches, world_size: int, train_frames: int) -> Plan:
     """The one place where derived numbers are computed."""
     updates_per_epoch = train_frames / config.global_batch_size
     # Rounded first: 15 epochs of 800 frames in batches of 96 are 125 updates, and not one more for 125.00000000000001.

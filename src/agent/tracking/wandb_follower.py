@@ -45,7 +45,7 @@ class WandbFollower:
         self._thread.start()
 
     def end(self) -> None:
-        """There are no more lines: it sends the rest, and leaves."""
+        """Tells the process that there are no more lines: it sends the rest, and leaves."""
         self._ending.set()
         self._say_the_end()
 
@@ -107,7 +107,7 @@ class WandbFollower:
         return code
 
     def _tell(self, level: int, text: str) -> None:
-        """The same trouble once, however often it is tried again."""
+        """Logs the same trouble once, however often it is tried again."""
         log.log(level if text not in self._told else logging.DEBUG, "%s", text)
         if level >= logging.WARNING:
             self._told.add(text)

@@ -1,4 +1,4 @@
-"""The numbers of a run on Weights & Biases: one run across restarts, whatever of them was online or offline."""
+"""Writes the numbers of a run to Weights & Biases: as one run across restarts, whichever of them were online or offline."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class WandbConfig:
     """Id of an existing wandb run to continue. Not set: made once per run folder and kept."""
 
     def actual_mode(self) -> str:
-        """The mode as it comes to be: ``WANDB_MODE`` wins, and its older word `dryrun` means offline."""
+        """Returns the mode that counts: ``WANDB_MODE`` wins, and its older word `dryrun` means offline."""
         mode = os.environ.get("WANDB_MODE") or self.mode
         return "offline" if mode == "dryrun" else mode
 
@@ -52,7 +52,7 @@ class WandbConfig:
 
 
 def missing_key() -> str | None:
-    """What to do about a key that is found neither in the environment nor in the netrc file; None if there is one."""
+    """Says what to do about a key that is neither in the environment nor in the netrc file; None if there is one."""
     if os.environ.get("WANDB_API_KEY"):
         return None
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
@@ -65,7 +65,7 @@ def missing_key() -> str | None:
 
 
 def kept_id(run_dir: Path) -> str:
-    """The id of the run on wandb, made once per run folder."""
+    """Returns the id of the run on wandb, which is made once per run folder."""
     path = run_dir / "wandb" / "run_id"
     if path.exists() and (kept := path.read_text(encoding="utf-8", errors="replace").strip()).isalnum():
         return kept
@@ -75,7 +75,7 @@ def kept_id(run_dir: Path) -> str:
 
 
 def _unreachable() -> str | None:
-    """Why wandb's server cannot be reached; None if it can, or if a proxy stands between, which would answer for it.
+    """Says why wandb's server cannot be reached; None if it can, or if a proxy stands between, which would answer for it.
 
     wandb itself tries for many minutes to reach a server that is not there.
     """
@@ -160,7 +160,7 @@ class Wandb:
         self._log(record["step"], {key: value for key, value in record.items() if key != "step"})
 
     def _log(self, step: int, numbers: dict[str, Any]) -> None:
-        # null, for a skipped update, is no number to wandb
+        # wandb takes no null, which a skipped update has.
         values = {key: value for key, value in numbers.items() if value is not None}
         picture = self._validations.path(step, ".png")
         try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from agent.checkpoints import weights
+from agent.checkpoints.finding import find_weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
@@ -21,9 +22,11 @@ from agent.lifecycle.run_folder import RunFolder
 from agent.lifecycle.watchdog import Watchdog
 from agent.models import flow_matching, registry
 from agent.optim.ema import Ema
-from agent.optim.optimizer import LearningRate, freeze, make_optimizer
+from agent.optim.learning_rate import LearningRate
+from agent.optim.optimizer import freeze, make_optimizer
 from agent.parallel import sharding
-from agent.parallel.processes import Launch, Processes
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 from agent.parallel.wrap import parallelize
 from agent.reproducibility import make_deterministic
 from agent.settings.plan import make_plan
@@ -202,13 +205,13 @@ def _given_statistics(config: TrainPipelineConfig, own: Sequence[Path]) -> Given
     if config.data.statistics == "dataset" or reference is None:
         return None
     try:
-        files = weights.find_weights(reference, "load_from_checkpoint")
+        files = find_weights(reference, "load_from_checkpoint")
     except ValueError as error:
         if not own:
             raise
         # Every checkpoint of this run holds the same ones: the weights that it began with may be gone by now.
         log.info("statistics from %s, for load_from_checkpoint is not there any more (%s)", own[0], error)
-        files = weights.find_weights(str(own[0] / PRETRAINED), "resume")
+        files = find_weights(str(own[0] / PRETRAINED), "resume")
     try:
         names = registry.deployment(config.model_cfg).dimension_names(files[0].parent)
         values = registry.adapter(config.model_cfg).read_statistics(files, config.model_cfg)
@@ -245,7 +248,7 @@ def _first_weights(config: TrainPipelineConfig, processes: Processes, policy: An
 
 
 def _load(reference: str, key: str, match: Any, config: TrainPipelineConfig, processes: Processes, policy: Any) -> None:
-    found = processes.main_first(partial(weights.find_weights, reference, key))
+    found = processes.main_first(partial(find_weights, reference, key))
     files = [file.parent.resolve() / file.name for file in found]
     fit, folder = registry.adapter(config.model_cfg).fit, Folder(files[0].parent)
     verification = None

@@ -1,4 +1,4 @@
-"""What of a config may change between a checkpoint and the run that continues it."""
+"""Says which keys of the config may change between a checkpoint and the run that continues it, and finds those that did."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def settle(config: TrainPipelineConfig, checkpoint: Path | None) -> list[str]:
 
 
 def _saved_config(checkpoint: Path) -> dict[str, Any]:
-    """The config that a checkpoint was made with; keys that are newer than it say what was done then."""
+    """Reads the config that a checkpoint was made with; keys that are newer than it say what was done then."""
     saved = yaml.safe_load(Folder(checkpoint / TRAINING).text("config.yaml"))
     for key, then in _DONE_THEN.items():
         part, name = key.split(".")
@@ -123,7 +123,7 @@ def began_with(checkpoints: Sequence[Path]) -> dict[str, str | None]:
 
 
 def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, data: Data | None) -> list[str]:
-    """What a run with this config would silently do otherwise than the one that wrote the checkpoint, a line each.
+    """Lists what a run with this config would silently do in another way than the one that wrote the checkpoint, a line each.
 
     Args:
         checkpoint: with its training state.
@@ -171,7 +171,7 @@ def _spoken(source: Source, store: str | None) -> str:
 
 
 def _completed(saved: Any, config: Any) -> Any:
-    """A saved tree with the keys that are newer than it: they had their default's effect then."""
+    """Adds to a saved config the keys that are newer than it, with their defaults, whose effect they had then."""
     if isinstance(saved, list) and isinstance(config, list) and len(saved) == len(config):
         return [_completed(*pair) for pair in zip(saved, config, strict=True)]
     if not isinstance(saved, dict) or not is_dataclass(config):

@@ -1,4 +1,4 @@
-"""What to write in the config when a GPU's memory is not enough."""
+"""Says what to write in the config when a GPU's memory is not enough."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def savings(config: TrainPipelineConfig, gpus: int) -> list[str]:
-    """What this config may still be changed to besides a smaller batch, the cheapest first."""
+    """Lists what may still be changed in this config besides a smaller batch, the cheapest first."""
     changes = []
     if config.activation_checkpointing != "full":
         changes.append("activation_checkpointing: full")
@@ -23,7 +23,7 @@ def savings(config: TrainPipelineConfig, gpus: int) -> list[str]:
 
 
 def when_exhausted(config: TrainPipelineConfig, gpus: int) -> str:
-    """A sentence for the error of a run whose GPU has no memory left."""
+    """Words a sentence for the error of a run whose GPU has no memory left."""
     batch = config.per_device_batch_size
     smaller = (
         f"a smaller per_device_batch_size than {batch}, which changes no result as long as it divides the global batch"

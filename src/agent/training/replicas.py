@@ -1,23 +1,19 @@
-"""Are the processes' weights still the same? Data parallelism assumes it and never looks."""
+"""Compares the weights of all processes bit for bit: data parallelism assumes that they are equal, and never looks."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
 
 from agent.optim.optimizer import optimizer_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-    from torch import Tensor
-
-    from agent.parallel.processes import Processes
+from agent.parallel.processes import Processes
 
 _PIECE = 1 << 22
 
 
-def fingerprints(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+def fingerprints(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """A number for every tensor of weights and optimizer that changes with any single bit of it."""
     return fingerprints_of({**dict(policy.named_parameters()), **optimizer_tensors(optimizer, policy)})
 
@@ -27,8 +23,6 @@ def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
     The sum of a tensor's words as integers, computed where the tensor is: a pass over the memory, no copy of it.
     """
-    import torch
-
     sums = [_sum(_words(tensor.detach().contiguous())) for tensor in tensors.values()]
     by_device: dict[torch.device, list[int]] = {}
     for place, value in enumerate(sums):
@@ -41,19 +35,15 @@ def fingerprints_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 def _sum(words: Tensor) -> Tensor:
     """In 64 bits. By pieces, because torch widens what it sums: of π0's largest tensor that would be 4 GB at once."""
-    import torch
-
     # Sums wrap around alike everywhere; what matters is that one flipped bit changes one summand.
     return torch.stack([piece.sum(dtype=torch.int64) for piece in words.view(-1).split(_PIECE)]).sum()
 
 
 def _words(tensor: Tensor) -> Tensor:
-    import torch
-
     return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def check_replicas(policy: Any, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+def check_replicas(policy: nn.Module, optimizer: torch.optim.Optimizer, processes: Processes) -> None:
     """Compares weights and optimizer state of all processes; a collective.
 
     Raises:

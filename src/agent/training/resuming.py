@@ -1,4 +1,4 @@
-"""Continuing a run: which checkpoint, whether it may be continued, and loading it while it is verified."""
+"""Continues a run: chooses the checkpoint, refuses one that may not be continued, and verifies it while it is loaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from agent.checkpoints import weights
+from agent.checkpoints.finding import find_weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING, CheckpointStore
 from agent.checkpoints.tensor_reader import Checksums
@@ -129,9 +130,9 @@ def _load(
         checksums=checksums,
     )
     state = policy.state_dict()
-    log.info(read(state, weights.find_weights(str(exact_weights(path)), "resume")).table())
+    log.info(read(state, find_weights(str(exact_weights(path)), "resume")).table())
     if ema is not None and Folder(path / PRETRAINED_EMA).matching("*"):
-        read(ema.state(state), weights.find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
+        read(ema.state(state), find_weights(str(exact_weights(path, PRETRAINED_EMA)), "resume"))
     elif ema is not None:  # switched on by resume_changes
         log.warning("%s has no moving average of the weights; it begins now, at these weights", path)
         ema.begin()
@@ -139,7 +140,7 @@ def _load(
 
 
 def narrow_rule(found: Sequence[Path]) -> int:
-    """What the statistics of a run take for narrow: what its checkpoints say, the newest that can be read; else the rule of now.
+    """Finds the rule by which a run calls statistics narrow: that of its newest readable checkpoint, else today's rule.
 
     Raises:
         ValueError: if it is a rule that is not known here.
@@ -180,11 +181,11 @@ def _refuse_changes(config: TrainPipelineConfig, data: Data, checkpoint: Path) -
 def keep_statistics(config: TrainPipelineConfig, data: Data, checkpoint: Path) -> list[str]:
     """Normalises with the statistics that the run began with, a checkpoint's of the same data and config.
 
-    Those of now are the same, unless another version of this program computes them otherwise, or a cache is wrong in a way
+    Today's are the same, unless another version of this program computes them in another way, or a cache is wrong in a way
     that its checksum does not show.
 
     Returns:
-        A line for each feature whose statistics of now are others.
+        A line for each feature whose statistics are others today.
     """
     saved = registry.deployment(config.model_cfg).saved_statistics(checkpoint / PRETRAINED, config.model_cfg)
     lines = []

@@ -1,4 +1,4 @@
-"""When a run saves, and what a checkpoint of it holds."""
+"""Decides when a run saves, and collects what a checkpoint of it holds."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Saver:
 
 
 def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
-    """The tensor files of a checkpoint, and a function that writes its small files, with the values of now."""
+    """Returns the tensor files of a checkpoint, and a function that writes its small files with the present values."""
     robot = run.data.robots[0]
     statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
     further = {"robots": robots_document(run.data.robots), "names": names_document(robot)}

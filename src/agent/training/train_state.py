@@ -1,4 +1,4 @@
-"""The counters of a run, and all that the training loop works with."""
+"""Holds the counters of a run, and names all that the training loop works with."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.lifecycle.run_folder import RunFolder
 from agent.optim.ema import Ema
-from agent.optim.optimizer import LearningRate
+from agent.optim.learning_rate import LearningRate
 from agent.parallel.processes import Processes
 from agent.settings.plan import Plan
 from agent.tracking.metrics import Metrics
@@ -30,13 +31,13 @@ class TrainState:
     skipped_updates: int = 0
     """Updates whose gradient was not finite, and which changed nothing."""
     skipped_in_a_row: int = 0
-    """How many of them were the last ones."""
+    """How many of the latest updates in a row were skipped."""
     wandb_run_id: str | None = None
     """The wandb run, the same across restarts."""
     drawn: dict[str, int] = field(default_factory=dict)
-    """Of several data sets, how many samples each gave."""
+    """Data set → how many samples it has given, where there are several."""
     unreported: dict[str, float | None] | None = None
-    """What ``metrics.jsonl`` is to say of the last update, once the validation is made that a stop has cut short."""
+    """The line of ``metrics.jsonl`` for the last update, which waits for the validation that a stop has cut short."""
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Run:
     checkpoints: CheckpointStore
     data: Data
     policy: Any
-    model: Any  # the policy, or DDP around it
+    model: nn.Module  # the policy, or DDP around it
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate
     state: TrainState
@@ -58,7 +59,7 @@ class Run:
     ema: Ema | None = None
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Around a forward pass: bfloat16 autocast over float32 parameters, or nothing."""
+        """Returns the context of a forward pass: bfloat16 autocast over float32 parameters, or nothing."""
         if self.config.use_bf16:
             return torch.autocast(self.processes.device.type, dtype=torch.bfloat16)
         return contextlib.nullcontext()

@@ -1,10 +1,10 @@
-"""A run's validations: when they are due the trainer says; what they compare, and what is kept of them, is here."""
+"""Validates the weights of a run on held-out samples, and keeps what the validations found; the trainer says when."""
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.data.loading.loader import validation_batches
 from agent.progress import followed
@@ -14,14 +14,15 @@ from agent.validation.record import Evaluation, ValidationRecords, dimension_nam
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.parallel.processes import StopRequest
+    from agent.data.source import Source
+    from agent.lifecycle.stopping import StopRequest
     from agent.training.train_state import Run
 
 log = logging.getLogger(__name__)
 
 
 def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
-    """Validates the weights of now, and their moving average if there is one, and keeps the details in the run folder.
+    """Validates the present weights, and their moving average if there is one, and keeps the details in the run folder.
 
     Training's random streams do not move, and its weights are afterwards what they were, bit for bit. No checkpoint may
     be under way whose tensors are not copied yet.
@@ -66,7 +67,7 @@ def validate_start(run: Run, stop: StopRequest) -> bool:
 
 
 def which_may_be_best(config: TrainPipelineConfig) -> str | None:
-    """A line for the log where most checkpoints, or most validations, have no say in which is the best."""
+    """Words a line for the log where most checkpoints, or most validations, have no say in which is the best."""
     if (
         not config.eval_freq
         or config.eval_freq % config.save_model_freq == 0
@@ -81,7 +82,7 @@ def which_may_be_best(config: TrainPipelineConfig) -> str | None:
 
 
 def _size(run: Run) -> int:
-    """Samples of the validation set."""
+    """Counts the samples of the validation set."""
     assert run.data.validation is not None
     return min(run.config.eval_size, sum(len(source) for source in run.data.validation.sources))
 
@@ -111,7 +112,7 @@ def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
     )
 
 
-def _names(source: Any) -> DatasetNames:
+def _names(source: Source) -> DatasetNames:
     key = source.config.action
     return DatasetNames(
         source.config.repo_id,
@@ -120,7 +121,7 @@ def _names(source: Any) -> DatasetNames:
 
 
 def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, float]:
-    """Writes the record and its picture; whatever becomes of these, the run goes on."""
+    """Writes the record and its picture; the run goes on even if that fails."""
     records, step = ValidationRecords(run.config.run_dir), run.state.step
     start = records.read(0) if step else None
     contents = document(step, raw, average, start)

@@ -33,7 +33,7 @@ def read_statistics(files: Sequence[Path], config: PI0Config) -> Statistics:
     LeRobot v1 in buffers among the weights; openpi in ``assets/…/norm_stats.json``.
 
     Args:
-        files: of the weights, as ``agent.checkpoints.weights.find_weights`` finds them.
+        files: of the weights, as ``agent.checkpoints.finding.find_weights`` finds them.
         config: of the model that is to be normalised with them.
 
     Raises:
