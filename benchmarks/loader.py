@@ -102,9 +102,8 @@ def write_dataset(root: Path, cameras: int, size: tuple[int, int], episodes: int
 def built(root: Path, store: str, workers: int = 0) -> Any:
     """This project's data of a run."""
     from agent.data.build import build_data
-    from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig
+    from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
     from agent.data.samples.transforms import SampleSpec
-    from agent.data.source import DatasetConfig
     from agent.models import flow_matching
 
     times = {"alpha": 1.5, "beta": 1.0, "scale": 0.999, "offset": 0.001}
@@ -206,9 +205,9 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
 
 def opened(root: Path, kind: str) -> tuple[Any, Any]:
     """A data set with all its cameras, and the store that is wanted of it."""
+    from agent.data.configuration import DatasetConfig, TrainDataConfig
     from agent.data.frames.store import WantedStore
-    from agent.data.loading.loader import TrainDataConfig
-    from agent.data.source import DatasetConfig, open_source
+    from agent.data.source import open_source
 
     source = open_source(DatasetConfig("benchmark/loader", str(root)), CHUNK, "pyav", 1e-4)
     source.cameras = {key: key for key in source.metadata.camera_keys}

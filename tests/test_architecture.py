@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "training.memory_advice": ["configuration_pipeline"],
     "training.*": ALL_BUT_DOORS_AND_FAMILIES,
     "configuration_pipeline": [
-        "data.*",
+        "data.configuration",
         "models.base",
         "models.registry",
         "settings.*",
@@ -81,6 +81,7 @@ MAY_IMPORT = {
     "inference": ["checkpoints.weights", "data.samples.transforms", "deployment.*", "models.registry"],
     "serving.*": ["deployment.*", "inference", "serving.*"],
     "reporting.*": ["lifecycle.history", "reporting.*", "validation.record"],
+    "data.configuration": [],
     "data.samples.mixture": [],
     "data.normalization.normalizer": [],
     "data.samples.transforms": ["data.normalization.normalizer"],

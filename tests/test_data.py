@@ -21,11 +21,12 @@ from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokeni
 
 from agent.data import source as source_module
 from agent.data.build import build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import TrainLoader, validation_batches
 from agent.data.recorded.episodes import hold_out
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
 from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
-from agent.data.source import DatasetConfig, choose_video_backend, open_source
+from agent.data.source import choose_video_backend, open_source
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"

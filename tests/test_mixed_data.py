@@ -20,11 +20,11 @@ from make_dataset import write_dataset
 
 from agent import export
 from agent.data.build import Data, build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import TrainLoader, validation_batches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig
 from agent.reproducibility import stream
 
 FRONT = "observation.images.front"

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_dataset import write_dataset
 
 from agent.data.build import build_data
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.frames.store import WantedStore
-from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig
 from agent.data.prepare import prepare
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.source import Source, open_source
 
 FRONT = "observation.images.front"
 SIZE = (32, 48)
@@ -185,7 +185,7 @@ def test_formats_of_videos():
 def test_the_check_before_a_job_names_them_too(tmp_path):
     from types import SimpleNamespace
 
-    from agent.data.loading.loader import DataConfig
+    from agent.data.configuration import DataConfig
     from agent.preflight.survey import survey
 
     root = with_pictures(tmp_path / "data", [next(iter(DEEP.values()))])

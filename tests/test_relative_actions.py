@@ -31,12 +31,12 @@ from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for
 
 from agent import export
 from agent.data.build import Data, RelativeActions, build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig, validation_batches
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import validation_batches
 from agent.data.normalization import kept as statistics_cache
 from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig
 from agent.models.pi0 import statistics as given
 from agent.reproducibility import stream
 

@@ -10,10 +10,11 @@ import numpy as np
 import xxhash
 
 from agent.data.agreement import check_agreement
+from agent.data.configuration import DataConfig, DatasetConfig
 from agent.data.features import check_features
 from agent.data.frames.manifest import PREPARE
 from agent.data.frames.store import WantedStore, jpeg_of, stores_there
-from agent.data.loading.loader import DataConfig, start_fork_server
+from agent.data.loading.loader import start_fork_server
 from agent.data.normalization.normalizer import NARROW_RULE
 from agent.data.normalization.robot import Robot
 from agent.data.normalization.robot_names import assign_robots
@@ -30,7 +31,7 @@ from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Draw, SampleReader
 from agent.data.samples.task_tokens import cached_task_tokens
 from agent.data.samples.transforms import SampleSpec, load_paraphrases
-from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.source import Source, open_source
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.data.configuration import DatasetConfig
 from agent.data.frames.manifest import PREPARE
 from agent.data.frames.store import FrameStore, WantedStore, find_store
 from agent.data.recorded import files
@@ -23,54 +24,11 @@ from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.pictures import NoColours, stored_picture
 from agent.data.recorded.stretches import mapped_videos, moment_of, picture_problems, refusal
 from agent.data.recorded.video import WrongTime, decode_frame
-from agent.data.samples.augmentation import AugmentationConfig
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DatasetConfig:
-    """One data set of a mixture."""
-
-    repo_id: str
-    """Name of the LeRobot v3 data set, ``user/name``; downloaded from the hub when `root` is not given."""
-    root: str | None = None
-    """Local folder of the data set: the one that holds ``meta/``, ``data/`` and ``videos/``."""
-    weight: float | None = None
-    """Relative share of the samples. Give it to every data set or to none; with none, all frames form one pool."""
-    episodes: list[int] | None = None
-    """The episodes to use; all when neither this nor `split` is given."""
-    split: str | None = None
-    """The episodes to use, as a slice: ``train``, ``train[:95%]``, ``train[10:200]``, ``train[5%:]``."""
-    cameras: dict[str, str | None] | None = None
-    """Model camera → key in the data set, or null where this robot has no such camera. Without it the keys must
-    be the model's own. Cameras of the data set that are not named here are left out."""
-    robot: str | None = None
-    """Name of the robot. Under `data.train.normalization: per_dataset`, data sets of one name are normalised together; when
-    not given, each by itself. A validation data set says here which one it is of."""
-    state: str = "observation.state"
-    """Key of the robot's state in the data set."""
-    action: str = "action"
-    """Key of the actions in the data set."""
-    augmentation: AugmentationConfig | None = None
-    """Random crops and colours of the training pictures; none when not given. `{}` stands for the values below. Validation
-    pictures are never changed."""
-    frames: str | None = None
-    """Folder of this data set's frame stores; ``frames`` in its own when not given. For a fast disk, or a data set that
-    cannot be written to."""
-    revision: str | None = None
-    """Revision on the hub: a branch, tag or commit; LeRobot's v3.0 tag when not given."""
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(
-                f"weight of data set {self.repo_id} must be above 0, got {self.weight}; leave out a data set of weight 0"
-            )
-        if self.episodes is not None and self.split is not None:
-            raise ValueError(f"data set {self.repo_id}: give `episodes` or `split`, not both")
 
 
 @dataclass

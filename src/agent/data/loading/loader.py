@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,109 +13,7 @@ from agent.data.loading.worker_pool import WorkerPool
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Sample, SampleReader, collate
 from agent.data.samples.transforms import pad_vector
-from agent.data.source import DatasetConfig, Source
-
-
-@dataclass
-class TrainDataConfig:
-    """The training data and how it is read."""
-
-    datasets: list[DatasetConfig] = field(default_factory=list)
-    """The data sets to train on."""
-    balance: Literal["frames", "equal", "given"] | None = None
-    """Which share of the samples a data set gives: `frames`, that of its frames, each of which then comes once an epoch;
-    `equal`, the same for all; `given`, its `weight`. When not given, `given` if there are weights and else `frames`."""
-    normalization: Literal["merged", "per_dataset"] | None = None
-    """Statistics of states and actions: `merged`, one set over all data sets; `per_dataset`, one for each, or for all of
-    one `robot`, which may then have dimensions of its own. When not given, `merged` unless the robots differ, which is
-    refused."""
-    deploy: str | None = None
-    """Under `per_dataset`: the data set or `robot` that a checkpoint's own processors are made for; the first one when
-    not given. `agent.export --statistics` takes another later."""
-    num_workers: int = 4
-    """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
-    prefetch_factor: int = 2
-    """Micro-batches that each worker keeps ready."""
-    frame_store: Literal["auto", "none", "jpeg", "lossless", "raw"] = "auto"
-    """Where pictures come from: a store that `python -m agent.data.prepare` made of this kind; `auto` for whichever is
-    there, and the videos themselves when there is none; `none` for the videos."""
-    frame_quality: int = 95
-    """Quality of the JPEGs in a store, 1 to 100."""
-    video_backend: Literal["torchcodec", "pyav"] | None = None
-    """What decodes videos; when not given, torchcodec where it loads and otherwise pyav."""
-    tolerance_s: float = 1e-4
-    """How far a video frame's time stamp may be from the one asked for, in seconds."""
-
-    def __post_init__(self) -> None:
-        self.weights()
-        if self.deploy is not None and self.normalization != "per_dataset":
-            raise ValueError(
-                f"data.train.deploy is {self.deploy}, but there is one set of statistics: leave it out, or write "
-                "data.train.normalization: per_dataset"
-            )
-        if not 1 <= self.frame_quality <= 100:
-            raise ValueError(f"data.train.frame_quality must be 1 to 100, got {self.frame_quality}")
-        for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"data.train.{key} must be at least {least}, got {getattr(self, key)}")
-        if self.tolerance_s <= 0:
-            raise ValueError(f"data.train.tolerance_s must be above 0, got {self.tolerance_s}")
-
-    def weights(self) -> list[float | None] | None:
-        """The share of each data set's samples, relative to the others; None for one pool of all frames.
-
-        Raises:
-            ValueError: if `balance` and the weights contradict each other.
-        """
-        weights = [dataset.weight for dataset in self.datasets]
-        weighted = [dataset.repo_id for dataset in self.datasets if dataset.weight is not None]
-        if self.balance in ("frames", "equal") and weighted:
-            raise ValueError(
-                f"data.train.balance is {self.balance}, but {', '.join(weighted)} has a weight: leave `weight` out, or "
-                "write data.train.balance: given"
-            )
-        if self.balance == "given" and len(weighted) < len(weights):
-            without = ", ".join(dataset.repo_id for dataset in self.datasets if dataset.weight is None)
-            raise ValueError(
-                f"data.train.balance is given, but {without} has no weight: write `weight: NUMBER` in its entry, or "
-                "data.train.balance: equal or frames"
-            )
-        return [1.0] * len(weights) if self.balance == "equal" else weights
-
-
-@dataclass
-class ValDataConfig:
-    """The validation data."""
-
-    datasets: list[DatasetConfig] = field(default_factory=list)
-    """Data sets of their own for validation. When empty, `fraction` is held out of the training data."""
-    fraction: float = 0.05
-    """Fraction of each training data set's episodes that is held out for validation, evenly spaced, at least one
-    episode; 0 trains on everything. Ignored when `datasets` is given."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise ValueError(f"data.val.fraction must be at least 0 and below 1, got {self.fraction}")
-
-
-@dataclass
-class DataConfig:
-    """Training and validation data."""
-
-    train: TrainDataConfig = field(default_factory=TrainDataConfig)
-    """The training data."""
-    val: ValDataConfig = field(default_factory=ValDataConfig)
-    """The validation data."""
-    statistics: Literal["dataset", "checkpoint"] = "dataset"
-    """What states and actions are normalised with: statistics of the training data, or those that the weights of
-    `load_from_checkpoint` were trained with, for a robot that they know."""
-
-    def __post_init__(self) -> None:
-        if self.statistics == "checkpoint" and self.train.normalization == "per_dataset":
-            raise ValueError(
-                "data.statistics: checkpoint is one set of statistics, and data.train.normalization: per_dataset wants "
-                "one for each data set: write data.statistics: dataset, or data.train.normalization: merged"
-            )
+from agent.data.source import Source
 
 
 @dataclass

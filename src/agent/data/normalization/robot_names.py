@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.data.loading.loader import TrainDataConfig
-from agent.data.source import DatasetConfig, Source
+from agent.data.configuration import DatasetConfig, TrainDataConfig
+from agent.data.source import Source
 
 
 def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str]:
