@@ -216,7 +216,7 @@ def opened(root: Path, kind: str) -> tuple[Any, Any]:
 
 def make_store(root: Path, kind: str) -> None:
     """As `python -m agent.data.prepare` does, in this process's children."""
-    from agent.data.prepare import prepare
+    from agent.data.frames.making import prepare
 
     source, wanted = opened(root, kind)
     prepare(source, wanted, skip_bad_episodes=False, workers=len(os.sched_getaffinity(0)))

@@ -44,7 +44,7 @@ MAY_IMPORT = {
         "training.*",
     ],
     "data.from_*": ["data.*"],
-    "data.prepare": ["*"],
+    "data.prepare": ["command_line", "data.frames.*"],
     **{door: ["*"] for door in DOORS if door != "run" and "." not in door},
     "preflight.*": ALL_BUT_DOORS_AND_FAMILIES,
     "training.replicas": ["optim.*", "parallel.processes"],

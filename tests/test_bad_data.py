@@ -20,8 +20,8 @@ from make_dataset import write_dataset
 
 from agent.configuration_pipeline import load_config
 from agent.data.configuration import DatasetConfig
+from agent.data.frames.making import prepare_all
 from agent.data.frames.store import WantedStore
-from agent.data.prepare import prepare_all
 from agent.data.recorded.metadata import read_metadata
 from agent.data.recorded.stretches import Stretches
 from agent.data.samples.transforms import resize_with_pad

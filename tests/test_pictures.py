@@ -17,8 +17,8 @@ from make_dataset import write_dataset
 
 from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
-from agent.data.prepare import prepare
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
 from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source, open_source
