@@ -24,9 +24,10 @@ from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import TrainLoader, validation_batches
 from agent.data.recorded.episodes import hold_out
+from agent.data.recorded.video import choose_video_backend
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
 from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
-from agent.data.source import choose_video_backend, open_source
+from agent.data.source import open_source
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -212,11 +213,11 @@ def test_video_backend(monkeypatch):
     with pytest.raises(ValueError, match="write torchcodec, pyav"):
         choose_video_backend("cv2")
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # installed, but does not import
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()
     assert choose_video_backend(None) == "pyav"
     with pytest.raises(ValueError, match="does not load here"):
         choose_video_backend("torchcodec")
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,13 +16,12 @@ from agent.data.configuration import DatasetConfig
 from agent.data.frames.manifest import PREPARE
 from agent.data.frames.store import FrameStore, WantedStore, find_store
 from agent.data.recorded import files
-from agent.data.recorded.arrow import to_numpy
 from agent.data.recorded.columns import ColumnTable
 from agent.data.recorded.episodes import choose_episodes
 from agent.data.recorded.metadata import Metadata, read_metadata
-from agent.data.recorded.pictures import NoColours, stored_picture
+from agent.data.recorded.picture_table import PictureTable
 from agent.data.recorded.stretches import mapped_videos, moment_of, picture_problems, refusal
-from agent.data.recorded.video import WrongTime, decode_frame
+from agent.data.recorded.video import WrongTime, choose_video_backend, decode_frame
 
 if TYPE_CHECKING:
     import torch
@@ -75,8 +73,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.metadata.episodes["length"][self.episodes])
-        self._pictures: Any = None
-        self._rows: tuple[np.ndarray, np.ndarray | None] | None = None
+        self._pictures: PictureTable | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -154,8 +151,8 @@ class Source:
         if self.store is not None:
             self.store.open()
             return
-        if self._pictures is None and self._image_keys():
-            self._pictures = self._open_pictures()
+        if self._pictures is None and (keys := self._image_keys()):
+            self._pictures = PictureTable(self.metadata, self.chosen, keys)
 
     def read(self, position: int) -> RawSample:
         """The sample at a position; decodes one frame of every mapped camera.
@@ -213,10 +210,10 @@ class Source:
         for key in self._mapped_videos():
             moment = moment_of(self.metadata, key, episode, frame, stamp, self.tolerance_s)
             images[key] = decode_frame(self.metadata.video_file(episode, key), moment, self.video_backend)
-        if keys := self._image_keys():
+        if self._image_keys():
             self.open()
-            item = self._pictures[self._picture_row(episode, frame)]
-            images |= {key: _planes(item, key) for key in keys}
+            assert self._pictures is not None
+            images |= self._pictures.read(episode, frame)
         return {slot: images[key] for slot, key in self.cameras.items()}
 
     def _stored(self, store: FrameStore, episode: int, frame: int) -> dict[str, torch.Tensor]:
@@ -230,58 +227,6 @@ class Source:
     def _image_keys(self) -> list[str]:
         """The mapped cameras whose pictures are in the data files."""
         return [key for key in dict.fromkeys(self.cameras.values()) if key not in self.metadata.video_keys]
-
-    def _picture_row(self, episode: int, frame: int) -> int:
-        """Where a frame is in the table of the chosen episodes' pictures."""
-        if self._rows is None:
-            self._rows = self._find_rows()
-        begins, rows = self._rows
-        place = int(begins[np.searchsorted(self.chosen, episode)]) + frame
-        return place if rows is None else int(rows[place])
-
-    def _find_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Where the chosen episodes begin, and the row of each of their frames; None where they are in this order."""
-        lengths = self.metadata.episodes["length"][self.chosen]
-        begins = np.cumsum(lengths) - lengths
-        owner, frame = (to_numpy(self._pictures.data.column(name)) for name in ("episode_index", "frame_index"))
-        index = np.searchsorted(self.chosen, owner).clip(max=len(self.chosen) - 1)
-        known = (self.chosen[index] == owner) & (frame >= 0) & (frame < lengths[index])
-        rows = np.full(lengths.sum(), -1, dtype=np.int64)
-        rows[(begins[index] + frame)[known]] = np.flatnonzero(known)
-        assert (rows >= 0).all(), "the files hold the frames that the metadata count"
-        return begins, None if (rows == np.arange(len(rows))).all() else rows
-
-    def _open_pictures(self) -> Any:
-        """The table of the chosen episodes' pictures as files, a copy of the data files in the cache of ``datasets``."""
-        from datasets import Image
-        from lerobot.datasets.feature_utils import get_hf_features_from_features
-        from lerobot.datasets.io_utils import load_nested_dataset
-
-        every = len(self.chosen) == self.metadata.total_episodes
-        described = {
-            key: {**feature, "shape": tuple(feature["shape"])} for key, feature in self.metadata.features.items()
-        }
-        pictures = load_nested_dataset(
-            self.metadata.root / "data",
-            features=get_hf_features_from_features(described),
-            # "all" costs no filter
-            episodes=None if every else [int(episode) for episode in self.chosen],
-        )
-        pictures = pictures.select_columns([*self._image_keys(), "episode_index", "frame_index"])
-        for key in self._image_keys():
-            pictures = pictures.cast_column(key, Image(decode=False))
-        return pictures
-
-
-def _planes(item: dict[str, Any], key: str) -> torch.Tensor:
-    """(3, H, W) uint8 of a picture of a row."""
-    import torch
-
-    try:
-        picture = stored_picture(item[key])
-    except NoColours as error:
-        raise NoColours(f"the picture of {key} {error}") from None
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
 
 def open_source(
@@ -332,31 +277,3 @@ def open_source(
         if problems:
             raise refusal(config.repo_id, problems)
     return Source(config, metadata, chosen, chosen, chunk_size, backend, tolerance_s, table, store=store)
-
-
-@cache
-def choose_video_backend(asked: str | None, needed: bool = True) -> str:
-    """The decoder to use: ``torchcodec`` when it really loads, else ``pyav``; logged once.
-
-    Where no video is to be decoded it is not tried out, since importing it takes a second.
-
-    Raises:
-        ValueError: if the one that is asked for is unknown or does not load.
-    """
-    if asked not in (None, "torchcodec", "pyav"):
-        raise ValueError(f"data.train.video_backend is {asked!r}: write torchcodec, pyav, or leave it out")
-    if asked == "pyav" or not needed:
-        return asked or "pyav"
-    try:
-        # Installed is not enough: it binds FFmpeg's shared libraries when it is imported.
-        import torchcodec.decoders  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        if asked == "torchcodec":
-            raise ValueError(
-                f"data.train.video_backend is torchcodec, which does not load here ({str(error).splitlines()[0]}). "
-                "Install FFmpeg's shared libraries, or leave the setting out to decode with pyav."
-            ) from error
-        logger.info("videos are decoded with pyav; torchcodec is faster but does not load here")
-        return "pyav"
-    logger.info("videos are decoded with torchcodec")
-    return "torchcodec"

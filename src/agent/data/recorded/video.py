@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,34 @@ class Moment:
 
 class WrongTime(ValueError):
     """The file may be as it was recorded: what is said of it, when the frame is shown, is not so."""
+
+
+@cache
+def choose_video_backend(asked: str | None, needed: bool = True) -> str:
+    """The decoder to use: ``torchcodec`` when it really loads, else ``pyav``; logged once.
+
+    Where no video is to be decoded it is not tried out, since importing it takes a second.
+
+    Raises:
+        ValueError: if the one that is asked for is unknown or does not load.
+    """
+    if asked not in (None, "torchcodec", "pyav"):
+        raise ValueError(f"data.train.video_backend is {asked!r}: write torchcodec, pyav, or leave it out")
+    if asked == "pyav" or not needed:
+        return asked or "pyav"
+    try:
+        # Installed is not enough: it binds FFmpeg's shared libraries when it is imported.
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        if asked == "torchcodec":
+            raise ValueError(
+                f"data.train.video_backend is torchcodec, which does not load here ({str(error).splitlines()[0]}). "
+                "Install FFmpeg's shared libraries, or leave the setting out to decode with pyav."
+            ) from error
+        logger.info("videos are decoded with pyav; torchcodec is faster but does not load here")
+        return "pyav"
+    logger.info("videos are decoded with torchcodec")
+    return "torchcodec"
 
 
 def decode_frame(path: Path, moment: Moment, backend: str) -> torch.Tensor:
