@@ -36,6 +36,7 @@ from agent.data.loading.loader import validation_batches
 from agent.data.normalization import kept as statistics_cache
 from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
+from agent.data.recorded.dimension_names import names_of
 from agent.data.samples.transforms import SampleSpec
 from agent.models.pi0 import statistics as given
 from agent.reproducibility import stream
@@ -169,18 +170,10 @@ def test_the_mask_is_lerobots() -> None:
     ids=["list", "group", "groups", "places"],
 )
 def test_names_are_read_as_data_sets_have_them(names: list | dict) -> None:
-    from types import SimpleNamespace
-
-    from agent.data.normalization.robot_statistics import names_of_action
-
-    features = {"act": {"shape": [4], "names": names}, "other": {"shape": [5], "names": names}}
-    source = SimpleNamespace(config=SimpleNamespace(action="act"), metadata=SimpleNamespace(features=features))
-    assert names_of_action(source) == tuple(NAMES)  # type: ignore[arg-type]
-    source.config.action = "other"
-    assert names_of_action(source) is None  # type: ignore[arg-type]  # not one for each
+    assert names_of({"shape": [4], "names": names}) == tuple(NAMES)
+    assert names_of({"shape": [5], "names": names}) is None  # not one for each
     for unknown in ({"motors": None}, {"x": 0, "y": 1, "z": 2.5, "gripper": None}):
-        features["other"]["names"] = unknown
-        assert names_of_action(source) is None  # type: ignore[arg-type]
+        assert names_of({"shape": [4], "names": unknown}) is None
 
 
 # ── samples and validation ──────────────────────────────────────────────────────────────────────────────────────

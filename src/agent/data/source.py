@@ -17,6 +17,7 @@ from agent.data.frames.manifest import PREPARE
 from agent.data.frames.store import FrameStore, WantedStore, find_store
 from agent.data.recorded import files
 from agent.data.recorded.columns import ColumnTable
+from agent.data.recorded.dimension_names import names_of
 from agent.data.recorded.episodes import choose_episodes
 from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.picture_table import PictureTable
@@ -85,6 +86,10 @@ class Source:
     def store_name(self) -> str | None:
         """Of the frame store that pictures are read from; None where they are decoded."""
         return self.store.folder.name if self.store is not None else None
+
+    def names(self, feature: str) -> tuple[str, ...] | None:
+        """Names of the dimensions of ``state`` or ``action``, or None where the data set has none, or not one for each."""
+        return names_of(self.metadata.features[getattr(self.config, feature)])
 
     def view(self, episodes: np.ndarray, with_previous_action: bool = False) -> Source:
         """The same data set, seen through fewer of its episodes."""

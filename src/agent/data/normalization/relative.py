@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _HALF = 1 << 16
 
 
 def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int) -> np.ndarray:
-    """(dims,) bool, True where actions become relative; LeRobot's ``relative_exclude_joints``.
+    """``relative_dims`` for a training, which refuses a ``relative_exclude_joints`` that cannot be meant.
 
     Args:
         names: of the action's dimensions.
@@ -34,21 +35,29 @@ def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int
     Raises:
         ValueError: if dimensions are to be excluded by name and have none, or all of them are excluded.
     """
-    words = [word.lower() for word in exclude if word]
-    if not words:
-        return np.ones(dims, dtype=bool)
-    if names is None:
+    mask = relative_dims(names or (), exclude, dims)
+    if names is None and any(exclude):
         raise ValueError(
             f"model_cfg.relative_exclude_joints is {list(exclude)}, but the data set has no names of its {dims} action "
             "dimensions: write them as action_feature_names in model_cfg, or relative_exclude_joints: [] to make all of "
             "them relative"
         )
-    mask = np.asarray([not any(word in name.lower() for word in words) for name in names])
     if not mask.any():
         raise ValueError(
-            f"model_cfg.relative_exclude_joints {list(exclude)} excludes every action dimension ({', '.join(names)}): "
+            f"model_cfg.relative_exclude_joints {list(exclude)} excludes every action dimension ({', '.join(names or ())}): "
             "write fewer, or use_relative_actions: false"
         )
+    return mask
+
+
+def relative_dims(names: Sequence[Any], exclude: Sequence[Any], dims: int) -> np.ndarray:
+    """(dims,) bool as LeRobot has it: all but the dimensions whose name contains an excluded word, in any case.
+
+    A dimension without a name is relative; those beyond ``dims`` are not looked at.
+    """
+    words = [str(word).lower() for word in exclude if word]
+    mask = np.ones(dims, dtype=bool)
+    mask[: len(names)] = [not any(word in str(name).lower() for word in words) for name in names[:dims]]
     return mask
 
 

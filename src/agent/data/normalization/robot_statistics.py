@@ -20,7 +20,7 @@ from agent.data.normalization.normalizer import (
 )
 from agent.data.normalization.relative import Chunks, relative_mask
 from agent.data.normalization.robot import Robot
-from agent.data.recorded.dimension_names import fitting, labels_of, misplaced, names_of
+from agent.data.recorded.dimension_names import fitting, misplaced
 from agent.data.source import Source
 
 
@@ -108,7 +108,7 @@ def _robot(
 ) -> tuple[Robot, list[str]]:
     """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
     root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
-    action_names = names_of_action(members[0])
+    action_names = members[0].names("action")
     compute: dict[str, Callable[[int], FeatureStatistics]] = {
         feature: partial(cached_statistics, columns[feature], shares, root) for feature in ("state", "action")
     }
@@ -134,15 +134,14 @@ def _robot(
         if narrow_rule != NARROW_RULE and statistics[feature].clamped:
             report += _kept_as_begun(feature, statistics[feature], compute[feature](NARROW_RULE))
     state, action = (Normalizer(mapping.get(f.upper(), "IDENTITY"), statistics[f]) for f in ("state", "action"))
-    return Robot(name, state, action, mean_action, mask, action_names, names_of_state(members[0])), report
+    return Robot(name, state, action, mean_action, mask, action_names, members[0].names("state")), report
 
 
 def _unnormalised(feature: str, source: Source, statistics: FeatureStatistics) -> list[str]:
     if not statistics.constant:
         return []
-    key = source.config.state if feature == "state" else source.config.action
-    names = labels_of(source.metadata.features[key])
-    listed = ", ".join(names[dim] for dim in statistics.constant)
+    names = source.names(feature)
+    listed = ", ".join(names[dim] if names else str(dim) for dim in statistics.constant)
     return [f"{feature} dimensions {list(statistics.constant)} ({listed}) hardly vary and stay unnormalised"]
 
 
@@ -173,7 +172,7 @@ def _chunks(
     except ValueError as error:
         raise ValueError(f"{members[0]}: {error}") from None
     for source, state, action in zip(members, columns["state"], columns["action"], strict=True):
-        if not np.array_equal(relative_mask(names_of_action(source) or names, relative.exclude, dims), mask):
+        if not np.array_equal(relative_mask(source.names("action") or names, relative.exclude, dims), mask):
             raise ValueError(
                 f"{source} has other action dimensions that stay absolute (relative_exclude_joints "
                 f"{list(relative.exclude)}) than {members[0]}, and is normalised together with it: write "
@@ -185,7 +184,7 @@ def _chunks(
                 f"{source.config.action} ({dims}): each action dimension needs its state; name another column with "
                 "`state:`, or write use_relative_actions: false in model_cfg"
             )
-        _check_pairs(source, names_of_action(source) or names, mask)
+        _check_pairs(source, source.names("action") or names, mask)
         lengths = source.metadata.episodes["length"][source.episodes]
         part = Chunks(state, action, lengths, source.chunk_size, mask)
         if not len(part):
@@ -199,7 +198,7 @@ def _chunks(
 
 def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray) -> None:
     """Each relative action and the state of its place must be of one joint, which LeRobot and openpi take for granted, too."""
-    states = names_of_state(source)
+    states = source.names("state")
     if names is None or states is None:
         return
     found = misplaced(names, states, np.flatnonzero(mask).tolist())
@@ -214,19 +213,9 @@ def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray
         )
 
 
-def names_of_action(source: Source) -> tuple[str, ...] | None:
-    """Names of the action's dimensions, or None where the data set has none, or not one for each."""
-    return names_of(source.metadata.features[source.config.action])
-
-
-def names_of_state(source: Source) -> tuple[str, ...] | None:
-    """The same of the state."""
-    return names_of(source.metadata.features[source.config.state])
-
-
 def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
     """The data set's own names, else those of the config."""
-    own = names_of_action(source)
+    own = source.names("action")
     if own is None:
         return _given_names(relative, dims)
     written = fitting(relative.action_names, dims)
@@ -266,8 +255,7 @@ def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: 
 
 
 def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
-    theirs, key = given.names.get(feature), source.config.state if feature == "state" else source.config.action
-    ours = names_of(source.metadata.features[key])
+    theirs, ours, key = given.names.get(feature), source.names(feature), getattr(source.config, feature)
     if theirs is None or ours is None or len(theirs) != len(ours):
         return
     if (found := misplaced(ours, theirs, range(len(ours)))) is not None:
@@ -283,7 +271,7 @@ def finite_columns(source: Source, name: str) -> list[np.ndarray]:
     Raises:
         ValueError: if a value is not finite, naming its episode, frame and dimension.
     """
-    key = source.config.state if name == "state" else source.config.action
+    key = getattr(source.config, name)
     blocks, before = source.blocks(key), 0
     for block in blocks:
         if (bad := first_non_finite(block)) is not None:

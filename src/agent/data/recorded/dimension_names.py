@@ -1,4 +1,4 @@
-"""Names of the dimensions of states and actions, by which it shows whether two of them mean the same at each place."""
+"""Reads the names of the dimensions of states and actions, and tells by them whether two mean the same at each place."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ def fitting(names: Any, dims: int) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names)
 
 
-def labels_of(feature: Mapping[str, Any]) -> list[str]:
-    """The names, or numbers where there are none."""
-    return list(names_of(feature) or map(str, range(math.prod(feature["shape"]))))
+def labels_of(feature: Mapping[str, Any], unnamed: str) -> list[str]:
+    """A label for each dimension, no two alike: the names if they are so, else ``unnamed`` and a number."""
+    names, dims = names_of(feature), math.prod(feature["shape"])
+    return list(names) if names and len(set(names)) == dims else [f"{unnamed} {number}" for number in range(dims)]
 
 
 def alike(one: Sequence[str], other: Sequence[str]) -> list[bool]:
