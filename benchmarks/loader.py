@@ -103,6 +103,8 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
     """This project's data of a run."""
     from agent.data.build import build_data
     from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+    from agent.data.normalization.robot_statistics import Normalization
+    from agent.data.samples.instructions import Wording
     from agent.data.samples.transforms import SampleSpec
     from agent.models import flow_matching
 
@@ -116,8 +118,8 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
         seed=0,
         draw=draw,
         validation_draw=draw,
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-        tokenizer_path=str(ROOT / "demo" / "tokenizer"),
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}),
+        wording=Wording(str(ROOT / "demo" / "tokenizer")),
     )
 
 

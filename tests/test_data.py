@@ -23,8 +23,10 @@ from agent.data import source as source_module
 from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import TrainLoader, validation_batches
+from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.episodes import hold_out
 from agent.data.recorded.video import choose_video_backend
+from agent.data.samples.instructions import Wording
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
 from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
 from agent.data.source import open_source
@@ -93,13 +95,13 @@ def opened(root, **settings):
     return source
 
 
-def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", **settings):
+def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", modes=MODES, task_paraphrase=None, **settings):
     arguments = {
         "seed": 5,
         "draw": partial(draw, 5, "noise"),
         "validation_draw": partial(draw, 5, "validation"),
-        "normalization_mapping": MODES,
-        "tokenizer_path": tokenizer,
+        "normalization": Normalization(modes),
+        "wording": Wording(tokenizer, task_paraphrase),
     }
     config = DataConfig(TrainDataConfig(list(configs), num_workers=0, frame_store=frame_store), val or ValDataConfig())
     return build_data(config, spec, **{**arguments, **settings})
@@ -619,7 +621,7 @@ def test_mismatches_with_the_model(video, pictures, tokenizer):
     with pytest.raises(ValueError, match="at most max_action_dim = 6"):
         mapped(None, spec=SampleSpec(4, 16, 6, (48, 48), 16, (FRONT,), 7, 7))
     with pytest.raises(ValueError, match="normalization_mapping.VISUAL must be IDENTITY"):
-        built(dataset_config(video), tokenizer=tokenizer, normalization_mapping={"VISUAL": "MEAN_STD"})
+        built(dataset_config(video), tokenizer=tokenizer, modes={"VISUAL": "MEAN_STD"})
     with pytest.raises(ValueError, match="data.train.datasets is empty"):
         built(tokenizer=tokenizer)
 

@@ -23,6 +23,8 @@ from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import TrainLoader, validation_batches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
+from agent.data.normalization.robot_statistics import Normalization
+from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.transforms import SampleSpec
 from agent.reproducibility import stream
@@ -67,9 +69,8 @@ def built(
         seed=5,
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
-        normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"},
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        given=given,
+        normalization=Normalization({"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"}, given),
+        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
     )
 
 

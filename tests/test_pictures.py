@@ -19,7 +19,9 @@ from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
+from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
+from agent.data.samples.instructions import Wording
 from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source, open_source
 
@@ -95,7 +97,13 @@ def test_pictures_that_are_no_colours_are_refused_before_anything_is_read(tmp_pa
     )
     with pytest.raises(ValueError, match=rf"{said}.*`cameras: \{{{FRONT}: null\}}`"):
         build_data(
-            config, spec, seed=0, draw=None, validation_draw=None, normalization_mapping={}, tokenizer_path="nowhere"
+            config,
+            spec,
+            seed=0,
+            draw=None,
+            validation_draw=None,
+            normalization=Normalization({}),
+            wording=Wording("nowhere"),
         )
 
 

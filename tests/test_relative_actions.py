@@ -30,13 +30,15 @@ from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for
 )
 
 from agent import export
-from agent.data.build import Data, RelativeActions, build_data
+from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import validation_batches
 from agent.data.normalization import kept as statistics_cache
 from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
+from agent.data.normalization.robot_statistics import Normalization, RelativeActions
 from agent.data.recorded.dimension_names import names_of
+from agent.data.samples.instructions import Wording
 from agent.data.samples.transforms import SampleSpec
 from agent.models.pi0 import statistics as given
 from agent.reproducibility import stream
@@ -70,9 +72,8 @@ def built(
         seed=5,
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        relative=relative,
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=relative),
+        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
     )
 
 
@@ -306,9 +307,10 @@ def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp
             seed=5,
             draw=partial(draw, "noise"),
             validation_draw=partial(draw, "validation"),
-            normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-            tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-            relative=RelativeActions(["gripper"], None),
+            normalization=Normalization(
+                {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=RelativeActions(["gripper"], None)
+            ),
+            wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
         )
 
     with pytest.raises(ValueError, match="lab/other.*(names|stay absolute)"):

@@ -45,55 +45,110 @@ class RelativeActions:
     """For data sets that have no names of their own."""
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """How states and actions become the model's numbers."""
+
+    mapping: Mapping[str, str]
+    """``VISUAL``, ``STATE`` and ``ACTION`` → mode, as in the model JSON."""
+    given: GivenStatistics | None = None
+    """Statistics to normalise with, instead of those of the training frames; for a single robot."""
+    relative: RelativeActions | None = None
+    """That actions are learnt relative to the state; None for absolute ones."""
+    narrow_rule: int = NARROW_RULE
+    """What the statistics take for narrow, see ``made_safe``; of a run that is continued, the one that it began with."""
+
+    def __post_init__(self) -> None:
+        if self.mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
+            raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
+
+    def mode(self, feature: str) -> str:
+        """The mode of ``state`` or ``action``."""
+        return self.mapping.get(feature.upper(), "IDENTITY")
+
+    def taken(self, feature: str, columns: Sequence[Sequence[np.ndarray]]) -> FeatureStatistics:
+        """The given statistics of ``state`` or ``action``, for columns of these data sets.
+
+        Raises:
+            ValueError: if they are not of this data.
+        """
+        assert self.given is not None
+        try:
+            return given_statistics(self.given.values[feature], self.mode(feature), columns[0][0].shape[1])
+        except ValueError as error:
+            raise ValueError(
+                f"data.statistics: the {feature} statistics of {self.given.source} cannot be used: {error}; write dataset, "
+                "or another load_from_checkpoint"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Robots:
+    """The robots of a run."""
+
+    of_sources: list[Robot]
+    """The robot of each source, those of validation last."""
+    deployed_first: list[Robot]
+    """Each once; the first is the one that a checkpoint's own processors are made for."""
+    report: list[str]
+    """Lines for the log."""
+
+
 def make_robots(
-    training: Sequence[Source],
+    sources: tuple[Sequence[Source], Sequence[Source]],
     names: Sequence[str],
+    deployed: str,
     shares: Sequence[float],
-    normalization_mapping: Mapping[str, str],
-    given: GivenStatistics | None,
-    relative: RelativeActions | None,
+    normalization: Normalization,
     digest: xxhash.xxh3_128,
-    narrow_rule: int = NARROW_RULE,
-) -> tuple[dict[str, Robot], list[str]]:
-    """Robots by name, and lines for the log. What is trained on goes into the digest.
+) -> Robots:
+    """Computes, or takes, the statistics of every robot. What is trained on goes into the digest.
 
     Args:
-        training: the data sets.
-        names: the robot of each.
-        shares: each data set's fraction of the samples.
-        normalization_mapping: ``STATE`` and ``ACTION`` → mode.
-        given: statistics to normalise with, instead of those of the data; for a single robot.
-        relative: that actions are learnt relative to the state, or None.
+        sources: for training and for validation.
+        names: the robot of each source, those of validation last.
+        deployed: the one that a checkpoint's own processors are made for.
+        shares: each training source's fraction of the samples.
+        normalization: how their numbers are normalised.
         digest: gets every state and action, and the statistics that are given.
-        narrow_rule: see ``made_safe``.
 
     Raises:
         ValueError: if a value is not finite, given statistics do not fit, or actions cannot be made relative.
     """
-    assert given is None or len(set(names)) == 1, "checked with the configuration"
+    training, validation = sources
+    columns = _trained_on(training, normalization, digest)
+    trained, robots, report = names[: len(training)], {}, []
+    for name in dict.fromkeys(trained):
+        mine = [number for number, other in enumerate(trained) if other == name]
+        members = [training[number] for number in mine]
+        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
+        share = [shares[number] for number in mine]
+        if len(mine) < len(trained):
+            share = [part / sum(share) for part in share]
+        robots[name], lines = _robot(name, members, of_robot, share, normalization)
+        report += lines if len(set(trained)) == 1 else [f"robot {name}: {line}" for line in lines]
+    if len(robots) > 1:
+        report.append(f"each robot is normalised by its own statistics: {', '.join(robots)}; processors for {deployed}")
+    for source in validation:
+        finite_columns(source, "state")
+        finite_columns(source, "action")
+    return Robots([robots[name] for name in names], [robots.pop(deployed), *robots.values()], report)
+
+
+def _trained_on(
+    training: Sequence[Source], normalization: Normalization, digest: xxhash.xxh3_128
+) -> dict[str, list[list[np.ndarray]]]:
+    """``state`` and ``action`` of each data set, in pieces."""
     columns = {}
     for feature in ("state", "action"):
         columns[feature] = [finite_columns(source, feature) for source in training]
         for blocks in columns[feature]:
             for block in blocks:
                 digest.update(np.ascontiguousarray(block))
-        if given is not None:
-            taken = _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1])
-            for values in taken.to_dict().values():
+        if normalization.given is not None:
+            for values in normalization.taken(feature, columns[feature]).to_dict().values():
                 digest.update(np.ascontiguousarray(values))
-    robots, report = {}, []
-    for name in dict.fromkeys(names):
-        mine = [number for number, other in enumerate(names) if other == name]
-        members = [training[number] for number in mine]
-        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
-        share = [shares[number] for number in mine]
-        if len(mine) < len(names):
-            share = [part / sum(share) for part in share]
-        robots[name], lines = _robot(
-            name, members, of_robot, share, normalization_mapping, given, relative, narrow_rule
-        )
-        report += lines if len(set(names)) == 1 else [f"robot {name}: {line}" for line in lines]
-    return robots, report
+    return columns
 
 
 def _robot(
@@ -101,10 +156,7 @@ def _robot(
     members: Sequence[Source],
     columns: Mapping[str, list[list[np.ndarray]]],
     shares: list[float],
-    mapping: Mapping[str, str],
-    given: GivenStatistics | None,
-    relative: RelativeActions | None,
-    narrow_rule: int,
+    how: Normalization,
 ) -> tuple[Robot, list[str]]:
     """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
     root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
@@ -112,28 +164,29 @@ def _robot(
     compute: dict[str, Callable[[int], FeatureStatistics]] = {
         feature: partial(cached_statistics, columns[feature], shares, root) for feature in ("state", "action")
     }
-    if relative is None:
-        mean_action = compute["action"](narrow_rule).mean
+    if how.relative is None:
+        mean_action = compute["action"](how.narrow_rule).mean
     else:
-        action_names = _relative_names(members[0], relative, actions[0][0].shape[1])
-        chunks, mask = _chunks(members, columns, relative, action_names)
+        action_names = _relative_names(members[0], how.relative, actions[0][0].shape[1])
+        chunks, mask = _chunks(members, columns, how.relative, action_names)
         means = [np.concatenate(blocks).mean(axis=0, dtype=np.float64) for blocks in actions]
         mean_action = np.average(means, axis=0, weights=shares).astype(np.float32)
         compute["action"] = partial(cached_chunk_statistics, chunks, shares, root)
         report.append(f"actions relative to the state: {_listed(mask, action_names)}")
-    statistics = {}
+    normalizers = {}
     for feature in ("state", "action"):
-        if given is not None:
-            statistics[feature] = _taken(given, feature, mapping, columns[feature][0][0].shape[1])
+        if how.given is not None:
+            statistics = how.taken(feature, columns[feature])
             for source in members:
-                _check_given(given, feature, source)
-            report.append(f"{feature} statistics are those of {given.source}")
-            continue
-        statistics[feature] = compute[feature](narrow_rule)
-        report += _unnormalised(feature, members[0], statistics[feature])
-        if narrow_rule != NARROW_RULE and statistics[feature].clamped:
-            report += _kept_as_begun(feature, statistics[feature], compute[feature](NARROW_RULE))
-    state, action = (Normalizer(mapping.get(f.upper(), "IDENTITY"), statistics[f]) for f in ("state", "action"))
+                _check_given(how.given, feature, source)
+            report.append(f"{feature} statistics are those of {how.given.source}")
+        else:
+            statistics = compute[feature](how.narrow_rule)
+            report += _unnormalised(feature, members[0], statistics)
+            if how.narrow_rule != NARROW_RULE and statistics.clamped:
+                report += _kept_as_begun(feature, statistics, compute[feature](NARROW_RULE))
+        normalizers[feature] = Normalizer(how.mode(feature), statistics)
+    state, action = normalizers["state"], normalizers["action"]
     return Robot(name, state, action, mean_action, mask, action_names, members[0].names("state")), report
 
 
@@ -242,16 +295,6 @@ def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
     absolute = [label for label, on in zip(labels, mask, strict=True) if not on]
     relative = [label for label, on in zip(labels, mask, strict=True) if on]
     return f"{', '.join(relative)}; absolute: {', '.join(absolute) or 'none'}"
-
-
-def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
-    try:
-        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
-    except ValueError as error:
-        raise ValueError(
-            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
-            "load_from_checkpoint"
-        ) from None
 
 
 def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
