@@ -22,7 +22,7 @@ from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokeni
 from agent.data import source as source_module
 from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
-from agent.data.loading.loader import TrainLoader, validation_batches
+from agent.data.loading.loader import Share, TrainLoader, validation_batches
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.episodes import hold_out
 from agent.data.recorded.video import choose_video_backend
@@ -767,9 +767,7 @@ def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, worker
         data.mixture,
         global_batch=16,
         per_device_batch=batch,
-        rank=rank,
-        world=world,
-        first_sample=first_sample,
+        share=Share(rank, world, first_sample),
         num_workers=workers,
     )
     batches = [next(loader) for _ in range(count)]

@@ -21,7 +21,7 @@ from make_dataset import write_dataset
 from agent import export
 from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
-from agent.data.loading.loader import TrainLoader, validation_batches
+from agent.data.loading.loader import Share, TrainLoader, validation_batches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.samples.instructions import Wording
@@ -280,7 +280,9 @@ def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, mon
         for update in (0, 10**9 // 32):
             calls[0] = 0
             batch = next(
-                TrainLoader(mixed.reader, order, global_batch=32, per_device_batch=32, first_sample=32 * update)
+                TrainLoader(
+                    mixed.reader, order, global_batch=32, per_device_batch=32, share=Share(first_sample=32 * update)
+                )
             )
             assert batch.sample_index.tolist() == list(range(update * 32, update * 32 + 32))
             order.counts(update * 32, update * 32 + 32)

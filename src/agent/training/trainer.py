@@ -16,7 +16,7 @@ import torch
 
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import dump_yaml
-from agent.data.loading.loader import TrainLoader
+from agent.data.loading.loader import Share, TrainLoader
 from agent.lifecycle.watchdog import Watchdog
 from agent.optim.optimizer import apply_update, clip_gradients
 from agent.parallel.processes import StopRequest
@@ -43,9 +43,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         run.data.mixture,
         global_batch=config.global_batch_size,
         per_device_batch=config.per_device_batch_size,
-        rank=processes.rank,
-        world=processes.world_size,
-        first_sample=state.samples_seen,
+        share=Share(processes.rank, processes.world_size, state.samples_seen),
         num_workers=config.data.train.num_workers,
         prefetch_factor=config.data.train.prefetch_factor,
         pin=processes.device.type == "cuda",

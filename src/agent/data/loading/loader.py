@@ -1,4 +1,4 @@
-"""From sample numbers to batches: the config, worker processes, the validation set."""
+"""Puts samples together into batches: an endless iterator for training, and the validation set in a fixed order."""
 
 from __future__ import annotations
 
@@ -16,16 +16,29 @@ from agent.data.samples.transforms import pad_vector
 from agent.data.source import Source
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of the stream of samples one process trains on."""
+
+    rank: int = 0
+    """r, the process's number."""
+    world: int = 1
+    """W, the number of processes."""
+    first_sample: int = 0
+    """k of the first sample of all processes: as many as were trained on before."""
+
+
+_EVERYTHING = Share()
+
+
 @dataclass
 class _MicroBatches:
-    """One rank's micro-batches by number, from the one with sample ``first`` on, for ever."""
+    """One rank's micro-batches by number, for ever."""
 
     reader: SampleReader
     mixture: Mixture
     batch: int
-    rank: int
-    world: int
-    first: int
+    share: Share
 
     def __call__(self, number: int) -> Batch:
         """Micro-batch ``number``.
@@ -34,7 +47,7 @@ class _MicroBatches:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame.
         """
         # Updates are whole multiples of what all ranks take together, so this counts through u and m at once.
-        start = self.first + (number * self.world + self.rank) * self.batch
+        start = self.share.first_sample + (number * self.share.world + self.share.rank) * self.batch
         samples = [self._sample(k) for k in range(start, start + self.batch)]
         return collate(samples, self.reader.spec, self.reader.tokens.pad_token_id)
 
@@ -78,9 +91,7 @@ class TrainLoader(Iterator[Batch]):
         mixture: which frame each sample is.
         global_batch: G.
         per_device_batch: B.
-        rank: r.
-        world: W.
-        first_sample: k of the first sample of all ranks: as many as were trained on before.
+        share: of which process, and from which sample on.
         num_workers: processes that read ahead; 0 reads in this one.
         prefetch_factor: micro-batches that each worker keeps ready.
         pin: whether batches are put into pinned memory, for copies to a GPU that overlap with computing.
@@ -93,17 +104,15 @@ class TrainLoader(Iterator[Batch]):
         *,
         global_batch: int,
         per_device_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        first_sample: int = 0,
+        share: Share = _EVERYTHING,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin: bool = False,
     ) -> None:
-        assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
+        assert global_batch % (per_device_batch * share.world) == 0, "checked with the configuration"
         self._made = 0
         self._pin = pin
-        self._make: _MicroBatches | None = _MicroBatches(reader, mixture, per_device_batch, rank, world, first_sample)
+        self._make: _MicroBatches | None = _MicroBatches(reader, mixture, per_device_batch, share)
         self._pool: WorkerPool | None = None
         if num_workers:
             start_fork_server(reader.sources)
