@@ -1,4 +1,4 @@
-"""Where something computed from a data set is kept, so that the next start finds it: beside the data set, or with the user.
+"""Keeps what was computed from a data set, so that the next start finds it: beside the data set, or with the user.
 
 What is kept is named by a fingerprint of all that it was computed from, and is there whole or not at all. Beside each file
 or folder, ``NAME.xxh3`` has the checksum of every file of it. What does not hold, or was kept by a version that wrote no

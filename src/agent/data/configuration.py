@@ -1,4 +1,4 @@
-"""The keys under `data` of a training YAML: which data sets, how they are mixed, read, normalised and augmented.
+"""Defines the keys under `data` of a training YAML: data sets, and how they are mixed, read, normalised and augmented.
 
 Every class checks its own values when it is filled, so that a mistake is told before anything is opened. Nothing heavy is
 imported here.

@@ -1,4 +1,4 @@
-"""One data set: which of its episodes are used, and its raw samples.
+"""Opens one data set, chooses its episodes, and reads their samples as they were recorded.
 
 A :class:`Source` knows its frames from the metadata alone. Low-dimensional columns are mapped into memory, videos are
 decoded as LeRobot decodes them, and pictures in data files are read through LeRobot.

@@ -1,4 +1,4 @@
-"""The layouts of known RLDS trees, and the choice of one: which features of a step become pictures, state and actions."""
+"""Knows the layouts of RLDS trees, and chooses one: which features of a step become pictures, state and actions."""
 
 from __future__ import annotations
 

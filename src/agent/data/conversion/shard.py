@@ -1,4 +1,4 @@
-"""One file of an RLDS tree to one video per camera and one table of columns: what the converter's processes do."""
+"""Converts one file of an RLDS tree to one video per camera and one table of columns, in a process of its own."""
 
 from __future__ import annotations
 

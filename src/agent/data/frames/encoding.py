@@ -1,4 +1,4 @@
-"""How a frame store keeps one picture: JPEG, lossless or raw."""
+"""Encodes and decodes one picture of a frame store: as JPEG, lossless or raw."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a frame store was made of and how: ``manifest.json``."""
+"""Reads and writes ``manifest.json``, which says what a frame store was made of and how."""
 
 from __future__ import annotations
 

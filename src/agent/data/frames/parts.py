@@ -1,4 +1,4 @@
-"""Decoding, resizing and writing the parts of a frame store, in processes of their own."""
+"""Decodes, resizes and writes the parts of a frame store, in processes of their own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from agent.data.recorded.arrow import to_numpy
 from agent.data.recorded.pictures import NoColours, stored_picture
 from agent.data.recorded.video_frame import rgb
 from agent.data.samples.transforms import fitted_size
+from agent.safe_files import replacing
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -80,16 +81,13 @@ def write_part(part: Part) -> Written:
     import pyarrow as pa
 
     bad: dict[int, str] = {}
-    temporary = part.target.with_name(f".{part.target.name}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as file, _Writer(file, part) as writer:
-            pictures = _from_video if part.video else _from_data_file
-            pictures(part, writer, bad)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(part.target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(part.target) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        _Writer(file, part) as writer,
+    ):
+        pictures = _from_video if part.video else _from_data_file
+        pictures(part, writer, bad)
     return Written(writer.frames, bad, writer.checksums)
 
 

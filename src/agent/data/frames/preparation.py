@@ -1,4 +1,4 @@
-"""What a frame store needs, what of it is there, and its index: the plan of ``agent.data.prepare``."""
+"""Plans the making of a frame store: what it needs, what of it is there already, and its index at the end."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Preparation:
             members = np.flatnonzero((chunks == chunk) & (files == file))
             if video:
                 members = members[np.argsort(self._stretches[camera].starts[members], kind="stable")]
-            path = metadata.video_file(members[0], camera) if video else metadata.data_file(members[0])
+            path = metadata.file(place, members[0])
             # Always the same groups, whichever episodes are wanted, so that parts can be used again.
             group = np.cumsum(metadata.episodes["length"][members]) // PART_FRAMES
             parts = []

@@ -1,4 +1,4 @@
-"""A store of decoded, resized frames beside a data set: one read per picture instead of decoding a video.
+"""Reads decoded, resized frames from a store beside a data set: one read per picture instead of decoding a video.
 
 A store is a folder ``frames/<height>x<width>-<encoding>`` in the data set's own:
 
@@ -21,7 +21,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -260,10 +259,8 @@ class FrameStore:
         """The files of the data set that the pictures of the chosen episodes come from."""
         paths: set[Path] = set()
         for key in self.manifest.cameras:
-            video = key in metadata.video_keys
-            place = f"videos/{key}" if video else "data"
-            path_of = partial(metadata.video_file, key=key) if video else metadata.data_file
-            paths |= {path for path, _ in files_of(metadata, episodes, place, path_of)}
+            kind = f"videos/{key}" if key in metadata.video_keys else "data"
+            paths |= {path for path, _ in files_of(metadata, episodes, kind)}
         return sorted(str(path.relative_to(metadata.root)) for path in paths)
 
     def without_bad(self, episodes: np.ndarray) -> tuple[np.ndarray, str | None]:

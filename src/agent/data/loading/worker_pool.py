@@ -1,4 +1,4 @@
-"""Processes that make batches ahead of their use."""
+"""Runs the processes that make batches ahead of their use."""
 
 from __future__ import annotations
 

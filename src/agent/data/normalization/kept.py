@@ -1,4 +1,4 @@
-"""Statistics are computed once: kept beside the data set under the fingerprint of the very values that they are of."""
+"""Computes statistics once: they are kept beside the data set under a fingerprint of the values that they are of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of low-dimensional columns, and the invertible normalisation that LeRobot repeats at inference.
+"""Computes statistics of low-dimensional columns, and normalises by them as LeRobot does again at inference.
 
 The statistics are made safe once, here, before they are used or stored: LeRobot reads the same numbers with the
 same formulas and therefore normalises identically.

@@ -1,4 +1,4 @@
-"""Actions relative to the state: which dimensions, and their exact statistics over all chunks, as LeRobot takes them.
+"""Tells which action dimensions are relative to the state, and computes their exact statistics over all chunks.
 
 A chunk's actions are all relative to the state at its first step (openpi's DeltaActions, LeRobot's
 ``use_relative_actions``). What is normalised is then spread wider the further a step is ahead, so statistics are of every

@@ -1,4 +1,4 @@
-"""A robot's states and actions between its own units and the model's numbers.
+"""Converts a robot's states and actions between its own units and the model's numbers.
 
 The data sets of a robot are normalised alike. Another robot has other dimensions and other statistics; the model sees
 both padded to one size, each normalised by its own.

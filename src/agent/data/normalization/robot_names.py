@@ -1,4 +1,4 @@
-"""Which data sets are of one robot, and are thus normalised alike."""
+"""Decides which data sets are of one robot, and are thus normalised alike."""
 
 from __future__ import annotations
 

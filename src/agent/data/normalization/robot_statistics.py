@@ -1,4 +1,4 @@
-"""The statistics that a robot's states and actions are normalised with, from the data or given."""
+"""Computes, or takes from a checkpoint, the statistics that each robot's states and actions are normalised with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arrow's columns as numpy's arrays."""
+"""Turns columns of Arrow into arrays of numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The low-dimensional columns of a data set as arrays mapped into memory: one copy for all processes of a machine.
+"""Maps the low-dimensional columns of a data set into memory as arrays: one copy for all processes of a machine.
 
 A large data set has tens of thousands of row groups, which take seconds to read and hundreds of megabytes to hold. They
 are read once, and kept as plain arrays beside the data set, or in the user's cache where that cannot be written. The
@@ -90,7 +90,7 @@ class ColumnTable:
 
     def _files(self) -> list[tuple[Path, np.ndarray]]:
         """Each data file with the episodes in it."""
-        return files_of(self.metadata, np.flatnonzero(self._held()), "data", self.metadata.data_file)
+        return files_of(self.metadata, np.flatnonzero(self._held()), "data")
 
     def _load(self) -> tuple[dict[str, np.ndarray], Path | None]:
         files, root = self._files(), self.metadata.root
@@ -166,7 +166,7 @@ class ColumnTable:
 
     def unreadable(self) -> Iterator[tuple[np.ndarray, ValueError]]:
         """The wanted episodes in each file that cannot be read or lacks some of their frames, and why; keeps nothing."""
-        for _, members in files_of(self.metadata, self.episodes, "data", self.metadata.data_file):
+        for _, members in files_of(self.metadata, self.episodes, "data"):
             part = ColumnTable(self.metadata, members, self.names)
             try:
                 part._read(part._files())

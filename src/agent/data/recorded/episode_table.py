@@ -1,4 +1,4 @@
-"""The table of episodes in the metadata of a data set, without what is not needed and without the memory that costs.
+"""Reads the table of episodes of a data set without its statistics, and without the memory that those cost.
 
 LeRobot writes ten episodes to a row group, each with statistics of every feature. For fifty thousand episodes the description
 of the row groups alone takes a second and half a gigabyte, so the numbers that are needed are kept apart.

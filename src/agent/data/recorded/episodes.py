@@ -1,4 +1,4 @@
-"""Which episodes of a data set are used, and which of them are held out for validation."""
+"""Chooses which episodes of a data set are used, and which of them are held out for validation."""
 
 from __future__ import annotations
 

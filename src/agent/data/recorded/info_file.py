@@ -1,4 +1,4 @@
-"""``meta/info.json`` of a data set, and the JSON lines of older formats: every value is checked where it is read.
+"""Reads ``meta/info.json`` of a data set, and the JSON lines of older formats, and checks every value.
 
 Whoever wrote a data set may have written anything. An error names the data set, the file and the key, says what stands
 there, and what is to stand there instead.

@@ -1,4 +1,4 @@
-"""What the ``meta`` folder of a LeRobot v3 data set says, read and checked."""
+"""Reads and checks what the ``meta`` folder of a LeRobot v3 data set says."""
 
 from __future__ import annotations
 
@@ -78,16 +78,19 @@ class Metadata:
         """(episodes,) a number for each one's file of a kind: ``data`` or ``videos/<key>``."""
         return self.episodes[f"{kind}/chunk_index"].astype(np.int64) << 32 | self.episodes[f"{kind}/file_index"]
 
+    def file(self, kind: str, episode: int) -> Path:
+        """The file of a kind that holds an episode: ``data``, or ``videos/<key>`` for its frames of one camera."""
+        numbers = {name: int(self.episodes[f"{kind}/{name}"][episode]) for name in ("chunk_index", "file_index")}
+        template = self.info["data_path" if kind == "data" else "video_path"]
+        return self.root / template.format(video_key=kind.removeprefix("videos/"), **numbers)
+
     def data_file(self, episode: int) -> Path:
         """The parquet file that holds an episode."""
-        chunk, file = (int(self.episodes[f"data/{name}"][episode]) for name in ("chunk_index", "file_index"))
-        return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+        return self.file("data", episode)
 
     def video_file(self, episode: int, key: str) -> Path:
         """The mp4 file that holds an episode's frames of one camera."""
-        names = (f"videos/{key}/chunk_index", f"videos/{key}/file_index")
-        chunk, file = (int(self.episodes[name][episode]) for name in names)
-        return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+        return self.file(f"videos/{key}", episode)
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:

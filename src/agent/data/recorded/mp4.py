@@ -1,4 +1,4 @@
-"""When the pictures of an mp4 are shown, by its index alone: nothing is decoded, no picture is read.
+"""Reads from the index of an mp4 when its pictures are shown: nothing is decoded, no picture is read.
 
 FFmpeg tells it only by reading every packet, which for a large data set is every video. The index of a file with a hundred
 thousand pictures is read here in milliseconds. Boxes and fields are those of ISO/IEC 14496-12.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -34,33 +35,42 @@ def frame_times(path: Path) -> np.ndarray | None:
 
 def _movie(path: Path) -> bytes | None:
     """The contents of the box ``moov``."""
-    size, offset = path.stat().st_size, 0
     with path.open("rb") as file:
-        while offset < size:
-            file.seek(offset)
-            header = file.read(16)
-            length, begin = int.from_bytes(header[:4], "big"), 8
-            if length == 1:  # a 64-bit length follows
-                length, begin = int.from_bytes(header[8:16], "big"), 16
-            elif length == 0:  # to the end of the file
-                length = size - offset
+        for kind, offset, begin, length in outermost_boxes(file, path.stat().st_size):
             if length < begin:
                 return None
-            if header[4:8] == b"moov":
+            if kind == b"moov":
                 file.seek(offset + begin)
                 return file.read(length - begin)
-            offset += length
     return None
+
+
+def outermost_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Kind, place, bytes of the header and of the whole, of each box of a file of this size.
+
+    The lengths are as they are written, which may be anything; whoever reads them stops at one that cannot be.
+    """
+    offset = 0
+    while offset < size:
+        file.seek(offset)
+        header = file.read(16)
+        begin, length = _lengths(header, size - offset)
+        yield header[4:8], offset, begin, length
+        offset += length
+
+
+def _lengths(header: bytes | memoryview, rest: int) -> tuple[int, int]:
+    """Bytes of the header of a box, and of the whole."""
+    length = int.from_bytes(header[:4], "big")
+    if length == 1:  # a 64-bit length follows
+        return 16, int.from_bytes(header[8:16], "big")
+    return 8, length or rest  # 0 stands for all that is left
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     offset = 0
     while offset + 8 <= len(data):
-        length, begin = int.from_bytes(data[offset : offset + 4], "big"), 8
-        if length == 1:
-            length, begin = int.from_bytes(data[offset + 8 : offset + 16], "big"), 16
-        elif length == 0:
-            length = len(data) - offset
+        begin, length = _lengths(data[offset : offset + 16], len(data) - offset)
         if length < begin:
             raise ValueError("a box shorter than its header")
         yield bytes(data[offset + 4 : offset + 8]), data[offset + begin : offset + length]

@@ -1,4 +1,4 @@
-"""Pictures of a camera are colours of 8 bits; anything else is refused by name rather than squeezed into them.
+"""Turns stored pictures into colours of 8 bits, and refuses by name what would have to be squeezed into them.
 
 Sixteen bits of depth in millimetres, cut off at 255, are one white square. What holds the same colours in another form (grey,
 a palette, transparency, an orientation in the file's notes) is converted, for the reader and for frame stores alike.
@@ -108,7 +108,7 @@ def check_pictures(source: Source) -> None:
     for slot, key in source.cameras.items():
         for episode in dict.fromkeys(source.episodes[[0, -1]].tolist()):
             video = key in source.metadata.video_keys
-            path = source.metadata.video_file(episode, key) if video else source.metadata.data_file(episode)
+            path = source.metadata.file(f"videos/{key}" if video else "data", episode)
             if not path.is_file():
                 continue
             try:

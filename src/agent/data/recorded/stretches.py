@@ -1,4 +1,4 @@
-"""Is the picture of every row in its episode's own stretch of video?
+"""Checks that the picture of every row is in its episode's own stretch of video.
 
 The metadata give each episode a stretch of a file (``from_timestamp``, ``to_timestamp``) and a number of rows, the rows have
 time stamps, and the file has its frames. The start of a training, ``--check true`` and ``agent.data.prepare`` hold them against
@@ -268,10 +268,10 @@ def picture_problems(
     """
     found: dict[int, str] = {}
     for camera in cameras:
-        every, path_of = Stretches.of(metadata, camera, tolerance_s), partial(metadata.video_file, key=camera)
-        wrong = wrong_by_the_table(every, path_of)
+        every = Stretches.of(metadata, camera, tolerance_s)
+        wrong = wrong_by_the_table(every, partial(metadata.file, f"videos/{camera}"))
         told = {int(episode): wrong[episode] for episode in np.intersect1d(episodes, list(wrong))}
-        for path, members in files_of(metadata, np.setdiff1d(episodes, list(told)), f"videos/{camera}", path_of):
+        for path, members in files_of(metadata, np.setdiff1d(episodes, list(told)), f"videos/{camera}"):
             told |= _wrong_in_a_file(path, every, members, table)
         for episode, why in told.items():
             found.setdefault(episode, f"{camera}: {why}")

@@ -1,4 +1,4 @@
-"""One frame of a video by its time stamp, with LeRobot's two decoders and without importing LeRobot.
+"""Decodes one frame of a video by its time stamp, with LeRobot's two decoders and without importing LeRobot.
 
 Importing LeRobot's data sets takes several seconds and hundreds of megabytes. The frames are the same: the calls of the
 decoders are those of ``lerobot.datasets.video_utils``.

@@ -1,4 +1,4 @@
-"""Random crops and colours of training pictures: pure functions of the picture, the seed, the sample's number, the camera.
+"""Crops and recolours training pictures at random, as pure functions of picture, seed, sample number and camera.
 
 The definitions are those of ``torchvision.transforms.v2.functional`` (``resized_crop``, ``adjust_brightness``,
 ``adjust_contrast``, ``adjust_saturation``, ``adjust_hue``), in this order, for a quarter of the time: colours are shifted in
