@@ -229,7 +229,7 @@ def fidelity(root: Path, kind: str, count: int = 64) -> tuple[float, bool]:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from agent.data.frames.store import find_store
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     source, wanted = opened(root, kind)
     store = find_store(source.metadata, None, wanted, source.episodes)

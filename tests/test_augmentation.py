@@ -21,8 +21,8 @@ from agent.data.configuration import AugmentationConfig, CameraAugmentation
 from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
 from agent.data.loading.loader import validation_batches
+from agent.data.resizing import resize_with_pad
 from agent.data.samples.augmentation import Box, Change, augmented, crop, draw_change, picture_box, recoloured
-from agent.data.samples.transforms import resize_with_pad
 from agent.data.source import open_source
 
 TOKENIZER = str(REPOSITORY / "demo" / "tokenizer")

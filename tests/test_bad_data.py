@@ -24,7 +24,7 @@ from agent.data.frames.making import prepare_all
 from agent.data.frames.store import WantedStore
 from agent.data.recorded.metadata import read_metadata
 from agent.data.recorded.stretches import Stretches
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.resizing import resize_with_pad
 from agent.data.source import open_source
 
 FRONT = "observation.images.front"

@@ -26,9 +26,10 @@ from agent.data.loading.loader import Share, TrainLoader, validation_batches
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.episodes import hold_out
 from agent.data.recorded.video import choose_video_backend
+from agent.data.resizing import resize_with_pad
 from agent.data.samples.instructions import Wording
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
-from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
+from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase
 from agent.data.source import open_source
 from agent.reproducibility import stream
 

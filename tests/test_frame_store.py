@@ -33,7 +33,7 @@ from agent.data.frames.parts import decode, resize
 from agent.data.frames.store import WantedStore, read_index
 from agent.data.frames.times import FileIndex, times_of_episodes
 from agent.data.recorded.stretches import Stretches, wrong_by_the_table
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.resizing import resize_with_pad
 from agent.data.source import open_source
 
 SIZE = (32, 32)

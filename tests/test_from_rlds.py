@@ -65,7 +65,7 @@ def lerobot(root: Path):
 def expected_picture(episode: int, frame: int, camera: int, size: int) -> np.ndarray:
     import torch
 
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     picture = torch.from_numpy(frame_image(episode, frame, camera, SIZE).transpose(2, 0, 1).copy())
     return resize_with_pad(picture, size, size).numpy()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agent.data.recorded.dimension_names import labels_of
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.resizing import resize_with_pad
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey

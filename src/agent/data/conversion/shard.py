@@ -195,7 +195,7 @@ def _decoded(pictures: list[bytes], size: int) -> Iterator[np.ndarray]:
     import torch
     from PIL import Image
 
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     for encoded in pictures:
         with Image.open(io.BytesIO(encoded)) as picture:

@@ -17,7 +17,7 @@ from agent.data.orphans import end_with_parent
 from agent.data.recorded.arrow import to_numpy
 from agent.data.recorded.pictures import NoColours, stored_picture
 from agent.data.recorded.video_frame import rgb
-from agent.data.samples.transforms import fitted_size
+from agent.data.resizing import fitted_size
 from agent.safe_files import replacing
 
 if TYPE_CHECKING:

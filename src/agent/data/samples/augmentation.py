@@ -15,7 +15,7 @@ import numpy as np
 
 from agent.data.configuration import AugmentationConfig
 from agent.data.frames.encoding import in_planes
-from agent.data.samples.transforms import fitted_size
+from agent.data.resizing import fitted_size
 from agent.reproducibility import stream
 
 if TYPE_CHECKING:
