@@ -57,7 +57,7 @@ def _check_rates(one: Source, other: Source) -> None:
 
 
 def _check_names(one: Source, other: Source) -> str | None:
-    """What is to be said of names of the state that have nothing in common; an action's must be the same."""
+    """Compares names: the action's must be the same, and of state names with nothing in common a warning is returned."""
     for what in ("action", "state"):
         mine, theirs = one.names(what), other.names(what)
         if mine is None or theirs is None or all(same := alike(mine, theirs)):

@@ -24,7 +24,7 @@ from agent.data.samples.transforms import SampleSpec
 
 @dataclass
 class Data:
-    """Everything the trainer needs of the data."""
+    """Holds everything that the trainer needs of the data."""
 
     spec: SampleSpec
     """As given, completed where the model left its features to the data."""
@@ -46,7 +46,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Of what is trained on: episodes, states, actions, pictures, instructions as tokens. A copy has the same."""
+        """A hash of what is trained on: episodes, states, actions, pictures, instructions as tokens. A copy has the same."""
         return self.fingerprint_if([source.store_name for source in self.reader.sources])
 
     @property
@@ -73,7 +73,7 @@ class Data:
                 drawn[label] = drawn.get(label, 0) + number
 
     def mix(self, drawn: Mapping[str, int]) -> dict[str, float]:
-        """The metrics ``mix/<data set>``: the fraction of the samples so far."""
+        """Returns the metrics ``mix/<data set>``: the fraction of the samples so far."""
         return {f"mix/{label}": number / sum(drawn.values()) for label, number in drawn.items()}
 
 

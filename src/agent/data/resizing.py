@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def fitted_size(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest picture with the proportions of ``old`` that fits into ``new``."""
+    """Computes height and width of the largest picture with the proportions of ``old`` that fits into ``new``."""
     ratio = max(old[1] / new[1], old[0] / new[0])
     # openpi's truncation can round a side of a very long image to nothing
     return max(1, int(old[0] / ratio)), max(1, int(old[1] / ratio))

@@ -84,19 +84,19 @@ class Source:
 
     @property
     def store_name(self) -> str | None:
-        """Of the frame store that pictures are read from; None where they are decoded."""
+        """The name of the frame store that pictures are read from; None where they are decoded."""
         return self.store.folder.name if self.store is not None else None
 
     def names(self, feature: str) -> tuple[str, ...] | None:
-        """Names of the dimensions of ``state`` or ``action``, or None where the data set has none, or not one for each."""
+        """Reads the names of the dimensions of ``state`` or ``action``; None where there is not one for each."""
         return names_of(self.metadata.features[getattr(self.config, feature)])
 
     def view(self, episodes: np.ndarray, with_previous_action: bool = False) -> Source:
-        """The same data set, seen through fewer of its episodes."""
+        """Returns the same data set, seen through fewer of its episodes."""
         return replace(self, episodes=np.sort(episodes), with_previous_action=with_previous_action)
 
     def frame(self, position: int) -> tuple[int, int]:
-        """The episode and the frame in it at a position of this source."""
+        """Finds the episode and the frame in it at a position of this source."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self} has {len(self)} frames, asked for {position}")
         place = int(np.searchsorted(self._ends, position, side="right"))
@@ -104,11 +104,11 @@ class Source:
         return int(self.episodes[place]), position - before
 
     def columns(self, name: str) -> np.ndarray:
-        """A low-dimensional column over this source's frames, (frames, dims), read without decoding any image."""
+        """Reads a low-dimensional column over this source's frames, (frames, dims), without decoding any image."""
         return np.concatenate(list(self.blocks(name)))
 
     def blocks(self, name: str) -> list[np.ndarray]:
-        """The same in pieces, views of what is mapped into memory: consecutive episodes are one piece."""
+        """Reads it in pieces, views of what is mapped into memory: consecutive episodes are one piece."""
         column, begins = self.table[name], self.table.begins(self.episodes)
         ends = begins + self.metadata.episodes["length"][self.episodes]
         first = np.append(True, begins[1:] != ends[:-1])
@@ -116,7 +116,7 @@ class Source:
         return [column[begin:end] for begin, end in zip(begins[first], ends[last], strict=True)]
 
     def tasks(self) -> list[str]:
-        """The instructions that occur in this source.
+        """Lists the instructions that occur in this source.
 
         Raises:
             ValueError: if a frame has no instruction or an empty one, naming its episode.
@@ -137,7 +137,7 @@ class Source:
         return [self.metadata.tasks[index] for index in used]
 
     def recorded_sizes(self) -> dict[str, tuple[int, int]]:
-        """Model camera → height and width of its pictures in the data set, by the metadata."""
+        """Reads from the metadata, for each model camera, height and width of its pictures in the data set."""
         sizes = {}
         for slot, key in self.cameras.items():
             feature = self.metadata.features[key]
@@ -160,7 +160,7 @@ class Source:
             self._pictures = PictureTable(self.metadata, self.chosen, keys)
 
     def read(self, position: int) -> RawSample:
-        """The sample at a position; decodes one frame of every mapped camera.
+        """Reads the sample at a position, and decodes one frame of every mapped camera.
 
         Raises:
             RuntimeError: if it cannot be read, naming data set, episode, frame and files.

@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def choose_layout(tree: Tree, options: argparse.Namespace) -> Layout:
-    """The layout that is known by the tree's name, changed by what the command says.
+    """Takes the layout that is known by the tree's name, and changes it by what the command says.
 
     Raises:
         ValueError: if something is left open, or a feature is not there, or is of another kind.

@@ -20,7 +20,7 @@ from agent.safe_files import replacing, write_text
 
 
 def to_v21(root: Path, processes: int) -> None:
-    """Computes the statistics in so many processes, and writes the version last.
+    """Computes the statistics in ``processes`` processes, and writes the new version last.
 
     Raises:
         ValueError: if this is no whole v2.0 data set, or an earlier conversion is in the way.
@@ -56,7 +56,7 @@ def to_v21(root: Path, processes: int) -> None:
 
 
 def _statistics(root: Path, info: dict[str, Any], episode: int) -> dict[str, dict[str, list]]:
-    """Of every feature of one episode, as LeRobot computes them."""
+    """Computes the statistics of every feature of one episode, as LeRobot does."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from lerobot.datasets.compute_stats import get_feature_stats
@@ -91,7 +91,7 @@ def _in_table(feature: dict[str, Any]) -> bool:
 
 
 def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
-    """Some frames of a video, (3, H, W) uint8, made smaller as LeRobot does."""
+    """Reads some frames of a video, (3, H, W) uint8, made smaller as LeRobot does."""
     import av
     from lerobot.datasets.compute_stats import auto_downsample_height_width, sample_indices
 
@@ -103,7 +103,7 @@ def _pictures(video: Path, frames: int) -> Iterator[np.ndarray]:
 
 
 def _stored_pictures(column: Any) -> Iterator[np.ndarray]:
-    """The same of pictures in a data file."""
+    """Reads some pictures of a data file, likewise."""
     from lerobot.datasets.compute_stats import auto_downsample_height_width, sample_indices
 
     for number in sample_indices(len(column)):

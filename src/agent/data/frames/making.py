@@ -133,7 +133,7 @@ def _announce(work: Preparation, parts: list[Part]) -> None:
 
 
 def _sampled(part: Part, count: int) -> list[int]:
-    """The sizes of a few encoded pictures; what is bad is left to the real pass."""
+    """Measures the sizes of a few encoded pictures; what is bad is left to the real pass."""
     import av
 
     from agent.data.frames.parts import FrameMissing, _from_data_file, decode, encoded
@@ -153,7 +153,7 @@ def _sampled(part: Part, count: int) -> list[int]:
 
 
 class _Pool:
-    """Processes for the work, and a progress bar."""
+    """Runs the work in processes, and shows a progress bar."""
 
     def __init__(self, workers: int) -> None:
         import multiprocessing
@@ -172,12 +172,12 @@ class _Pool:
         self._pool.shutdown(cancel_futures=True)
 
     def run(self, function: Any, arguments: list[tuple]) -> list[Any]:
-        """The results in order."""
+        """Waits for the results, in order."""
         futures = [self._pool.submit(function, *each) for each in arguments]
         return [_result(future) for future in futures]
 
     def each(self, function: Any, arguments: list[tuple], frames: int) -> Iterator[tuple[int, Any]]:
-        """Number and result of each as it is done."""
+        """Yields number and result of each as it is done."""
         from tqdm import tqdm
 
         pending: dict[Future, int] = {self._pool.submit(function, *each): n for n, each in enumerate(arguments)}
@@ -262,7 +262,7 @@ def _check_folders(sources: list[Source]) -> None:
 
 
 def _each_once(sources: list[Source]) -> list[Source]:
-    """Entries of the same data set, such as two splits of it, as one."""
+    """Merges entries of the same data set, such as two splits of it."""
     merged: dict[tuple, Source] = {}
     for source in sources:
         source.cameras = {key: key for key in source.cameras.values()}

@@ -33,7 +33,7 @@ _EVERYTHING = Share()
 
 @dataclass
 class _MicroBatches:
-    """One rank's micro-batches by number, for ever."""
+    """Makes one rank's micro-batches by number, for ever."""
 
     reader: SampleReader
     mixture: Mixture
@@ -41,7 +41,7 @@ class _MicroBatches:
     share: Share
 
     def __call__(self, number: int) -> Batch:
-        """Micro-batch ``number``.
+        """Makes micro-batch ``number``.
 
         Raises:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame.
@@ -80,7 +80,7 @@ def start_fork_server(sources: Sequence[Source]) -> None:
 
 
 class TrainLoader(Iterator[Batch]):
-    """An endless iterator over one rank's micro-batches.
+    """Iterates over one rank's micro-batches without end.
 
     Micro-batch m of update u holds on rank r the samples k = u·G + m·B·W + r·B + j, j in range(B), for a global
     batch G, B samples per device and W ranks. So an update's samples do not depend on ranks, accumulation or
@@ -126,7 +126,7 @@ class TrainLoader(Iterator[Batch]):
             weakref.finalize(self, self._pool.close)
 
     def __next__(self) -> Batch:
-        """The next micro-batch, in memory of its own.
+        """Returns the next micro-batch, in memory of its own.
 
         Raises:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame, or a worker was killed.
@@ -140,7 +140,7 @@ class TrainLoader(Iterator[Batch]):
         return map_tensors(batch, lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def close(self) -> None:
-        """Ends the workers; further batches are not to be had."""
+        """Ends the workers; there are no further batches."""
         self._make = None
         if self._pool is not None:
             self._pool.close()
@@ -149,7 +149,7 @@ class TrainLoader(Iterator[Batch]):
 def validation_batches(
     reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[ValidationBatch]:
-    """One rank's part of a fixed set of validation samples: every ``world``-th batch, so that all together are the set.
+    """Yields one rank's part of a fixed set of validation samples: every ``world``-th batch, so that all ranks have the set.
 
     The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
     from 0, and with it the draws. Which samples share a batch does not depend on the ranks: its size and padding show in
@@ -185,6 +185,6 @@ def validation_batches(
 
 
 def _padded(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Stacked, with zeros behind where the last dimension is smaller."""
+    """Stacks arrays, with zeros behind where the last dimension is smaller."""
     widest = max(value.shape[-1] for value in values)
     return np.stack([pad_vector(value, widest) for value in values])

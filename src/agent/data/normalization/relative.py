@@ -25,7 +25,7 @@ _HALF = 1 << 16
 
 
 def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int) -> np.ndarray:
-    """``relative_dims`` for a training, which refuses a ``relative_exclude_joints`` that cannot be meant.
+    """Calls ``relative_dims`` for a training, and refuses a ``relative_exclude_joints`` that cannot be meant.
 
     Args:
         names: of the action's dimensions.
@@ -51,7 +51,7 @@ def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int
 
 
 def relative_dims(names: Sequence[Any], exclude: Sequence[Any], dims: int) -> np.ndarray:
-    """(dims,) bool as LeRobot has it: all but the dimensions whose name contains an excluded word, in any case.
+    """Tells which dimensions are relative, (dims,) bool, as LeRobot does: all whose name contains no excluded word, in any case.
 
     A dimension without a name is relative; those beyond ``dims`` are not looked at.
     """
@@ -86,7 +86,7 @@ class Chunks:
         return len(self.starts) * self.chunk_size
 
     def values(self, dim: int) -> Iterator[np.ndarray]:
-        """Every number of a dimension, in float32 as LeRobot subtracts, in pieces (n,)."""
+        """Yields every number of a dimension, in float32 as LeRobot subtracts, in pieces (n,)."""
         actions = np.concatenate([piece[:, dim] for piece in self.actions]).astype(np.float32)
         states = None
         if self.relative[dim]:
@@ -98,13 +98,13 @@ class Chunks:
                 yield actions[starts + ahead] - at
 
     def resolution(self, dim: int) -> float:
-        """How far apart two numbers of a dimension are: a difference is as coarse as what it is a difference of."""
+        """Tells how far apart two numbers of a dimension are: a difference is as coarse as what it is a difference of."""
         columns = [*self.actions, *(self.states if self.relative[dim] else ())]
         return max(resolution(piece.dtype, float(np.abs(piece[:, dim]).max(initial=0.0))) for piece in columns)
 
 
 def chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float], rule: int = NARROW_RULE) -> FeatureStatistics:
-    """Exact statistics of the actions of all chunks, each data set's together weighing its share.
+    """Computes exact statistics of the actions of all chunks, each data set's together weighing its share.
 
     Args:
         parts: one per data set, each with at least one chunk.
@@ -153,14 +153,14 @@ def _of_dimension(parts: Sequence[Chunks], weights: Sequence[float], dim: int) -
 
 
 def _rank(total: float, share: Fraction, weights: Sequence[float]) -> float:
-    """How much weight lies at or below the quantile; a whole number where the weights are."""
+    """Tells how much weight lies at or below the quantile; a whole number where the weights are."""
     if all(weight == 1.0 for weight in weights):
         return float(-(-int(total) * share.numerator // share.denominator))
     return total * float(share) * (1 - 1e-12)
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """(n,) float32 → (n,) uint32 in the same order, both zeros as one."""
+    """Maps (n,) float32 to (n,) uint32 in the same order, both zeros as one."""
     bits = (values + np.float32(0.0)).view(np.uint32)
     return bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
 

@@ -37,7 +37,7 @@ class GivenStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class RelativeActions:
-    """That actions are learnt relative to the state."""
+    """How actions are learnt relative to the state."""
 
     exclude: Sequence[str]
     """Words; a dimension whose name contains one stays absolute."""
@@ -63,11 +63,11 @@ class Normalization:
             raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
 
     def mode(self, feature: str) -> str:
-        """The mode of ``state`` or ``action``."""
+        """Returns the mode of ``state`` or ``action``."""
         return self.mapping.get(feature.upper(), "IDENTITY")
 
     def taken(self, feature: str, columns: Sequence[Sequence[np.ndarray]]) -> FeatureStatistics:
-        """The given statistics of ``state`` or ``action``, for columns of these data sets.
+        """Fits the given statistics of ``state`` or ``action`` to columns of these data sets.
 
         Raises:
             ValueError: if they are not of this data.
@@ -138,7 +138,7 @@ def make_robots(
 def _trained_on(
     training: Sequence[Source], normalization: Normalization, digest: xxhash.xxh3_128
 ) -> dict[str, list[list[np.ndarray]]]:
-    """``state`` and ``action`` of each data set, in pieces."""
+    """Reads ``state`` and ``action`` of each data set, in pieces, and hashes them with the statistics that are given."""
     columns = {}
     for feature in ("state", "action"):
         columns[feature] = [finite_columns(source, feature) for source in training]
@@ -158,7 +158,7 @@ def _robot(
     shares: list[float],
     how: Normalization,
 ) -> tuple[Robot, list[str]]:
-    """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
+    """Makes a robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
     root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
     action_names = members[0].names("action")
     compute: dict[str, Callable[[int], FeatureStatistics]] = {
@@ -218,7 +218,7 @@ def _chunks(
     relative: RelativeActions,
     names: tuple[str, ...] | None,
 ) -> tuple[list[Chunks], np.ndarray]:
-    """The chunks of each data set, and which dimensions are relative."""
+    """Finds the chunks of each data set, and which dimensions are relative."""
     dims, parts = columns["action"][0][0].shape[1], []
     try:
         mask = relative_mask(names, relative.exclude, dims)
@@ -250,7 +250,7 @@ def _chunks(
 
 
 def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray) -> None:
-    """Each relative action and the state of its place must be of one joint, which LeRobot and openpi take for granted, too."""
+    """Checks that each relative action and the state of its place are of one joint, as LeRobot and openpi take for granted."""
     states = source.names("state")
     if names is None or states is None:
         return
@@ -267,7 +267,7 @@ def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray
 
 
 def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
-    """The data set's own names, else those of the config."""
+    """Takes the data set's own names, else those of the config."""
     own = source.names("action")
     if own is None:
         return _given_names(relative, dims)
@@ -309,7 +309,7 @@ def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
 
 
 def finite_columns(source: Source, name: str) -> list[np.ndarray]:
-    """The state or action column of a source in pieces.
+    """Reads the state or action column of a source, in pieces.
 
     Raises:
         ValueError: if a value is not finite, naming its episode, frame and dimension.

@@ -27,7 +27,7 @@ _DAMAGED = 2
 
 
 def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Column → (episodes,): the numbers in the parquet files, statistics left out.
+    """Reads the numbers in the parquet files, statistics left out: column → (episodes,).
 
     Raises:
         ValueError: if a file is damaged.
@@ -43,7 +43,7 @@ def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, 
 
 
 def _parsed_apart(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """In a process of its own, which gives the memory back when it ends."""
+    """Reads them in a process of its own, which gives the memory back when it ends."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "episodes.npz"
         command = [sys.executable, "-m", __spec__.name, repo_id, str(result), *map(str, paths)]

@@ -12,7 +12,7 @@ from agent.data.recorded.metadata import Metadata, spelled
 
 
 def choose_episodes(metadata: Metadata, numbers: Sequence[int] | None, split: str | None) -> np.ndarray:
-    """The episodes that ``episodes`` or ``split`` select, ascending.
+    """Returns the episodes that ``episodes`` or ``split`` select, ascending.
 
     Raises:
         ValueError: if both are given, nothing is selected, or an episode does not exist or is named twice.

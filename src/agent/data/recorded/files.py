@@ -22,7 +22,7 @@ _VERSION = "v3.0"
 
 
 def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
-    """The local folder of a data set's metadata; from the hub it is downloaded when it is not there yet.
+    """Finds the local folder of a data set's metadata, which is downloaded from the hub when it is not there yet.
 
     Raises:
         ValueError: if the folder is missing or holds no data set, or the hub cannot be reached.
@@ -90,7 +90,7 @@ def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) 
 def look_through(
     metadata: Metadata, episodes: np.ndarray, videos: bool = True
 ) -> Iterator[tuple[np.ndarray, ValueError | None]]:
-    """Opens the same files one after the other: the selected episodes in each, and what is wrong with it."""
+    """Opens the same files one after the other; yields the selected episodes in each, and what is wrong with it."""
     _, number = np.unique(metadata.data_places(), return_inverse=True)
     # Rows of episodes that are not selected are in the file, too.
     rows = np.bincount(number, weights=metadata.episodes["length"]).astype(np.int64)
@@ -105,7 +105,7 @@ def look_through(
 
 
 def files_of(metadata: Metadata, episodes: np.ndarray, kind: str) -> list[tuple[Path, np.ndarray]]:
-    """Each file of a kind, ``data`` or ``videos/<key>``, with the selected episodes in it."""
+    """Lists the files of a kind, ``data`` or ``videos/<key>``, each with the selected episodes in it."""
     _, number = np.unique(metadata.places(kind)[episodes], return_inverse=True)
     members = np.split(episodes[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
     return [(metadata.file(kind, int(part[0])), part) for part in members]
@@ -121,7 +121,7 @@ def _damaged(repo_id: str, path: Path, episodes: np.ndarray, what: str | None) -
 
 
 def _wrong_table(path: Path, rows: int) -> str | None:
-    """What is wrong with a data file that must have so many rows, or None."""
+    """Returns what is wrong with a data file that must have ``rows`` rows, or None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -135,7 +135,7 @@ def _wrong_table(path: Path, rows: int) -> str | None:
 
 
 def _wrong_video(path: Path, last: float, fps: float) -> str | None:
-    """What is wrong with a video whose episodes reach ``last`` seconds, or None.
+    """Returns what is wrong with a video whose episodes reach ``last`` seconds, or None.
 
     Whether its frames are those of its episodes is found by `agent.data.recorded.stretches`, where its index tells.
     """
@@ -162,7 +162,7 @@ def _wrong_video(path: Path, last: float, fps: float) -> str | None:
 
 
 def _missing_bytes(path: Path) -> str | None:
-    """What is wrong with the outermost boxes of an mp4, or None.
+    """Returns what is wrong with the outermost boxes of an mp4, or None.
 
     LeRobot writes the index at the front, so a file that was cut short opens without complaint and fails only
     when a frame of its missing part is asked for. The lengths of the boxes tell.

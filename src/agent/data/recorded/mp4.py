@@ -17,7 +17,7 @@ _INSIDE = (b"trak", b"mdia", b"minf", b"stbl", b"edts")
 
 
 def frame_times(path: Path) -> np.ndarray | None:
-    """Seconds at which the pictures of the first video track are shown, ascending, (frames,) float64.
+    """Reads the seconds at which the pictures of the first video track are shown, ascending, (frames,) float64.
 
     None where this index does not tell: a fragmented file, several edits, or no mp4 at all.
 
@@ -34,7 +34,7 @@ def frame_times(path: Path) -> np.ndarray | None:
 
 
 def _movie(path: Path) -> bytes | None:
-    """The contents of the box ``moov``."""
+    """Reads the contents of the box ``moov``."""
     with path.open("rb") as file:
         for kind, offset, begin, length in outermost_boxes(file, path.stat().st_size):
             if length < begin:
@@ -46,7 +46,7 @@ def _movie(path: Path) -> bytes | None:
 
 
 def outermost_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int, int]]:
-    """Kind, place, bytes of the header and of the whole, of each box of a file of this size.
+    """Yields kind, place, bytes of the header and of the whole, of each box of a file of this size.
 
     The lengths are as they are written, which may be anything; whoever reads them stops at one that cannot be.
     """
@@ -60,7 +60,7 @@ def outermost_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int
 
 
 def _lengths(header: bytes | memoryview, rest: int) -> tuple[int, int]:
-    """Bytes of the header of a box, and of the whole."""
+    """Reads how many bytes the header of a box has, and the whole of it."""
     length = int.from_bytes(header[:4], "big")
     if length == 1:  # a 64-bit length follows
         return 16, int.from_bytes(header[8:16], "big")
@@ -78,7 +78,7 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _track(data: memoryview) -> dict[bytes, memoryview]:
-    """The boxes of a track, those within others among them."""
+    """Collects the boxes of a track, those within others among them."""
     found: dict[bytes, memoryview] = {}
     for kind, content in _boxes(data):
         found |= (
@@ -117,7 +117,7 @@ def _times(movie: bytes) -> np.ndarray | None:
 
 
 def _timescale(header: memoryview) -> int:
-    """Units in a second; of ``mdhd`` or ``mvhd``, which begin alike."""
+    """Reads the units in a second from ``mdhd`` or ``mvhd``, which begin alike."""
     (units,) = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)
     if not units:
         raise ValueError("no time scale")
@@ -125,14 +125,14 @@ def _timescale(header: memoryview) -> int:
 
 
 def _runs(box: memoryview, kind: str) -> np.ndarray:
-    """A table of (count, value), written out; ``kind`` is the type of the values."""
+    """Writes out a table of (count, value); ``kind`` is the type of the values."""
     (count,) = struct.unpack_from(">I", box, 4)
     table = np.frombuffer(box, dtype=[("count", ">u4"), ("value", kind)], count=count, offset=8)
     return np.repeat(table["value"].astype(np.int64), table["count"])
 
 
 def _edits(box: memoryview) -> list[tuple[int, int]]:
-    """(duration, first time shown) of each edit; -1 as time for an empty one."""
+    """Reads (duration, first time shown) of each edit; -1 as time for an empty one."""
     (count,) = struct.unpack_from(">I", box, 4)
     form, size = (">Qq", 20) if box[0] == 1 else (">Ii", 12)
     return [struct.unpack_from(form, box, 8 + size * number) for number in range(count)]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class PictureTable:
-    """The pictures of the chosen episodes, as files in a copy of the data files in the cache of ``datasets``.
+    """Reads pictures of the chosen episodes from a copy of the data files in the cache of ``datasets``.
 
     Args:
         metadata: of the data set.
@@ -45,7 +45,7 @@ class PictureTable:
         self._table = pictures
 
     def read(self, episode: int, frame: int) -> dict[str, torch.Tensor]:
-        """Camera → (3, H, W) uint8.
+        """Reads the pictures of a frame: camera → (3, H, W) uint8.
 
         Raises:
             NoColours: if a picture is not one of 8-bit colours, naming its camera.
@@ -65,7 +65,7 @@ class PictureTable:
         return images
 
     def _find_rows(self) -> np.ndarray | range:
-        """The row of each frame of the chosen episodes; a range, which takes no memory, where they are in this order."""
+        """Finds the row of each frame of the chosen episodes: a range, which takes no memory, where they are in order."""
         owner, frame = (to_numpy(self._table.data.column(name)) for name in ("episode_index", "frame_index"))
         index = np.searchsorted(self._chosen, owner).clip(max=len(self._chosen) - 1)
         known = (self._chosen[index] == owner) & (frame >= 0) & (frame < self._lengths[index])

@@ -51,12 +51,12 @@ class Moment:
 
 
 class WrongTime(ValueError):
-    """The file may be as it was recorded: what is said of it, when the frame is shown, is not so."""
+    """A frame is not shown when the metadata say so, although the file may be as it was recorded."""
 
 
 @cache
 def choose_video_backend(asked: str | None, needed: bool = True) -> str:
-    """The decoder to use: ``torchcodec`` when it really loads, else ``pyav``; logged once.
+    """Chooses the decoder: ``torchcodec`` when it really loads, else ``pyav``; logged once.
 
     Where no video is to be decoded it is not tried out, since importing it takes a second.
 
@@ -83,7 +83,7 @@ def choose_video_backend(asked: str | None, needed: bool = True) -> str:
 
 
 def decode_frame(path: Path, moment: Moment, backend: str) -> torch.Tensor:
-    """The frame at a time, (3, H, W) uint8.
+    """Decodes the frame at a time, (3, H, W) uint8.
 
     A frame that torchcodec does not find is asked for of PyAV, which from then on decodes that video in this process:
     torchcodec 0.11 may give another frame of HEVC than was asked for when it goes from place to place.
@@ -167,7 +167,7 @@ def _with_pyav(path: Path, moment: Moment, strict: bool) -> torch.Tensor:
 
 
 def _nearest(frames: Iterator[av.VideoFrame], moment: Moment, unit: float) -> tuple[Any, float, bool]:
-    """The stretch's frame nearest to a moment, when it is shown, and whether decoding began before it.
+    """Finds the stretch's frame nearest to a moment, when it is shown, and whether decoding began before it.
 
     Where frames are reordered, seeking may lead to a key frame behind the one that was asked for.
     """

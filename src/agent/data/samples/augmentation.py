@@ -47,7 +47,7 @@ class Change(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """Of one camera of one data set."""
+    """Changes the pictures of one camera of one data set."""
 
     config: AugmentationConfig
     """Its own values."""
@@ -55,7 +55,7 @@ class Augmentation(NamedTuple):
     """Where the picture lies in what the model sees."""
 
     def __call__(self, image: torch.Tensor, seed: int, k: int, camera: str) -> torch.Tensor:
-        """The picture of sample ``k``, changed: (3, H, W) uint8 to the same."""
+        """Changes the picture of sample ``k``, (3, H, W) uint8."""
         return augmented(image, self.picture, draw_change(self.config, self.picture, seed, k, camera))
 
 
@@ -66,7 +66,7 @@ def augmentations(
     resolution: tuple[int, int],
     dataset: str,
 ) -> dict[str, Augmentation]:
-    """The cameras of a data set whose pictures are changed.
+    """Finds the cameras of a data set whose pictures are changed.
 
     Args:
         config: of the data set; None for none of them.

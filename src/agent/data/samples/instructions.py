@@ -36,7 +36,7 @@ class Instructions:
 def collect(
     training: Sequence[Source], validation: Sequence[Source], wording: Wording, digest: xxhash.xxh3_128
 ) -> Instructions:
-    """The instructions that occur, with their paraphrases; which training frame has which one goes into the digest.
+    """Collects the instructions that occur and their paraphrases; which training frame has which one goes into the digest.
 
     Raises:
         ValueError: if a frame has no instruction, or the paraphrases cannot be used.
@@ -55,7 +55,7 @@ def collect(
 
 
 def _digest_tasks(training: Sequence[Source], order: Mapping[str, int], digest: xxhash.xxh3_128) -> None:
-    """Which frame has which instruction, whatever its number is in ``meta/tasks.parquet``."""
+    """Hashes which frame has which instruction, whatever its number is in ``meta/tasks.parquet``."""
     for source in training:
         known = np.asarray(sorted(source.metadata.tasks))
         number = np.asarray([order.get(source.metadata.tasks[index], -1) for index in known.tolist()])

@@ -35,7 +35,7 @@ class SampleSpec:
 
 
 def pad_vector(values: np.ndarray, size: int) -> np.ndarray:
-    """(…, d) → (…, size), zeros behind.
+    """Pads (…, d) to (…, size) with zeros behind.
 
     Raises:
         ValueError: if d is larger than ``size``.
@@ -49,7 +49,7 @@ def pad_vector(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_paraphrases(path: str, tasks: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The paraphrases of ``{instruction: [paraphrases]}`` and the tasks that have none.
+    """Reads the file ``{instruction: [paraphrases]}``; returns it, and the tasks that it lacks.
 
     Raises:
         ValueError: if the file cannot be read, has another form, or knows none of the tasks.
@@ -72,7 +72,7 @@ def load_paraphrases(path: str, tasks: Iterable[str]) -> tuple[dict[str, list[st
 
 
 def paraphrase(task: str, paraphrases: dict[str, list[str]], seed: int, k: int) -> str:
-    """The instruction of sample ``k``: with probability 0.5 one of its paraphrases."""
+    """Chooses the words of sample ``k``: with probability 0.5 one of the paraphrases."""
     if task not in paraphrases:
         return task
     generator = stream(seed, "paraphrase", k)
