@@ -132,6 +132,11 @@ class DatasetConfig:
         if self.episodes is not None and self.split is not None:
             raise ValueError(f"data set {self.repo_id}: give `episodes` or `split`, not both")
 
+    @property
+    def robot_or_own(self) -> str:
+        """The robot that it is normalised as under `per_dataset`: the one named, or one of its own."""
+        return self.robot or self.repo_id
+
 
 @dataclass
 class TrainDataConfig:

@@ -35,11 +35,13 @@ class Opened:
 
     def described(self) -> list[str]:
         """Lines for the log: what each gives, and episodes that are trained on and validated on."""
-        return [
-            *_described("training", self.training),
-            *_described("validation", self.validation),
-            *_overlaps(self.training, self.validation),
+        roles = [("training", source) for source in self.training]
+        roles += [("validation", source) for source in self.validation]
+        described = [
+            f"{role}: {source}, {len(source.episodes)} episodes ({spelled(source.episodes)}), {len(source)} frames"
+            for role, source in roles
         ]
+        return described + _overlaps(self.training, self.validation)
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
 
 
 def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
-    """Lines for the log: where pictures are read from."""
+    """Checks that the frame stores have every camera; returns lines for the log: where pictures are read from."""
     lines, without = [], []
     for source in sources:
         if source.store is not None:
@@ -129,7 +131,7 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
 
 
 def _kept_to(source: Source, began_with: str | None) -> str:
-    """Where the pictures of a run come from that goes on under `auto`; what it began with says which may serve."""
+    """Says where the pictures of a run come from that goes on under `auto`; what it began with says which may serve."""
     now = f"{source}: pictures are " + (
         f"from {source.store}" if source.store is not None else "decoded from the data set"
     )
@@ -139,13 +141,6 @@ def _kept_to(source: Source, began_with: str | None) -> str:
     others = [name for name in stores_there(source.metadata, source.config.frames) if name != began_with]
     unread = f", not from {' or '.join(others)}, which a new run may read" if others else ""
     return f"{now}, as when this run began{unread}"
-
-
-def _described(role: str, sources: Sequence[Source]) -> list[str]:
-    return [
-        f"{role}: {source}, {len(source.episodes)} episodes ({spelled(source.episodes)}), {len(source)} frames"
-        for source in sources
-    ]
 
 
 def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[str]:

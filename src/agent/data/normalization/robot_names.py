@@ -14,7 +14,7 @@ def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str
     Raises:
         ValueError: if the config leaves open how data sets of different robots are to be normalised.
     """
-    named = [source.config.robot or source.config.repo_id for source in training]
+    named = [source.config.robot_or_own for source in training]
     if config.normalization == "per_dataset":
         return named
     kinds: dict[str, str] = {}
@@ -47,7 +47,7 @@ def assign_robots(
             f"{', '.join(known)}"
         )
     for source in validation:
-        name = source.config.robot or source.config.repo_id
+        name = source.config.robot_or_own
         if config.normalization == "per_dataset" and name not in known:
             raise ValueError(
                 f"{source}, for validation, would be normalised as {name!r}, which is not trained on: write `robot:` in its "
@@ -61,4 +61,4 @@ def robot_alone(dataset: DatasetConfig, config: TrainDataConfig) -> tuple[list[s
     """Names them for one data set by itself, to look at its features before the others are opened."""
     if config.normalization != "per_dataset":
         return [""], ""
-    return [dataset.robot or dataset.repo_id], config.deploy or config.datasets[0].robot or config.datasets[0].repo_id
+    return [dataset.robot_or_own], config.deploy or config.datasets[0].robot_or_own

@@ -268,10 +268,14 @@ def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray
 
 def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
     """Takes the data set's own names, else those of the config."""
-    own = source.names("action")
+    own, written = source.names("action"), fitting(relative.action_names, dims)
     if own is None:
-        return _given_names(relative, dims)
-    written = fitting(relative.action_names, dims)
+        if relative.action_names is not None and written is None:
+            raise ValueError(
+                f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write "
+                "one for each"
+            )
+        return written
     if written is not None and (found := misplaced(own, written, range(dims))) is not None:
         raise ValueError(
             f"{source}: dimension {found[0]} of {source.config.action} is {own[found[0]]!r}, and in "
@@ -279,15 +283,6 @@ def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tup
             "has names of its own"
         )
     return own
-
-
-def _given_names(relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
-    if relative.action_names is not None and len(relative.action_names) != dims:
-        raise ValueError(
-            f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write one "
-            "for each"
-        )
-    return fitting(relative.action_names, dims)
 
 
 def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
