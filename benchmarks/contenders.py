@@ -19,7 +19,7 @@ import torch
 
 from agent.batch import Batch, to_device
 from agent.configuration_pipeline import TrainPipelineConfig, reconcile
-from agent.data.loading.loader import DataConfig
+from agent.data.configuration import DataConfig
 from agent.data.samples.reader import Sample, collate
 from agent.data.samples.transforms import SampleSpec
 from agent.models.pi0 import adapter

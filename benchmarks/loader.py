@@ -102,9 +102,10 @@ def write_dataset(root: Path, cameras: int, size: tuple[int, int], episodes: int
 def built(root: Path, store: str, workers: int = 0) -> Any:
     """This project's data of a run."""
     from agent.data.build import build_data
-    from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig
+    from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+    from agent.data.normalization.robot_statistics import Normalization
+    from agent.data.samples.instructions import Wording
     from agent.data.samples.transforms import SampleSpec
-    from agent.data.source import DatasetConfig
     from agent.models import flow_matching
 
     times = {"alpha": 1.5, "beta": 1.0, "scale": 0.999, "offset": 0.001}
@@ -117,8 +118,8 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
         seed=0,
         draw=draw,
         validation_draw=draw,
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-        tokenizer_path=str(ROOT / "demo" / "tokenizer"),
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}),
+        wording=Wording(str(ROOT / "demo" / "tokenizer")),
     )
 
 
@@ -206,9 +207,9 @@ def preparing(root: Path, folder: Path, rounds: int) -> dict[str, float]:
 
 def opened(root: Path, kind: str) -> tuple[Any, Any]:
     """A data set with all its cameras, and the store that is wanted of it."""
+    from agent.data.configuration import DatasetConfig, TrainDataConfig
     from agent.data.frames.store import WantedStore
-    from agent.data.loading.loader import TrainDataConfig
-    from agent.data.source import DatasetConfig, open_source
+    from agent.data.source import open_source
 
     source = open_source(DatasetConfig("benchmark/loader", str(root)), CHUNK, "pyav", 1e-4)
     source.cameras = {key: key for key in source.metadata.camera_keys}
@@ -217,7 +218,7 @@ def opened(root: Path, kind: str) -> tuple[Any, Any]:
 
 def make_store(root: Path, kind: str) -> None:
     """As `python -m agent.data.prepare` does, in this process's children."""
-    from agent.data.prepare import prepare
+    from agent.data.frames.making import prepare
 
     source, wanted = opened(root, kind)
     prepare(source, wanted, skip_bad_episodes=False, workers=len(os.sched_getaffinity(0)))
@@ -228,7 +229,7 @@ def fidelity(root: Path, kind: str, count: int = 64) -> tuple[float, bool]:
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     from agent.data.frames.store import find_store
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     source, wanted = opened(root, kind)
     store = find_store(source.metadata, None, wanted, source.episodes)

@@ -17,21 +17,12 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 from agent.configuration_pipeline import ConfigError, load_config
+from agent.data.configuration import AugmentationConfig, CameraAugmentation
+from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
 from agent.data.loading.loader import validation_batches
-from agent.data.prepare import prepare
-from agent.data.samples.augmentation import (
-    AugmentationConfig,
-    Box,
-    CameraAugmentation,
-    Change,
-    augmented,
-    crop,
-    draw_change,
-    picture_box,
-    recoloured,
-)
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.resizing import resize_with_pad
+from agent.data.samples.augmentation import Box, Change, augmented, crop, draw_change, picture_box, recoloured
 from agent.data.source import open_source
 
 TOKENIZER = str(REPOSITORY / "demo" / "tokenizer")

@@ -19,12 +19,13 @@ from launching import Workplace
 from make_dataset import write_dataset
 
 from agent.configuration_pipeline import load_config
+from agent.data.configuration import DatasetConfig
+from agent.data.frames.making import prepare_all
 from agent.data.frames.store import WantedStore
-from agent.data.prepare import prepare_all
 from agent.data.recorded.metadata import read_metadata
 from agent.data.recorded.stretches import Stretches
-from agent.data.samples.transforms import resize_with_pad
-from agent.data.source import DatasetConfig, open_source
+from agent.data.resizing import resize_with_pad
+from agent.data.source import open_source
 
 FRONT = "observation.images.front"
 FEW = ("--n_updates", "4", "--eval_start", "false")

@@ -21,11 +21,16 @@ from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokeni
 
 from agent.data import source as source_module
 from agent.data.build import build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import Share, TrainLoader, validation_batches
+from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.episodes import hold_out
+from agent.data.recorded.video import choose_video_backend
+from agent.data.resizing import resize_with_pad
+from agent.data.samples.instructions import Wording
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
-from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
-from agent.data.source import DatasetConfig, choose_video_backend, open_source
+from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase
+from agent.data.source import open_source
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -91,13 +96,13 @@ def opened(root, **settings):
     return source
 
 
-def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", **settings):
+def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", modes=MODES, task_paraphrase=None, **settings):
     arguments = {
         "seed": 5,
         "draw": partial(draw, 5, "noise"),
         "validation_draw": partial(draw, 5, "validation"),
-        "normalization_mapping": MODES,
-        "tokenizer_path": tokenizer,
+        "normalization": Normalization(modes),
+        "wording": Wording(tokenizer, task_paraphrase),
     }
     config = DataConfig(TrainDataConfig(list(configs), num_workers=0, frame_store=frame_store), val or ValDataConfig())
     return build_data(config, spec, **{**arguments, **settings})
@@ -211,11 +216,11 @@ def test_video_backend(monkeypatch):
     with pytest.raises(ValueError, match="write torchcodec, pyav"):
         choose_video_backend("cv2")
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # installed, but does not import
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()
     assert choose_video_backend(None) == "pyav"
     with pytest.raises(ValueError, match="does not load here"):
         choose_video_backend("torchcodec")
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -617,7 +622,7 @@ def test_mismatches_with_the_model(video, pictures, tokenizer):
     with pytest.raises(ValueError, match="at most max_action_dim = 6"):
         mapped(None, spec=SampleSpec(4, 16, 6, (48, 48), 16, (FRONT,), 7, 7))
     with pytest.raises(ValueError, match="normalization_mapping.VISUAL must be IDENTITY"):
-        built(dataset_config(video), tokenizer=tokenizer, normalization_mapping={"VISUAL": "MEAN_STD"})
+        built(dataset_config(video), tokenizer=tokenizer, modes={"VISUAL": "MEAN_STD"})
     with pytest.raises(ValueError, match="data.train.datasets is empty"):
         built(tokenizer=tokenizer)
 
@@ -763,9 +768,7 @@ def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, worker
         data.mixture,
         global_batch=16,
         per_device_batch=batch,
-        rank=rank,
-        world=world,
-        first_sample=first_sample,
+        share=Share(rank, world, first_sample),
         num_workers=workers,
     )
     batches = [next(loader) for _ in range(count)]

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import nn
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.data.recorded.dimension_names import labels_of
 from agent.validation.measurement import DatasetNames, evaluate
 from agent.validation.picture import draw
-from agent.validation.record import Evaluation, ValidationRecords, dimension_names, document
+from agent.validation.record import Evaluation, ValidationRecords, document
 
 T, A, OWN = 3, 4, 2  # steps, padded and own action dimensions
 MEAN = np.array([10.0, -20.0], np.float32)
@@ -309,7 +310,7 @@ def test_robots_with_other_dimensions_are_counted_by_their_own():
     ],
 )
 def test_the_names_of_the_dimensions(names, expected):
-    assert dimension_names({"names": names}, 3) == expected
+    assert labels_of({"names": names, "shape": [3]}, "action") == expected
 
 
 # ── the record in the run folder ────────────────────────────────────────────────────────────────────────────────

@@ -25,6 +25,7 @@ from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micr
 
 from agent.configuration_pipeline import load_config
 from agent.data import prepare
+from agent.data.frames import making
 from agent.data.frames import preparation as frame_preparation
 from agent.data.frames.encoding import Encoding
 from agent.data.frames.manifest import Manifest, SourceFile, index_name, seal, unseal
@@ -32,7 +33,7 @@ from agent.data.frames.parts import decode, resize
 from agent.data.frames.store import WantedStore, read_index
 from agent.data.frames.times import FileIndex, times_of_episodes
 from agent.data.recorded.stretches import Stretches, wrong_by_the_table
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.resizing import resize_with_pad
 from agent.data.source import open_source
 
 SIZE = (32, 32)
@@ -59,7 +60,7 @@ def config_of(place, root, *overrides):
 
 def prepared(place, root, *overrides, skip=False, workers=2):
     """Problems, after preparing."""
-    return prepare.prepare_all(config_of(place, root, *overrides), skip_bad_episodes=skip, workers=workers)
+    return making.prepare_all(config_of(place, root, *overrides), skip_bad_episodes=skip, workers=workers)
 
 
 def source_of(root, setting="auto", size=SIZE, quality=95, **settings):
@@ -113,7 +114,7 @@ def test_two_cameras_as_pictures_in_data_files(place, tmp_path):
     root = write_dataset(tmp_path / "pictures", episodes=3, length=[3, 9, 6], cameras=sizes, video=False, seed=1)
     config = config_of(place, root, "--data.train.frame_store", "raw")
     config.model_cfg.image_resolution = [48, 48]
-    assert prepare.prepare_all(config, workers=1) == []
+    assert making.prepare_all(config, workers=1) == []
     with_store, without = source_of(root, size=(48, 48)), source_of(root, "none")
     for source in (with_store, without):
         source.cameras = {FRONT: FRONT, WRIST: WRIST}
@@ -385,14 +386,15 @@ def test_killed_in_the_middle_and_continued(place, tmp_path):
 SLOW = """
 import os, sys, time
 from agent.data import prepare
+from agent.data.frames import making
 from agent.data.frames import preparation as frame_preparation
 frame_preparation.PART_FRAMES = 150
-run = prepare._Pool.each
+run = making._Pool.each
 def slow(self, *arguments):
     for result in run(self, *arguments):
         yield result
         time.sleep(float(os.environ.get("SLOW", "1")))
-prepare._Pool.each = slow
+making._Pool.each = slow
 sys.exit(prepare.main(sys.argv[1:]))
 """
 
@@ -817,7 +819,7 @@ def test_a_full_disk(place, copy, small_disk, small_parts, monkeypatch):
     (problem,) = prepared(place, copy, *frames)
     assert "takes about" in problem and "free. Make room" in problem
     # Others write to the disk meanwhile.
-    monkeypatch.setattr(prepare, "_announce", lambda *_: None)
+    monkeypatch.setattr(making, "_announce", lambda *_: None)
     (problem,) = prepared(place, copy, *frames, workers=1)
     assert f"the disk of {small_disk / '32x32-raw'} is full" in problem and "the same command again" in problem
     assert not list(small_disk.glob("*/*/.*.tmp"))
@@ -827,7 +829,7 @@ def test_a_full_disk(place, copy, small_disk, small_parts, monkeypatch):
 
 
 def test_a_process_that_is_killed():
-    with prepare._Pool(1) as pool, pytest.raises(ValueError, match=r"a process that decodes was killed.*--workers"):
+    with making._Pool(1) as pool, pytest.raises(ValueError, match=r"a process that decodes was killed.*--workers"):
         pool.run(os._exit, [(1,)])
 
 
@@ -844,7 +846,7 @@ def test_a_video_that_may_not_be_read(place, copy, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied", str(video_of(copy)))
 
-    monkeypatch.setattr(prepare._Pool, "run", refuse)
+    monkeypatch.setattr(making._Pool, "run", refuse)
     (problem,) = prepared(place, copy)
     assert problem == f"data set test/data: {video_of(copy)} cannot be read (Permission denied)"
 
@@ -874,7 +876,7 @@ def test_two_data_sets_with_one_folder_of_stores(place, copy, tmp_path):
     other = shutil.copytree(copy, tmp_path / "other")
     entries = [{"repo_id": f"lab/{root.name}", "root": str(root), "frames": str(tmp_path)} for root in (copy, other)]
     config = load_config(place.folder / "tiny.yaml", ["--data.train.datasets", json.dumps(entries)], 1)[0]
-    (problem,) = prepare.prepare_all(config)
+    (problem,) = making.prepare_all(config)
     assert f"data set lab/data and data set lab/other both have `frames: {tmp_path}`" in problem
     assert f"give each a folder of its own, such as {tmp_path / 'other'}" in problem
     assert not list(tmp_path.glob("*/manifest.json"))

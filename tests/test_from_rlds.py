@@ -65,7 +65,7 @@ def lerobot(root: Path):
 def expected_picture(episode: int, frame: int, camera: int, size: int) -> np.ndarray:
     import torch
 
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     picture = torch.from_numpy(frame_image(episode, frame, camera, SIZE).transpose(2, 0, 1).copy())
     return resize_with_pad(picture, size, size).numpy()
@@ -209,11 +209,11 @@ def test_damaged_trees(trees, tmp_path, damage, message):
 def test_two_conversions_to_one_place(tmp_path):
     import fcntl
 
-    from agent.data import from_rlds
+    from agent.data.conversion import converting, layouts
     from agent.data.conversion.rlds import Tree
 
     def convert():
-        from_rlds.convert(Tree("none", tmp_path, [], [], {}), from_rlds._BRIDGE, tmp_path / "out", "lab/out", 1)
+        converting.convert(Tree("none", tmp_path, [], [], {}), layouts._BRIDGE, tmp_path / "out", "lab/out", 1)
 
     with pytest.raises(ValueError, match="no episode has an instruction"):
         convert()

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from launching import MODEL, REPOSITORY, RUN, kill_alone
 from make_dataset import DEFAULT_TASKS, frame_image
 
-from agent.data.source import DatasetConfig, open_source
+from agent.data.configuration import DatasetConfig
+from agent.data.source import open_source
 
 CAMERA, STILL = "observation.images.front", "observation.images.still"
 LENGTHS = (6, 9, 7, 8)

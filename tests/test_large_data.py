@@ -21,8 +21,9 @@ from launching import REPOSITORY
 from make_dataset import write_dataset
 from make_large_dataset import CAMERA, write_large_dataset
 
+from agent.data.configuration import DatasetConfig
 from agent.data.normalization.normalizer import STATISTIC_NAMES
-from agent.data.source import DatasetConfig, open_source
+from agent.data.source import open_source
 
 
 def draw(k: int) -> tuple[np.ndarray, float]:
@@ -39,7 +40,10 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
     """From the config of the data to the first batch of 32 samples: what it took and what it gave."""
     begin = time.perf_counter()
     from agent.data.build import build_data
-    from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader
+    from agent.data.configuration import DataConfig, TrainDataConfig
+    from agent.data.loading.loader import TrainLoader
+    from agent.data.normalization.robot_statistics import Normalization
+    from agent.data.samples.instructions import Wording
     from agent.data.samples.transforms import SampleSpec
 
     datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]
@@ -49,8 +53,8 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
         seed=0,
         draw=draw,
         validation_draw=draw,
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"},
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "QUANTILES"}),
+        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
     )
     batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
     statistics = [data.robots[0].state_statistics, data.robots[0].action_statistics]

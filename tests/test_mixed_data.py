@@ -20,11 +20,13 @@ from make_dataset import write_dataset
 
 from agent import export
 from agent.data.build import Data, build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import Share, TrainLoader, validation_batches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
+from agent.data.normalization.robot_statistics import Normalization
+from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig
 from agent.reproducibility import stream
 
 FRONT = "observation.images.front"
@@ -67,9 +69,8 @@ def built(
         seed=5,
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
-        normalization_mapping={"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"},
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        given=given,
+        normalization=Normalization({"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"}, given),
+        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
     )
 
 
@@ -279,7 +280,9 @@ def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, mon
         for update in (0, 10**9 // 32):
             calls[0] = 0
             batch = next(
-                TrainLoader(mixed.reader, order, global_batch=32, per_device_batch=32, first_sample=32 * update)
+                TrainLoader(
+                    mixed.reader, order, global_batch=32, per_device_batch=32, share=Share(first_sample=32 * update)
+                )
             )
             assert batch.sample_index.tolist() == list(range(update * 32, update * 32 + 32))
             order.counts(update * 32, update * 32 + 32)

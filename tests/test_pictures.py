@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_dataset import write_dataset
 
 from agent.data.build import build_data
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
-from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig
-from agent.data.prepare import prepare
+from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
+from agent.data.samples.instructions import Wording
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.source import Source, open_source
 
 FRONT = "observation.images.front"
 SIZE = (32, 48)
@@ -95,7 +97,13 @@ def test_pictures_that_are_no_colours_are_refused_before_anything_is_read(tmp_pa
     )
     with pytest.raises(ValueError, match=rf"{said}.*`cameras: \{{{FRONT}: null\}}`"):
         build_data(
-            config, spec, seed=0, draw=None, validation_draw=None, normalization_mapping={}, tokenizer_path="nowhere"
+            config,
+            spec,
+            seed=0,
+            draw=None,
+            validation_draw=None,
+            normalization=Normalization({}),
+            wording=Wording("nowhere"),
         )
 
 
@@ -185,7 +193,7 @@ def test_formats_of_videos():
 def test_the_check_before_a_job_names_them_too(tmp_path):
     from types import SimpleNamespace
 
-    from agent.data.loading.loader import DataConfig
+    from agent.data.configuration import DataConfig
     from agent.preflight.survey import survey
 
     root = with_pictures(tmp_path / "data", [next(iter(DEEP.values()))])

@@ -30,14 +30,17 @@ from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for
 )
 
 from agent import export
-from agent.data.build import Data, RelativeActions, build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, ValDataConfig, validation_batches
+from agent.data.build import Data, build_data
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import validation_batches
 from agent.data.normalization import kept as statistics_cache
 from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
+from agent.data.normalization.robot_statistics import Normalization, RelativeActions
+from agent.data.recorded.dimension_names import names_of
+from agent.data.samples.instructions import Wording
 from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig
-from agent.models.pi import statistics as given
+from agent.models.pi0 import statistics as given
 from agent.reproducibility import stream
 
 NAMES = ["shoulder", "elbow", "wrist", "Gripper_left"]
@@ -69,9 +72,8 @@ def built(
         seed=5,
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        relative=relative,
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=relative),
+        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
     )
 
 
@@ -169,18 +171,10 @@ def test_the_mask_is_lerobots() -> None:
     ids=["list", "group", "groups", "places"],
 )
 def test_names_are_read_as_data_sets_have_them(names: list | dict) -> None:
-    from types import SimpleNamespace
-
-    from agent.data.normalization.robot_statistics import names_of_action
-
-    features = {"act": {"shape": [4], "names": names}, "other": {"shape": [5], "names": names}}
-    source = SimpleNamespace(config=SimpleNamespace(action="act"), metadata=SimpleNamespace(features=features))
-    assert names_of_action(source) == tuple(NAMES)  # type: ignore[arg-type]
-    source.config.action = "other"
-    assert names_of_action(source) is None  # type: ignore[arg-type]  # not one for each
+    assert names_of({"shape": [4], "names": names}) == tuple(NAMES)
+    assert names_of({"shape": [5], "names": names}) is None  # not one for each
     for unknown in ({"motors": None}, {"x": 0, "y": 1, "z": 2.5, "gripper": None}):
-        features["other"]["names"] = unknown
-        assert names_of_action(source) is None  # type: ignore[arg-type]
+        assert names_of({"shape": [4], "names": unknown}) is None
 
 
 # ── samples and validation ──────────────────────────────────────────────────────────────────────────────────────
@@ -313,9 +307,10 @@ def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp
             seed=5,
             draw=partial(draw, "noise"),
             validation_draw=partial(draw, "validation"),
-            normalization_mapping={"STATE": "MEAN_STD", "ACTION": "MEAN_STD"},
-            tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-            relative=RelativeActions(["gripper"], None),
+            normalization=Normalization(
+                {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=RelativeActions(["gripper"], None)
+            ),
+            wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
         )
 
     with pytest.raises(ValueError, match="lab/other.*(names|stay absolute)"):

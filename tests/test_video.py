@@ -19,10 +19,11 @@ import pytest
 import torch
 from make_large_dataset import write_large_dataset
 
+from agent.data.configuration import DatasetConfig
 from agent.data.loading.worker_pool import WorkerPool
 from agent.data.recorded import mp4, video
 from agent.data.recorded.video import Moment, decode_frame
-from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.source import Source, open_source
 
 BACKENDS = ["pyav", "torchcodec"]
 

@@ -14,9 +14,10 @@ from launching import Workplace
 from test_data import FRONT
 
 from agent.configuration_pipeline import load_config
+from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
-from agent.data.prepare import prepare
-from agent.data.source import choose_video_backend, open_source
+from agent.data.recorded.video import choose_video_backend
+from agent.data.source import open_source
 
 BT709, BT601, BT2020, SMPTE240M = 1, 6, 9, 7
 LIMITED, FULL = 1, 2

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import draccus
 import yaml
 
-from agent.data.loading.loader import DataConfig
+from agent.data.configuration import DataConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
 from agent.settings.files import ConfigError

@@ -156,7 +156,8 @@ class LoadedPolicy:
         import torch
 
         from agent.batch import to_device
-        from agent.data.samples.transforms import pad_vector, resize_with_pad
+        from agent.data.resizing import resize_with_pad
+        from agent.data.samples.transforms import pad_vector
 
         height, width = self.config.image_resolution
         images, masks = {}, {}

@@ -16,7 +16,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from agent import command_line, hub
-from agent.data.prepare import own_arguments, prepare_all
+from agent.data.frames.making import prepare_all
+from agent.data.prepare import own_arguments
 from agent.preflight.needs import check_together, items
 from agent.preflight.report import amount
 

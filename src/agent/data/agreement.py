@@ -1,10 +1,9 @@
-"""Do data sets that are trained on as one mean the same by their numbers?"""
+"""Checks that data sets that are trained on as one mean the same by their numbers: frame rates and names of dimensions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.data.normalization.robot_statistics import names_of_action, names_of_state
 from agent.data.recorded.dimension_names import alike, misplaced
 from agent.data.source import Source
 
@@ -58,9 +57,9 @@ def _check_rates(one: Source, other: Source) -> None:
 
 
 def _check_names(one: Source, other: Source) -> str | None:
-    """What is to be said of names of the state that have nothing in common; an action's must be the same."""
-    for what, names in (("action", names_of_action), ("state", names_of_state)):
-        mine, theirs = names(one), names(other)
+    """Compares names: the action's must be the same, and of state names with nothing in common a warning is returned."""
+    for what in ("action", "state"):
+        mine, theirs = one.names(what), other.names(what)
         if mine is None or theirs is None or all(same := alike(mine, theirs)):
             continue
         assert len(mine) == len(theirs), "checked with the features"

@@ -1,4 +1,4 @@
-"""The data of a run from its config: sources, statistics, instructions and readers."""
+"""Builds the data of a run from its config: opens it, normalises it, and makes the readers of its samples."""
 
 from __future__ import annotations
 
@@ -9,33 +9,22 @@ from functools import partial
 import numpy as np
 import xxhash
 
-from agent.data.agreement import check_agreement
-from agent.data.features import check_features
-from agent.data.frames.manifest import PREPARE
-from agent.data.frames.store import WantedStore, jpeg_of, stores_there
-from agent.data.loading.loader import DataConfig, start_fork_server
-from agent.data.normalization.normalizer import NARROW_RULE
+from agent.data.configuration import DataConfig
+from agent.data.frames.store import jpeg_of
+from agent.data.loading.loader import start_fork_server
 from agent.data.normalization.robot import Robot
-from agent.data.normalization.robot_names import assign_robots
-from agent.data.normalization.robot_statistics import (
-    GivenStatistics,
-    RelativeActions,
-    finite_columns,
-    make_robots,
-)
-from agent.data.recorded.episodes import hold_out
-from agent.data.recorded.metadata import spelled
-from agent.data.samples.augmentation import augmentations
+from agent.data.normalization.robot_statistics import Normalization, make_robots
+from agent.data.opening import agree, open_sources
+from agent.data.samples.building import make_readers
+from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Draw, SampleReader
-from agent.data.samples.task_tokens import cached_task_tokens
-from agent.data.samples.transforms import SampleSpec, load_paraphrases
-from agent.data.source import DatasetConfig, Source, open_source
+from agent.data.samples.transforms import SampleSpec
 
 
 @dataclass
 class Data:
-    """Everything the trainer needs of the data."""
+    """Holds everything that the trainer needs of the data."""
 
     spec: SampleSpec
     """As given, completed where the model left its features to the data."""
@@ -57,7 +46,7 @@ class Data:
 
     @property
     def fingerprint(self) -> str:
-        """Of what is trained on: episodes, states, actions, pictures, instructions as tokens. A copy has the same."""
+        """A hash of what is trained on: episodes, states, actions, pictures, instructions as tokens. A copy has the same."""
         return self.fingerprint_if([source.store_name for source in self.reader.sources])
 
     @property
@@ -84,7 +73,7 @@ class Data:
                 drawn[label] = drawn.get(label, 0) + number
 
     def mix(self, drawn: Mapping[str, int]) -> dict[str, float]:
-        """The metrics ``mix/<data set>``: the fraction of the samples so far."""
+        """Returns the metrics ``mix/<data set>``: the fraction of the samples so far."""
         return {f"mix/{label}": number / sum(drawn.values()) for label, number in drawn.items()}
 
 
@@ -95,12 +84,8 @@ def build_data(
     seed: int,
     draw: Draw,
     validation_draw: Draw,
-    normalization_mapping: Mapping[str, str],
-    tokenizer_path: str,
-    task_paraphrase: str | None = None,
-    given: GivenStatistics | None = None,
-    relative: RelativeActions | None = None,
-    narrow_rule: int = NARROW_RULE,
+    normalization: Normalization,
+    wording: Wording,
     began_with: Mapping[str, str | None] | None = None,
 ) -> Data:
     """Opens and verifies all data of a run.
@@ -111,79 +96,43 @@ def build_data(
         seed: the run's.
         draw: k → noise (T, A) float32 and time of training sample k.
         validation_draw: the same for the validation set.
-        normalization_mapping: ``VISUAL``, ``STATE`` and ``ACTION`` → mode, as in the model JSON.
-        tokenizer_path: folder or hub id.
-        task_paraphrase: a JSON of instruction → paraphrases, for training samples.
-        given: statistics to normalise with, instead of those of the training frames.
-        relative: that actions are learnt relative to the state; None for absolute ones.
-        narrow_rule: what the statistics take for narrow; of a run that is continued, the one that it began with.
+        normalization: how states and actions become the model's numbers.
+        wording: how instructions become tokens.
         began_with: of a run that goes on, see ``WantedStore``.
 
     Raises:
         ValueError: on anything wrong with the data or its config, before a sample is read.
     """
-    if not config.train.datasets:
-        raise ValueError("data.train.datasets is empty: name at least one data set")
-    if normalization_mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
-        raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
-    wanted = WantedStore(config.train.frame_store, config.train.frame_quality, spec.image_resolution, began_with or {})
-    training, validation, report = _open_sources(config, spec, wanted)
+    opened = open_sources(config, spec, began_with)
+    training = opened.training
     if config.train.num_workers:
         start_fork_server(training)
-    names, deployed = assign_robots(training, validation, config.train)
-    spec, notes = check_features([*training, *validation], spec, names, deployed)
-    notes += check_agreement([*training, *validation], names)
-    report += notes + _stores([*training, *validation], wanted)
-    mixture = Mixture([len(s) for s in training], config.train.weights(), seed)
-    report += [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
-    digest = xxhash.xxh3_128()
-    robots, notes = make_robots(
-        training, names[: len(training)], mixture.shares, normalization_mapping, given, relative, digest, narrow_rule
+    agreed = agree(opened, config.train, spec)
+    mixture = Mixture([len(source) for source in training], config.train.weights(), seed)
+    shares = [f"{s}: {share:.1%} of the samples" for s, share in zip(training, mixture.shares, strict=True)]
+    numbers = xxhash.xxh3_128()
+    robots = make_robots(
+        (training, opened.validation), agreed.robots, agreed.deployed, mixture.shares, normalization, numbers
     )
-    report += notes
-    if len(robots) > 1:
-        report.append(f"each robot is normalised by its own statistics: {', '.join(robots)}; processors for {deployed}")
-    each = [robots[name] for name in names]
-    for source in validation:
-        for name in ("state", "action"):
-            finite_columns(source, name)
-    tasks = sorted({task for source in [*training, *validation] for task in source.tasks()})
-    paraphrases: dict[str, list[str]] = {}
-    if task_paraphrase is not None:
-        trained = sorted({task for source in training for task in source.tasks()})
-        paraphrases, missing = load_paraphrases(task_paraphrase, trained)
-        if missing:
-            report.append(f"{len(missing)} of {len(trained)} instructions have no paraphrase: {missing[:5]}")
-    order = {task: number for number, task in enumerate(tasks)}
-    for source in training:
-        # which frame has which instruction, whatever its number is in meta/tasks.parquet
-        known = np.asarray(sorted(source.metadata.tasks))
-        number = np.asarray([order.get(source.metadata.tasks[index], -1) for index in known.tolist()])
-        for block in source.blocks("task_index"):
-            digest.update(number[np.searchsorted(known, block[:, 0].astype(np.int64))])
-    for source in [*training, *validation]:
-        source.table.release()  # every page was touched
-    texts = [*tasks, *(text for task in tasks for text in paraphrases.get(task, []))]
-    changes = [
-        augmentations(s.config.augmentation, s.recorded_sizes(), spec.camera_slots, spec.image_resolution, str(s))
-        for s in training
-    ]
-    report += [f"{s}: pictures of {', '.join(c)} are augmented" for s, c in zip(training, changes, strict=True) if c]
-    tokens = cached_task_tokens(tokenizer_path, spec.tokenizer_max_length, texts, training[0].metadata.root)
-    report += tokens.warnings()
+    readers = make_readers(
+        (training, opened.validation),
+        robots.of_sources,
+        agreed.spec,
+        wording,
+        numbers,
+        seed=seed,
+        draw=draw,
+        validation_draw=validation_draw,
+    )
     return Data(
-        spec=spec,
-        reader=SampleReader(training, each[: len(training)], tokens, spec, draw, seed, paraphrases, changes),
+        spec=agreed.spec,
+        reader=readers.training,
         mixture=mixture,
-        validation=SampleReader(validation, each[len(training) :], tokens, spec, validation_draw, seed)
-        if validation
-        else None,
-        robots=[robots.pop(deployed), *robots.values()],
-        fingerprint_if=partial(
-            _fingerprint, digest, [s.episodes for s in training], [tokens(t) for t in sorted(set(texts))]
-        ),
-        narrow_rule=narrow_rule,
-        report=report,
+        validation=readers.validation,
+        robots=robots.deployed_first,
+        fingerprint_if=partial(_fingerprint, numbers, [source.episodes for source in training], readers.tokens),
+        narrow_rule=normalization.narrow_rule,
+        report=[*opened.described(), *agreed.report, *shares, *robots.report, *readers.report],
     )
 
 
@@ -198,90 +147,3 @@ def _fingerprint(
     for ids in tokens:
         digest.update(ids)
     return digest.hexdigest()
-
-
-def _open_sources(
-    config: DataConfig, spec: SampleSpec, wanted: WantedStore
-) -> tuple[list[Source], list[Source], list[str]]:
-    """Training and validation sources, and a line of the log for each."""
-
-    def opened(dataset: DatasetConfig) -> Source:
-        return open_source(
-            dataset, spec.chunk_size, config.train.video_backend, config.train.tolerance_s, wanted=wanted
-        )
-
-    training = [opened(dataset) for dataset in config.train.datasets]
-    if config.val.datasets:
-        whole = [opened(dataset) for dataset in config.val.datasets]
-        validation = [source.view(source.episodes, with_previous_action=True) for source in whole]
-    elif config.val.fraction:
-        parts = [_held_out(source, config.val.fraction) for source in training]
-        training = [train for train, _ in parts]
-        validation = [held for _, held in parts]
-    else:
-        validation = []
-    report = _described("training", training) + _described("validation", validation) + _overlaps(training, validation)
-    return training, validation, report
-
-
-def _held_out(source: Source, fraction: float) -> tuple[Source, Source]:
-    try:
-        train, held = hold_out(source.episodes, fraction)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    return source.view(train), source.view(held, with_previous_action=True)
-
-
-def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
-    """Lines for the log: where pictures are read from."""
-    lines, without = [], []
-    for source in sources:
-        if source.store is not None:
-            source.store.require(list(source.cameras.values()), wanted)
-        if wanted.setting == "auto" and source.config.repo_id in wanted.began_with:
-            lines.append(_kept_to(source, wanted.began_with[source.config.repo_id]))
-        elif source.store is not None:
-            lines.append(f"{source}: pictures from {source.store} ({source.store.manifest.encoding})")
-        elif wanted.setting != "none":
-            without.append(str(source))
-    if without:
-        names = ", ".join(dict.fromkeys(without))
-        lines.append(
-            f"{names}: pictures are decoded from the data set as they are needed. A frame store would be read 4 times as "
-            f"fast for videos of 224 × 224, 18 times for 640 × 480 (measured; docs/data.md); make one with {PREPARE}. "
-            "A JPEG store is for runs that begin with it; this one would read a raw or lossless one when it is resumed"
-        )
-    return list(dict.fromkeys(lines))
-
-
-def _kept_to(source: Source, began_with: str | None) -> str:
-    """Where the pictures of a run come from that goes on under `auto`; what it began with says which may serve."""
-    now = f"{source}: pictures are " + (
-        f"from {source.store}" if source.store is not None else "decoded from the data set"
-    )
-    if source.store_name != began_with:
-        before = f"from the frame store {began_with}" if began_with is not None else "decoded from the data set"
-        return f"{now}; they were {before} before, and are the same bit for bit"
-    others = [name for name in stores_there(source.metadata, source.config.frames) if name != began_with]
-    unread = f", not from {' or '.join(others)}, which a new run may read" if others else ""
-    return f"{now}, as when this run began{unread}"
-
-
-def _described(role: str, sources: Sequence[Source]) -> list[str]:
-    return [
-        f"{role}: {source}, {len(source.episodes)} episodes ({spelled(source.episodes)}), {len(source)} frames"
-        for source in sources
-    ]
-
-
-def _overlaps(training: Sequence[Source], validation: Sequence[Source]) -> list[str]:
-    lines = []
-    for train in training:
-        for held in validation:
-            both = np.intersect1d(train.episodes, held.episodes)
-            if train.metadata.root.resolve() == held.metadata.root.resolve() and len(both):
-                lines.append(
-                    f"WARNING: {train}: episodes {spelled(both)} are trained on and validated on; "
-                    "validation will look better than it is"
-                )
-    return lines

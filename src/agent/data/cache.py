@@ -1,4 +1,4 @@
-"""Where something computed from a data set is kept, so that the next start finds it: beside the data set, or with the user.
+"""Keeps what was computed from a data set, so that the next start finds it: beside the data set, or with the user.
 
 What is kept is named by a fingerprint of all that it was computed from, and is there whole or not at all. Beside each file
 or folder, ``NAME.xxh3`` has the checksum of every file of it. What does not hold, or was kept by a version that wrote no
@@ -28,7 +28,7 @@ _FOLDER = "agent_cache"
 
 
 def places(root: Path, name: str) -> list[Path]:
-    """Where ``name`` of the data set at ``root`` may be: beside it, else in the user's cache."""
+    """Lists where ``name`` of the data set at ``root`` may be: beside it, else in the user's cache."""
     found = [root / _FOLDER / name]
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -41,9 +41,9 @@ def places(root: Path, name: str) -> list[Path]:
 
 
 def find(root: Path, name: str, read: Callable[[Path], Kept]) -> Kept | None:
-    """What ``read`` makes of what was kept under this name; None if nothing was, or if it is not what was kept.
+    """Returns what ``read`` makes of what was kept under this name; None if nothing was kept, or if it is damaged.
 
-    The latter is a line in the log that names the file, and no more: what was kept can be computed again.
+    Damage is a line in the log that names the file, and no more: what was kept can be computed again.
     """
     for place in places(root, name):
         if not _readable(place):
@@ -59,7 +59,7 @@ def find(root: Path, name: str, read: Callable[[Path], Kept]) -> Kept | None:
 
 
 def _damage(place: Path) -> str | None:
-    """None if a file or folder holds against its checksums; otherwise what is wrong, with the name of the file."""
+    """Compares a file or folder with its checksums; returns what is wrong, with the name of the file, or None."""
     noted = _note(place)
     try:
         wanted = json.loads(noted.read_text(encoding="utf-8"))
@@ -84,14 +84,14 @@ def _note(place: Path) -> Path:
 
 
 def _checksums(place: Path) -> dict[str, str]:
-    """Name in a folder, or the empty one for a single file → checksum."""
+    """Returns name in a folder, or the empty one for a single file → checksum."""
     if place.is_dir():
         return {path.name: checksum(path) for path in sorted(place.iterdir())}
     return {"": checksum(place)}
 
 
 def _readable(place: Path) -> bool:
-    """Not so where another user keeps it to himself, of which ``Path.exists`` makes an error."""
+    """Tells whether this user may read it; where another user forbids that, ``Path.exists`` raises an error."""
     return os.access(place, os.R_OK | os.X_OK if os.path.isdir(place) else os.R_OK)
 
 
@@ -123,7 +123,7 @@ def keep(root: Path, name: str, write: Callable[[Path], None]) -> Path | None:
 
 
 def _into_place(partial: Path, place: Path) -> None:
-    """Gives what was written its name, unless the same is there; its checksums come first, so that it is never without.
+    """Gives what was written its name, unless the same is there. Its checksums come first, so that it is never without them.
 
     Raises:
         OSError: if that cannot be, or something else is there by then.
@@ -169,6 +169,6 @@ def _remove(path: Path) -> None:
 
 
 def describe(root: Path, paths: Sequence[Path]) -> list[list]:
-    """Name, size and time of files, for a fingerprint."""
+    """Returns name, size and time of files, for a fingerprint."""
     found = [(path.relative_to(root), path.stat()) for path in paths]
     return [[str(path), status.st_size, status.st_mtime_ns] for path, status in found]

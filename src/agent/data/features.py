@@ -1,4 +1,4 @@
-"""Do the data sets have what the model expects? One table of every mismatch, before anything is built."""
+"""Compares the data sets with what the model expects, and tells every mismatch in one table before anything is built."""
 
 from __future__ import annotations
 

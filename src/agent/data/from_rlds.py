@@ -9,54 +9,18 @@ command is run again. Exit codes: 0 converted, 2 something is wrong with the dat
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
 from importlib.util import find_spec
-from multiprocessing import get_context
 from pathlib import Path
 
-from agent.data.conversion.rlds import Tree, open_tree
-from agent.data.conversion.shard import Layout, Place, convert_shard
-from agent.data.conversion.v3_metadata import Totals, write_metadata
-from agent.data.orphans import end_with_parent
-from agent.safe_files import alone
+from agent.data.conversion.converting import convert
+from agent.data.conversion.layouts import LAYOUTS, choose_layout
+from agent.data.conversion.rlds import open_tree
 
 log = logging.getLogger("agent.data.from_rlds")
-
-_BRIDGE = Layout(
-    fps=5,
-    images={"image_0": "observation/image_0"},
-    state=("observation/state",),
-    action=("action",),
-    instruction="language_instruction",
-)
-LAYOUTS = {
-    # as published by the authors, and as prepared by those who train on it
-    "bridge_dataset": _BRIDGE,
-    "bridge_orig": _BRIDGE,
-    # as in the first release of Open X-Embodiment
-    "bridge": Layout(
-        fps=5,
-        images={"image_0": "observation/image"},
-        state=("observation/state",),
-        action=("action/world_vector", "action/rotation_delta", "action/open_gripper"),
-        instruction="observation/natural_language_instruction",
-    ),
-    "fractal20220817_data": Layout(
-        fps=3,
-        images={"image": "observation/image"},
-        state=("observation/base_pose_tool_reached", "observation/gripper_closed"),
-        action=("action/world_vector", "action/rotation_delta", "action/gripper_closedness_action"),
-        instruction="observation/natural_language_instruction",
-    ),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,123 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--crf", type=int, default=18, help="quality of H.264, smaller is better")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     return parser
-
-
-def choose_layout(tree: Tree, options: argparse.Namespace) -> Layout:
-    """The layout that is known by the tree's name, changed by what the command says.
-
-    Raises:
-        ValueError: if something is left open, or a feature is not there, or is of another kind.
-    """
-    layout = LAYOUTS.get(tree.name)
-    if layout is None:
-        needed = ("image", "state", "action", "instruction", "fps")
-        if missing := [f"--{name}" for name in needed if getattr(options, name) is None]:
-            raise ValueError(
-                f"the layout of {tree.name} is not known: give {', '.join(missing)}. A step has\n{_listed(tree)}"
-            )
-        layout = Layout(0, {}, (), (), "")
-    if options.image:
-        pairs = [text.rpartition("=") for text in options.image]
-        layout = replace(layout, images={name or feature.rpartition("/")[2]: feature for name, _, feature in pairs})
-        if len(layout.images) != len(pairs):
-            raise ValueError("--image names a camera twice: write CAMERA=FEATURE")
-    changes = {
-        name: getattr(options, name) for name in ("state", "action", "instruction", "fps") if getattr(options, name)
-    }
-    layout = replace(layout, size=options.size, crf=options.crf, **changes)
-    layout = replace(layout, state=tuple(layout.state), action=tuple(layout.action))
-    if layout.fps < 1 or layout.size < 2 or layout.size % 2 or options.processes < 1:
-        raise ValueError("--fps and --processes must be at least 1, --size an even number")
-    wanted: list[tuple[str, tuple[str, ...]]] = [(feature, ("Image",)) for feature in layout.images.values()]
-    wanted += [(feature, ("Tensor", "Scalar")) for feature in (*layout.state, *layout.action)]
-    for feature, kinds in [*wanted, (layout.instruction, ("Text", "Tensor"))]:
-        kind = tree.features.get(feature)
-        if kind not in kinds:
-            what = "there is no such feature" if kind is None else f"it is of kind {kind}, not {' or '.join(kinds)}"
-            raise ValueError(f"{feature}: {what}. A step has\n{_listed(tree)}")
-    return layout
-
-
-def _listed(tree: Tree) -> str:
-    return "\n".join(f"  {name} ({kind})" for name, kind in sorted(tree.features.items()))
-
-
-def convert(tree: Tree, layout: Layout, out: Path, repo_id: str, processes: int) -> None:
-    """Writes the data set to ``out``.
-
-    Raises:
-        ValueError: if ``out`` exists, holds another conversion that was begun, or the data are damaged.
-    """
-    if out.exists():
-        raise ValueError(f"--out {out} exists: name another folder, or delete it")
-    partial = out.with_name(f"{out.name}.partial")
-    _begin(partial, {"source": str(tree.folder), "shards": [path.name for path in tree.shards], **asdict(layout)})
-    # A second one would begin the videos anew that the first has written.
-    with alone(partial / "conversion.json", "conversion"):
-        totals = _convert(tree, layout, partial, processes)
-    partial.rename(out)
-    if totals.left_out:
-        log.warning("%d episodes have no instruction and were left out: meta/left_out.json names them", totals.left_out)
-    log.info("%d episodes, %d frames in %s; in a data YAML:", totals.episodes, totals.frames, out)
-    log.info("- {repo_id: %s, root: %s}", repo_id, out)
-
-
-def _convert(tree: Tree, layout: Layout, partial: Path, processes: int) -> Totals:
-    places = [Place(partial, number) for number in range(len(tree.shards))]
-    todo = [place for place in places if not place.report.is_file()]
-    log.info(
-        "%s: %d files, %d of them done before; %d processes", tree.name, len(places), len(places) - len(todo), processes
-    )
-    _convert_all(tree, layout, todo, processes)
-    totals = write_metadata(partial, layout, places)
-    shutil.rmtree(partial / "shards")
-    (partial / "conversion.json").unlink()
-    return totals
-
-
-def _begin(partial: Path, conversion: dict) -> None:
-    """Makes the folder, or checks that what is there was begun by the same command."""
-    record = partial / "conversion.json"
-    conversion = json.loads(json.dumps(conversion))
-    if record.is_file():
-        begun = json.loads(record.read_text())
-        if changed := [
-            f"{key}: {begun.get(key)} → {conversion[key]}" for key in conversion if begun.get(key) != conversion[key]
-        ]:
-            raise ValueError(
-                f"{partial} was begun with other settings ({'; '.join(changed)}): give those, or delete it"
-            )
-        return
-    (partial / "shards").mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(conversion))
-
-
-def _convert_all(tree: Tree, layout: Layout, todo: Sequence[Place], processes: int) -> None:
-    from tqdm import tqdm
-
-    if not todo:
-        return
-    count = sum(tree.episodes[place.number] for place in todo)
-    pool = ProcessPoolExecutor(min(processes, len(todo)), get_context("spawn"), end_with_parent)
-    try:
-        futures = {
-            pool.submit(
-                convert_shard, tree.shards[place.number], tree.episodes[place.number], layout, place
-            ): place.number
-            for place in todo
-        }
-        with tqdm(total=count, unit="episode", smoothing=0) as bar:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(tree.episodes[futures[future]])
-    except BrokenProcessPool as error:
-        raise ValueError(
-            "a process was killed, most often by the system when memory runs out: run the same command with fewer --processes; "
-            "the files that are done stay done"
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One data set: which of its episodes are used, and its raw samples.
+"""Opens one data set, chooses its episodes, and reads their samples as they were recorded.
 
 A :class:`Source` knows its frames from the metadata alone. Low-dimensional columns are mapped into memory, videos are
 decoded as LeRobot decodes them, and pictures in data files are read through LeRobot.
@@ -8,69 +8,26 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, replace
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from agent.data.configuration import DatasetConfig
 from agent.data.frames.manifest import PREPARE
 from agent.data.frames.store import FrameStore, WantedStore, find_store
 from agent.data.recorded import files
-from agent.data.recorded.arrow import to_numpy
 from agent.data.recorded.columns import ColumnTable
+from agent.data.recorded.dimension_names import names_of
 from agent.data.recorded.episodes import choose_episodes
 from agent.data.recorded.metadata import Metadata, read_metadata
-from agent.data.recorded.pictures import NoColours, stored_picture
+from agent.data.recorded.picture_table import PictureTable
 from agent.data.recorded.stretches import mapped_videos, moment_of, picture_problems, refusal
-from agent.data.recorded.video import WrongTime, decode_frame
-from agent.data.samples.augmentation import AugmentationConfig
+from agent.data.recorded.video import WrongTime, choose_video_backend, decode_frame
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class DatasetConfig:
-    """One data set of a mixture."""
-
-    repo_id: str
-    """Name of the LeRobot v3 data set, ``user/name``; downloaded from the hub when `root` is not given."""
-    root: str | None = None
-    """Local folder of the data set: the one that holds ``meta/``, ``data/`` and ``videos/``."""
-    weight: float | None = None
-    """Relative share of the samples. Give it to every data set or to none; with none, all frames form one pool."""
-    episodes: list[int] | None = None
-    """The episodes to use; all when neither this nor `split` is given."""
-    split: str | None = None
-    """The episodes to use, as a slice: ``train``, ``train[:95%]``, ``train[10:200]``, ``train[5%:]``."""
-    cameras: dict[str, str | None] | None = None
-    """Model camera → key in the data set, or null where this robot has no such camera. Without it the keys must
-    be the model's own. Cameras of the data set that are not named here are left out."""
-    robot: str | None = None
-    """Name of the robot. Under `data.train.normalization: per_dataset`, data sets of one name are normalised together; when
-    not given, each by itself. A validation data set says here which one it is of."""
-    state: str = "observation.state"
-    """Key of the robot's state in the data set."""
-    action: str = "action"
-    """Key of the actions in the data set."""
-    augmentation: AugmentationConfig | None = None
-    """Random crops and colours of the training pictures; none when not given. `{}` stands for the values below. Validation
-    pictures are never changed."""
-    frames: str | None = None
-    """Folder of this data set's frame stores; ``frames`` in its own when not given. For a fast disk, or a data set that
-    cannot be written to."""
-    revision: str | None = None
-    """Revision on the hub: a branch, tag or commit; LeRobot's v3.0 tag when not given."""
-
-    def __post_init__(self) -> None:
-        if self.weight is not None and self.weight <= 0:
-            raise ValueError(
-                f"weight of data set {self.repo_id} must be above 0, got {self.weight}; leave out a data set of weight 0"
-            )
-        if self.episodes is not None and self.split is not None:
-            raise ValueError(f"data set {self.repo_id}: give `episodes` or `split`, not both")
 
 
 @dataclass
@@ -117,8 +74,7 @@ class Source:
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.metadata.episodes["length"][self.episodes])
-        self._pictures: Any = None
-        self._rows: tuple[np.ndarray, np.ndarray | None] | None = None
+        self._pictures: PictureTable | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -128,15 +84,19 @@ class Source:
 
     @property
     def store_name(self) -> str | None:
-        """Of the frame store that pictures are read from; None where they are decoded."""
+        """The name of the frame store that pictures are read from; None where they are decoded."""
         return self.store.folder.name if self.store is not None else None
 
+    def names(self, feature: str) -> tuple[str, ...] | None:
+        """Reads the names of the dimensions of ``state`` or ``action``; None where there is not one for each."""
+        return names_of(self.metadata.features[getattr(self.config, feature)])
+
     def view(self, episodes: np.ndarray, with_previous_action: bool = False) -> Source:
-        """The same data set, seen through fewer of its episodes."""
+        """Returns the same data set, seen through fewer of its episodes."""
         return replace(self, episodes=np.sort(episodes), with_previous_action=with_previous_action)
 
     def frame(self, position: int) -> tuple[int, int]:
-        """The episode and the frame in it at a position of this source."""
+        """Finds the episode and the frame in it at a position of this source."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self} has {len(self)} frames, asked for {position}")
         place = int(np.searchsorted(self._ends, position, side="right"))
@@ -144,11 +104,11 @@ class Source:
         return int(self.episodes[place]), position - before
 
     def columns(self, name: str) -> np.ndarray:
-        """A low-dimensional column over this source's frames, (frames, dims), read without decoding any image."""
+        """Reads a low-dimensional column over this source's frames, (frames, dims), without decoding any image."""
         return np.concatenate(list(self.blocks(name)))
 
     def blocks(self, name: str) -> list[np.ndarray]:
-        """The same in pieces, views of what is mapped into memory: consecutive episodes are one piece."""
+        """Reads it in pieces, views of what is mapped into memory: consecutive episodes are one piece."""
         column, begins = self.table[name], self.table.begins(self.episodes)
         ends = begins + self.metadata.episodes["length"][self.episodes]
         first = np.append(True, begins[1:] != ends[:-1])
@@ -156,7 +116,7 @@ class Source:
         return [column[begin:end] for begin, end in zip(begins[first], ends[last], strict=True)]
 
     def tasks(self) -> list[str]:
-        """The instructions that occur in this source.
+        """Lists the instructions that occur in this source.
 
         Raises:
             ValueError: if a frame has no instruction or an empty one, naming its episode.
@@ -177,7 +137,7 @@ class Source:
         return [self.metadata.tasks[index] for index in used]
 
     def recorded_sizes(self) -> dict[str, tuple[int, int]]:
-        """Model camera → height and width of its pictures in the data set, by the metadata."""
+        """Reads from the metadata, for each model camera, height and width of its pictures in the data set."""
         sizes = {}
         for slot, key in self.cameras.items():
             feature = self.metadata.features[key]
@@ -196,11 +156,11 @@ class Source:
         if self.store is not None:
             self.store.open()
             return
-        if self._pictures is None and self._image_keys():
-            self._pictures = self._open_pictures()
+        if self._pictures is None and (keys := self._image_keys()):
+            self._pictures = PictureTable(self.metadata, self.chosen, keys)
 
     def read(self, position: int) -> RawSample:
-        """The sample at a position; decodes one frame of every mapped camera.
+        """Reads the sample at a position, and decodes one frame of every mapped camera.
 
         Raises:
             RuntimeError: if it cannot be read, naming data set, episode, frame and files.
@@ -255,10 +215,10 @@ class Source:
         for key in self._mapped_videos():
             moment = moment_of(self.metadata, key, episode, frame, stamp, self.tolerance_s)
             images[key] = decode_frame(self.metadata.video_file(episode, key), moment, self.video_backend)
-        if keys := self._image_keys():
+        if self._image_keys():
             self.open()
-            item = self._pictures[self._picture_row(episode, frame)]
-            images |= {key: _planes(item, key) for key in keys}
+            assert self._pictures is not None
+            images |= self._pictures.read(episode, frame)
         return {slot: images[key] for slot, key in self.cameras.items()}
 
     def _stored(self, store: FrameStore, episode: int, frame: int) -> dict[str, torch.Tensor]:
@@ -272,58 +232,6 @@ class Source:
     def _image_keys(self) -> list[str]:
         """The mapped cameras whose pictures are in the data files."""
         return [key for key in dict.fromkeys(self.cameras.values()) if key not in self.metadata.video_keys]
-
-    def _picture_row(self, episode: int, frame: int) -> int:
-        """Where a frame is in the table of the chosen episodes' pictures."""
-        if self._rows is None:
-            self._rows = self._find_rows()
-        begins, rows = self._rows
-        place = int(begins[np.searchsorted(self.chosen, episode)]) + frame
-        return place if rows is None else int(rows[place])
-
-    def _find_rows(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Where the chosen episodes begin, and the row of each of their frames; None where they are in this order."""
-        lengths = self.metadata.episodes["length"][self.chosen]
-        begins = np.cumsum(lengths) - lengths
-        owner, frame = (to_numpy(self._pictures.data.column(name)) for name in ("episode_index", "frame_index"))
-        index = np.searchsorted(self.chosen, owner).clip(max=len(self.chosen) - 1)
-        known = (self.chosen[index] == owner) & (frame >= 0) & (frame < lengths[index])
-        rows = np.full(lengths.sum(), -1, dtype=np.int64)
-        rows[(begins[index] + frame)[known]] = np.flatnonzero(known)
-        assert (rows >= 0).all(), "the files hold the frames that the metadata count"
-        return begins, None if (rows == np.arange(len(rows))).all() else rows
-
-    def _open_pictures(self) -> Any:
-        """The table of the chosen episodes' pictures as files, a copy of the data files in the cache of ``datasets``."""
-        from datasets import Image
-        from lerobot.datasets.feature_utils import get_hf_features_from_features
-        from lerobot.datasets.io_utils import load_nested_dataset
-
-        every = len(self.chosen) == self.metadata.total_episodes
-        described = {
-            key: {**feature, "shape": tuple(feature["shape"])} for key, feature in self.metadata.features.items()
-        }
-        pictures = load_nested_dataset(
-            self.metadata.root / "data",
-            features=get_hf_features_from_features(described),
-            # "all" costs no filter
-            episodes=None if every else [int(episode) for episode in self.chosen],
-        )
-        pictures = pictures.select_columns([*self._image_keys(), "episode_index", "frame_index"])
-        for key in self._image_keys():
-            pictures = pictures.cast_column(key, Image(decode=False))
-        return pictures
-
-
-def _planes(item: dict[str, Any], key: str) -> torch.Tensor:
-    """(3, H, W) uint8 of a picture of a row."""
-    import torch
-
-    try:
-        picture = stored_picture(item[key])
-    except NoColours as error:
-        raise NoColours(f"the picture of {key} {error}") from None
-    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1)))
 
 
 def open_source(
@@ -374,31 +282,3 @@ def open_source(
         if problems:
             raise refusal(config.repo_id, problems)
     return Source(config, metadata, chosen, chosen, chunk_size, backend, tolerance_s, table, store=store)
-
-
-@cache
-def choose_video_backend(asked: str | None, needed: bool = True) -> str:
-    """The decoder to use: ``torchcodec`` when it really loads, else ``pyav``; logged once.
-
-    Where no video is to be decoded it is not tried out, since importing it takes a second.
-
-    Raises:
-        ValueError: if the one that is asked for is unknown or does not load.
-    """
-    if asked not in (None, "torchcodec", "pyav"):
-        raise ValueError(f"data.train.video_backend is {asked!r}: write torchcodec, pyav, or leave it out")
-    if asked == "pyav" or not needed:
-        return asked or "pyav"
-    try:
-        # Installed is not enough: it binds FFmpeg's shared libraries when it is imported.
-        import torchcodec.decoders  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:
-        if asked == "torchcodec":
-            raise ValueError(
-                f"data.train.video_backend is torchcodec, which does not load here ({str(error).splitlines()[0]}). "
-                "Install FFmpeg's shared libraries, or leave the setting out to decode with pyav."
-            ) from error
-        logger.info("videos are decoded with pyav; torchcodec is faster but does not load here")
-        return "pyav"
-    logger.info("videos are decoded with torchcodec")
-    return "torchcodec"

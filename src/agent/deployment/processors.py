@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from agent.checkpoints.manifest import Folder
 from agent.data.normalization.normalizer import Normalizer, given_statistics
+from agent.data.normalization.relative import relative_dims
 
 STATE, ACTION = "observation.state", "action"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -82,7 +83,7 @@ def read_processors(pretrained: Path, state_dim: int, action_dim: int, instead: 
     renames = [s["config"].get("rename_map") or {} for s in before if s["registry_name"].startswith("rename_")]
     mask = np.zeros(action_dim, dtype=bool)
     if relative.get("enabled", False):
-        mask = relative_dims(action_dim, relative.get("exclude_joints") or [], relative.get("action_names"))
+        mask = relative_dims(relative.get("action_names") or [], relative.get("exclude_joints") or [], action_dim)
         if mask[state_dim:].any():
             raise ValueError(
                 f"{pretrained / PREPROCESSOR}: action dimension {int(np.flatnonzero(mask)[-1])} is relative to the state, "
@@ -97,15 +98,6 @@ def read_processors(pretrained: Path, state_dim: int, action_dim: int, instead: 
         action=_normalizer(pretrained, POSTPROCESSOR, after, instead, ACTION, action_dim),
         relative=mask,
     )
-
-
-def relative_dims(action_dim: int, exclude_joints: Sequence[str], names: Sequence[str] | None) -> np.ndarray:
-    """(a,) bool, as LeRobot has it: all but the dimensions whose name contains an excluded one, in any case."""
-    excluded = [str(name).lower() for name in exclude_joints if name]
-    mask = np.ones(action_dim, dtype=bool)
-    for dim, name in enumerate((names or [])[:action_dim]):
-        mask[dim] = not any(part in str(name).lower() for part in excluded)
-    return mask
 
 
 def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[dict[str, Any]]:

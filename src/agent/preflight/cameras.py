@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.data.samples.transforms import resize_with_pad
+from agent.data.recorded.dimension_names import labels_of
+from agent.data.resizing import resize_with_pad
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.survey import Survey
-from agent.validation.record import dimension_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -63,15 +63,9 @@ def _spelled(found: Survey, context: Context) -> str:
         ("state", found.config.state, context.model.max_state_dim),
         ("action", found.config.action, context.model.max_action_dim),
     ):
-        names = names_of(found.metadata, key)
+        names = labels_of(features[key], "dimension")
         lines.append(f"{what} ← {key}: {', '.join(names)} ({len(names)}, padded to {most})")
     return "\n".join(lines)
-
-
-def names_of(metadata: Any, key: str) -> list[str]:
-    """Names of a feature's dimensions, numbers where the data set has none."""
-    feature = metadata.features[key]
-    return dimension_names(feature, int(np.prod(feature["shape"])), "dimension")
 
 
 def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | None]]:

@@ -14,8 +14,9 @@ from agent.preflight.found import Found, Item
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.data.configuration import DatasetConfig
     from agent.data.samples.transforms import SampleSpec
-    from agent.data.source import DatasetConfig, Source
+    from agent.data.source import Source
 
 _DATASET_REVISION = "v3.0"  # what agent.data.recorded.files asks for
 _TOKENIZER_FILES = (

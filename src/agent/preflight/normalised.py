@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from agent.data.normalization.normalizer import compute_statistics
-from agent.preflight.cameras import names_of
+from agent.data.recorded.dimension_names import labels_of
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 
@@ -30,7 +30,7 @@ def check(context: Context) -> list[Row]:
     for source, robot in zip(reader.sources, reader.robots, strict=True):
         for what, key, normalizer, raw in _recorded(source, robot):
             name = f"statistics: {source.config.repo_id}"
-            names, values = names_of(source.metadata, key), normalizer.normalize(raw)
+            names, values = labels_of(source.metadata.features[key], "dimension"), normalizer.normalize(raw)
             far = np.abs(values) > FAR
             share = far.mean(axis=0)
             details = {"beyond_5": dict(zip(names, share.round(6).tolist(), strict=True)), "key": key}

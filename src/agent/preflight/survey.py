@@ -27,7 +27,7 @@ from agent.preflight import needs
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.data.source import DatasetConfig
+    from agent.data.configuration import DatasetConfig
 
 log = logging.getLogger(__name__)
 

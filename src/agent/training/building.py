@@ -15,7 +15,9 @@ from agent.checkpoints.finding import find_weights
 from agent.checkpoints.manifest import Folder, Verification
 from agent.checkpoints.store import PRETRAINED, CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
-from agent.data.build import Data, GivenStatistics, RelativeActions, build_data
+from agent.data.build import Data, build_data
+from agent.data.normalization.robot_statistics import GivenStatistics, Normalization, RelativeActions
+from agent.data.samples.instructions import Wording
 from agent.data.samples.transforms import SampleSpec
 from agent.lifecycle import history, software
 from agent.lifecycle.run_folder import RunFolder
@@ -177,15 +179,16 @@ def build_run_data(config: TrainPipelineConfig, processes: Processes, own: Seque
             seed=config.seed,
             draw=draw if pairs == 1 else partial(flow_matching.draw_several, pairs, *draw.args, **draw.keywords),
             validation_draw=partial(draw, purpose="validation"),
-            normalization_mapping=model.normalization_mapping,
-            tokenizer_path=model.tokenizer_path,
-            task_paraphrase=config.task_paraphrase,
-            given=_given_statistics(config, own),
+            normalization=Normalization(
+                model.normalization_mapping,
+                _given_statistics(config, own),
+                RelativeActions(model.relative_exclude_joints, model.action_feature_names)
+                if model.use_relative_actions
+                else None,
+                resuming.narrow_rule(own),
+            ),
+            wording=Wording(model.tokenizer_path, config.task_paraphrase),
             began_with=began_with(own),
-            relative=RelativeActions(model.relative_exclude_joints, model.action_feature_names)
-            if model.use_relative_actions
-            else None,
-            narrow_rule=resuming.narrow_rule(own),
         )
     )
     for line in data.report:

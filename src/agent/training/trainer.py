@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 from agent.batch import Batch, to_device
-from agent.data.loading.loader import TrainLoader
-from agent.lifecycle.stopping import StopRequest
+from agent.configuration_pipeline import dump_yaml
+from agent.data.loading.loader import Share, TrainLoader
 from agent.lifecycle.watchdog import Watchdog
 from agent.parallel.compilation import agree_on_compilation
 from agent.parallel.wrap import forget_gradients
@@ -31,7 +31,16 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         The reason for an early stop, empty when the run is finished.
     """
     config, state, processes = run.config, run.state, run.processes
-    loader = _loader(run)
+    loader = TrainLoader(
+        run.data.reader,
+        run.data.mixture,
+        global_batch=config.global_batch_size,
+        per_device_batch=config.per_device_batch_size,
+        share=Share(processes.rank, processes.world_size, state.samples_seen),
+        num_workers=config.data.train.num_workers,
+        prefetch_factor=config.data.train.prefetch_factor,
+        pin=processes.device.type == "cuda",
+    )
     run.model.train()
     saver, clock = Saver(run), Clock()
     report = RunReport(config.run_dir) if run.folder is not None else None

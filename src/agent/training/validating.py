@@ -7,10 +7,11 @@ import math
 from typing import TYPE_CHECKING
 
 from agent.data.loading.loader import validation_batches
+from agent.data.recorded.dimension_names import labels_of
 from agent.progress import followed
 from agent.validation.measurement import DatasetNames, evaluate
 from agent.validation.picture import draw
-from agent.validation.record import Evaluation, ValidationRecords, dimension_names, document
+from agent.validation.record import Evaluation, ValidationRecords, document
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -112,12 +113,8 @@ def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
     )
 
 
-def _names(source: Source) -> DatasetNames:
-    key = source.config.action
-    return DatasetNames(
-        source.config.repo_id,
-        dimension_names(source.metadata.features[key], source.blocks(key)[0].shape[-1]),
-    )
+def _names(source: Any) -> DatasetNames:
+    return DatasetNames(source.config.repo_id, labels_of(source.metadata.features[source.config.action], "action"))
 
 
 def _keep(run: Run, raw: Evaluation, average: Evaluation | None) -> dict[str, float]:

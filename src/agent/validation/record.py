@@ -318,23 +318,3 @@ class ValidationRecords:
         sets = [record.get("validation_set") for record in found]
         alike = [r for r, its in zip(found, sets, strict=True) if its == sets[-1] and r["action_l1"] is not None]
         return min(alike, key=lambda record: (record["action_l1"], record["step"]))["step"] if alike else None
-
-
-def dimension_names(feature: Mapping[str, Any], dims: int, unnamed: str = "action") -> list[str]:
-    """The names of a feature's dimensions from LeRobot's ``meta/info.json``; numbers where it names none.
-
-    Args:
-        feature: the entry of ``features``; its ``names`` are a list, ``{group: list}``, or ``{name: place}``.
-        dims: how many dimensions the data has.
-        unnamed: stands before the number of one without a name.
-    """
-    names = feature.get("names")
-    if isinstance(names, Mapping):
-        values = list(names.values())
-        if all(isinstance(value, int) for value in values):
-            names = sorted(names, key=names.__getitem__)
-        else:
-            names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    if not isinstance(names, list) or len(names) != dims or len(set(map(str, names))) != dims:
-        return [f"{unnamed} {number}" for number in range(dims)]
-    return [str(name) for name in names]

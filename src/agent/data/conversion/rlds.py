@@ -104,7 +104,7 @@ def _flattened(feature: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def read_records(path: Path) -> Iterator[bytes]:
-    """The records of a TFRecord file.
+    """Reads the records of a TFRecord file.
 
     Raises:
         ValueError: if the file is cut short or damaged, with the number of the record.
@@ -130,7 +130,7 @@ def read_records(path: Path) -> Iterator[bytes]:
 
 
 def parse_example(record: bytes) -> dict[str, Values]:
-    """Name → values of a serialised ``tf.train.Example``."""
+    """Reads a serialised ``tf.train.Example``: name → values."""
     values: dict[str, Values] = {}
     view = memoryview(record)
     for _, features in _fields(view):  # Example.features
@@ -143,7 +143,7 @@ def parse_example(record: bytes) -> dict[str, Values]:
 
 
 def _values(kind: int, content: memoryview) -> Values:
-    """Of a BytesList, FloatList or Int64List; numbers may be packed into one field or have one each."""
+    """Reads a BytesList, FloatList or Int64List; numbers may be packed into one field or have one each."""
     fields = list(_fields(content))
     if kind == 1:
         return [bytes(value) for _, value in fields]
@@ -162,7 +162,7 @@ def _values(kind: int, content: memoryview) -> Values:
 
 
 def _fields(message: memoryview | bytes) -> Iterator[tuple[int, Any]]:
-    """Number and content of each field of a protobuf message: an integer of a varint, else its bytes."""
+    """Yields number and content of each field of a protobuf message: an integer of a varint, else its bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

@@ -1,4 +1,4 @@
-"""One file of an RLDS tree to one video per camera and one table of columns: what the converter's processes do."""
+"""Converts one file of an RLDS tree to one video per camera and one table of columns, in a process of its own."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Place:
         return divmod(self.number, 1000)
 
     def numbered(self, kind: str, ending: str) -> Path:
-        """The file of a LeRobot data set, without its folders being made."""
+        """Names the file of a LeRobot data set; its folders are not made."""
         chunk, file = self.chunk_and_file
         return self.folder / kind / f"chunk-{chunk:03d}" / f"file-{file:03d}.{ending}"
 
@@ -152,7 +152,7 @@ def _vectors(values: dict[str, Values], features: tuple[str, ...], steps: int) -
 
 
 class _Video:
-    """One H.264 file, frame after frame at its exact time."""
+    """Writes one H.264 file, frame after frame at its exact time."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self.path, self.layout = path, layout
@@ -183,7 +183,7 @@ class _Video:
             self._frames += 1
 
     def close(self) -> np.ndarray:
-        """Ends the file; (3, 256) how often each value of each colour occurred."""
+        """Ends the file, and returns (3, 256) how often each value of each colour occurred."""
         if self._container is not None:
             self._container.mux(self._stream.encode(None))
             self._container.close()
@@ -191,11 +191,11 @@ class _Video:
 
 
 def _decoded(pictures: list[bytes], size: int) -> Iterator[np.ndarray]:
-    """(3, size, size) uint8 of each JPEG or PNG."""
+    """Decodes and resizes each JPEG or PNG to (3, size, size) uint8."""
     import torch
     from PIL import Image
 
-    from agent.data.samples.transforms import resize_with_pad
+    from agent.data.resizing import resize_with_pad
 
     for encoded in pictures:
         with Image.open(io.BytesIO(encoded)) as picture:

@@ -135,7 +135,7 @@ def _of_columns(values: np.ndarray) -> dict[str, list]:
 
 
 def _of_pixels(histogram: np.ndarray) -> dict[str, list]:
-    """Per colour and in [0, 1], of shape (3, 1, 1), as LeRobot has them."""
+    """Computes statistics per colour and in [0, 1], of shape (3, 1, 1), as LeRobot has them."""
     values, counts = np.arange(256) / 255, histogram.sum(axis=1)
     mean = histogram @ values / counts
     stats = {"mean": mean, "std": np.sqrt(np.maximum(0, histogram @ values**2 / counts - mean**2))}

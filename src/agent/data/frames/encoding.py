@@ -1,4 +1,4 @@
-"""How a frame store keeps one picture: JPEG, lossless or raw."""
+"""Encodes and decodes one picture of a frame store: as JPEG, lossless or raw."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Kind = Literal["jpeg", "lossless", "raw"]
 
 @dataclass(frozen=True)
 class Encoding:
-    """Of all pictures of a store. The numbers of each are measured by ``benchmarks/loader.py``."""
+    """How all pictures of a store are kept; ``benchmarks/loader.py`` measures what each way costs."""
 
     kind: Kind
     quality: int | None = None
@@ -27,13 +27,13 @@ class Encoding:
 
     @classmethod
     def parse(cls, name: str) -> Encoding:
-        """From what ``str`` gives."""
+        """Reads what ``str`` gives."""
         match = re.fullmatch(r"(jpeg)(\d+)|(lossless)|(raw)", name)
         assert match is not None, f"{name} is no encoding"
         return cls("jpeg", int(match[2])) if match[1] else cls(name)  # type: ignore[arg-type]
 
     def encode(self, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
-        """The bytes of a picture.
+        """Turns a picture into bytes.
 
         Args:
             image: (H, W, 3) uint8.
@@ -56,7 +56,7 @@ class Encoding:
         return _zstd().compress(rows, asbytes=True)
 
     def decode(self, data: np.ndarray, height: int, width: int) -> np.ndarray:
-        """(3, H, W) uint8 from the bytes, (size,) uint8; a raw picture is ``data`` itself, not a copy."""
+        """Turns bytes, (size,) uint8, into a picture (3, H, W) uint8; a raw one is ``data`` itself, not a copy."""
         if self.kind == "jpeg":
             import simplejpeg
 

@@ -1,4 +1,4 @@
-"""What a frame store was made of and how: ``manifest.json``."""
+"""Reads and writes ``manifest.json``, which says what a frame store was made of and how."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ class Manifest:
 
 
 def seal(values: dict[str, Any]) -> bytes:
-    """A JSON object with a checksum of the rest of it."""
+    """Writes a JSON object with a checksum of the rest of it."""
     content = json.dumps(values, indent=1)
     return json.dumps({**values, "xxh3": xxhash.xxh3_64_hexdigest(content.encode())}, indent=1).encode()
 
 
 def unseal(content: bytes) -> dict[str, Any]:
-    """What was sealed; earlier versions left no checksum.
+    """Reads what was sealed; earlier versions left no checksum.
 
     Raises:
         ValueError: if it is no JSON object, or not what was written.
@@ -109,17 +109,17 @@ def unseal(content: bytes) -> dict[str, Any]:
 
 
 def picture_checksum(data: Buffer, episode: int, frame: int) -> int:
-    """Of the bytes of a picture and of whose it is, so that a whole picture of another frame does not pass for this one."""
+    """Hashes the bytes of a picture and whose it is, so that a whole picture of another frame does not pass for this one."""
     return xxhash.xxh3_64_intdigest(data, (episode << 32) + frame)  # type: ignore[arg-type]
 
 
 def index_name(content: Buffer) -> str:
-    """Of an index file, with a hash of its contents in it: an older one stays as it is."""
+    """Names an index file by a hash of its contents, so that an older one stays as it is."""
     return f"index-{xxhash.xxh3_64(content).hexdigest()}.arrow"  # type: ignore[arg-type]
 
 
 def describe_metadata(metadata: Metadata, cameras: Sequence[str]) -> str:
-    """A fingerprint of what decides which picture belongs to which frame."""
+    """Hashes what decides which picture belongs to which frame."""
     digest = xxhash.xxh3_128(json.dumps([metadata.info["fps"], metadata.info["data_path"]]).encode())
     names = ["length", "data/chunk_index", "data/file_index"]
     for key in sorted(cameras):

@@ -1,4 +1,4 @@
-"""Decoding, resizing and writing the parts of a frame store, in processes of their own."""
+"""Decodes, resizes and writes the parts of a frame store, in processes of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from agent.data.orphans import end_with_parent
 from agent.data.recorded.arrow import to_numpy
 from agent.data.recorded.pictures import NoColours, stored_picture
 from agent.data.recorded.video_frame import rgb
-from agent.data.samples.transforms import fitted_size
+from agent.data.resizing import fitted_size
+from agent.safe_files import replacing
 
 if TYPE_CHECKING:
     from multiprocessing.sharedctypes import Synchronized
@@ -80,16 +81,13 @@ def write_part(part: Part) -> Written:
     import pyarrow as pa
 
     bad: dict[int, str] = {}
-    temporary = part.target.with_name(f".{part.target.name}.tmp")
-    try:
-        with pa.OSFile(str(temporary), "wb") as file, _Writer(file, part) as writer:
-            pictures = _from_video if part.video else _from_data_file
-            pictures(part, writer, bad)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(part.target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        replacing(part.target) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        _Writer(file, part) as writer,
+    ):
+        pictures = _from_video if part.video else _from_data_file
+        pictures(part, writer, bad)
     return Written(writer.frames, bad, writer.checksums)
 
 
@@ -119,7 +117,7 @@ class _Writer:
             self._writer.close()
 
     def add(self, episode: int, frame: int, data: bytes | memoryview) -> None:
-        """An encoded picture."""
+        """Takes an encoded picture."""
         episodes, frames, pictures = self._rows
         episodes.append(episode)
         frames.append(frame)
@@ -150,7 +148,7 @@ class _Writer:
 
 
 def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
-    """A decoded frame as the part keeps it.
+    """Encodes a decoded frame as the part keeps it.
 
     Raises:
         NoColours: if it has no colours of 8 bits.
@@ -159,7 +157,7 @@ def encoded(part: Part, frame: av.VideoFrame) -> bytes | memoryview:
 
 
 def _resized(part: Part, image: np.ndarray, halved_colours: bool) -> bytes | memoryview:
-    """A picture (h, w, 3) uint8 of any size as the part keeps it."""
+    """Encodes a picture (h, w, 3) uint8 of any size as the part keeps it."""
     if image.shape[:2] != part.resolution:
         image, halved_colours = resize(image, part.resolution), False
     return part.encoding.encode(image, halved_colours)
@@ -202,7 +200,7 @@ def _from_video(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
 
 
 def _passes(episodes: dict[int, np.ndarray]) -> list[list[int]]:
-    """The episodes in groups whose frames come one after the other: two may be of the same stretch of a video."""
+    """Groups episodes whose frames come one after the other: two may be of the same stretch of a video."""
     groups: list[list[int]] = []
     for episode, times in episodes.items():
         if groups and episodes[groups[-1][-1]][-1] < times[0]:
@@ -231,7 +229,7 @@ def _in_one_pass(part: Part, episodes: list[int], writer: _Writer, bad: dict[int
 
 
 def decode(path: Path, times: np.ndarray) -> Iterator[av.VideoFrame]:
-    """The frames of a video at presentation times that do not descend, decoded in one pass.
+    """Decodes the frames of a video at presentation times that do not descend, in one pass.
 
     Raises:
         av.FFmpegError: if the stream is damaged.
@@ -291,7 +289,7 @@ def _from_data_file(part: Part, writer: _Writer, bad: dict[int, str]) -> None:
 
 
 def checksums_of(path: Path, encoding: Encoding) -> list[int]:
-    """The checksums of the pictures in a part as they are now, in order.
+    """Computes the checksums of the pictures in a part as they are now, in order.
 
     Raises:
         ValueError: if the part is damaged so that they cannot be found.
@@ -313,7 +311,7 @@ def checksums_of(path: Path, encoding: Encoding) -> list[int]:
 
 
 def places(path: Path, encoding: Encoding) -> dict[str, np.ndarray]:
-    """Of every picture in a part: episode, frame, byte where it begins in the file, length."""
+    """Finds of every picture in a part: episode, frame, byte where it begins in the file, length."""
     import pyarrow as pa
 
     columns: dict[str, list[np.ndarray]] = {"episode": [], "frame": [], "offset": [], "size": []}

@@ -1,4 +1,4 @@
-"""What a frame store needs, what of it is there, and its index: the plan of ``agent.data.prepare``."""
+"""Plans the making of a frame store: what it needs, what of it is there already, and its index at the end."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Job:
 
 
 class Preparation:
-    """The making of one store.
+    """Plans the making of one store, and ends it.
 
     Args:
         source: the data set, its cameras known.
@@ -106,7 +106,7 @@ class Preparation:
             members = np.flatnonzero((chunks == chunk) & (files == file))
             if video:
                 members = members[np.argsort(self._stretches[camera].starts[members], kind="stable")]
-            path = metadata.video_file(members[0], camera) if video else metadata.data_file(members[0])
+            path = metadata.file(place, members[0])
             # Always the same groups, whichever episodes are wanted, so that parts can be used again.
             group = np.cumsum(metadata.episodes["length"][members]) // PART_FRAMES
             parts = []
@@ -122,7 +122,7 @@ class Preparation:
             yield Job(camera, path, video, members, parts)
 
     def frames(self, episodes: np.ndarray | Sequence[int]) -> int:
-        """How many frames episodes have, by the metadata."""
+        """Counts the frames of episodes, by the metadata."""
         return int(self.metadata.episodes["length"][np.asarray(episodes, dtype=np.int64)].sum())
 
     # ---- what is done already
@@ -159,7 +159,7 @@ class Preparation:
             )
 
     def _verify(self, target: Path) -> bool:
-        """Whether the part has had no checksums; removes the note of a damaged one."""
+        """Tells whether the part has had no checksums; removes the note of a damaged one."""
         if (note := read_note(target)) is None:
             return False
         try:
@@ -201,7 +201,7 @@ class Preparation:
         return unsure
 
     def described(self, job: Job) -> str:
-        """A fingerprint of what the metadata say of a file: which of its frames are which episode's."""
+        """Hashes what the metadata say of a file: which of its frames are which episode's."""
         episodes, digest = self.metadata.episodes, xxhash.xxh3_128()
         columns = [[float(self.metadata.info["fps"])], job.episodes, episodes["length"][job.episodes]]
         if job.video:
@@ -216,7 +216,7 @@ class Preparation:
         return digest.hexdigest()
 
     def _offsets(self, stretches: Stretches) -> np.ndarray:
-        """Seconds from its episode's first row to each row. Time stamps that are none count for nothing: what a store
+        """Returns the seconds from its episode's first row to each row. Invalid time stamps do not count: what a store
         holds is found by its number."""
         offsets = stretches.offsets()
         known = np.isin(stretches.episodes, self.source.table.episodes)
@@ -233,7 +233,7 @@ class Preparation:
         job.bad.update({int(episode): why for episode, why in note["bad"].items()})
 
     def parts(self, job: Job, index: FileIndex) -> list[Part]:
-        """The parts of a file that are still to be written."""
+        """Lists the parts of a file that are still to be written."""
         job.source = index.source
         lengths = self.metadata.episodes["length"]
         if job.video:
@@ -310,7 +310,7 @@ class Preparation:
                 path.unlink()
 
     def _places(self, camera: str, parts: list[str], first: np.ndarray, rows: int) -> dict[str, np.ndarray]:
-        """Where each row's picture is; ``first`` is the first row of each episode, -1 for those without."""
+        """Finds where each row's picture is; ``first`` is the first row of each episode, -1 for those without."""
         columns: dict[str, np.ndarray] = {
             "part": np.full(rows, -1, dtype=np.int32),
             "offset": np.zeros(rows, dtype=np.int64),
@@ -331,7 +331,7 @@ class Preparation:
 
 
 def _rows(path: Path) -> np.ndarray:
-    """The rows of a data file in order of episode and frame, as LeRobot writes them."""
+    """Finds the rows of a data file in order of episode and frame, as LeRobot writes them."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path, memory_map=True) as file:
@@ -344,7 +344,7 @@ def note_of(target: Path) -> Path:
 
 
 def read_note(target: Path) -> dict[str, Any] | None:
-    """What is known of a part; None if it is not there, or that cannot be read: it is not done then."""
+    """Reads what is known of a part; None if it is not there or cannot be read: the part is not done then."""
     note = note_of(target)
     if not (note.is_file() and target.is_file()):
         return None
@@ -357,17 +357,17 @@ def read_note(target: Path) -> dict[str, Any] | None:
 
 
 def to_text(checksums: list[int]) -> str:
-    """As a note has them."""
+    """Writes checksums as a note has them."""
     return np.asarray(checksums, dtype="<u8").tobytes().hex()
 
 
 def from_text(text: str) -> np.ndarray:
-    """(pictures,) uint64."""
+    """Reads checksums of a note, (pictures,) uint64."""
     return np.frombuffer(bytes.fromhex(text), dtype="<u8")
 
 
 def _write_index(folder: Path, columns: dict[str, np.ndarray]) -> str:
-    """The name of the file, with a hash of its contents in it: an older one stays as it is."""
+    """Writes the index, and returns the name of its file, which a hash tells from that of an older one."""
     import pyarrow as pa
 
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})

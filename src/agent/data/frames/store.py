@@ -1,4 +1,4 @@
-"""A store of decoded, resized frames beside a data set: one read per picture instead of decoding a video.
+"""Reads decoded, resized frames from a store beside a data set: one read per picture instead of decoding a video.
 
 A store is a folder ``frames/<height>x<width>-<encoding>`` in the data set's own:
 
@@ -21,7 +21,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +49,7 @@ _OPEN_FILES = 128  # per process; a limit of 1024 is usual, and torch needs many
 
 @dataclass(frozen=True)
 class WantedStore:
-    """What the config asks for."""
+    """Which store the config asks for."""
 
     setting: Setting
     quality: int
@@ -61,18 +60,18 @@ class WantedStore:
     """Of a run that goes on: data set → the store that it has read, by the name of its folder, or None for the videos."""
 
     def encoding(self) -> Encoding:
-        """Of a store to be made; JPEG unless the config names another one."""
+        """Chooses the encoding of a store to be made: JPEG unless the config names another one."""
         if self.setting == "lossless" or self.setting == "raw":
             return Encoding(self.setting)
         return Encoding("jpeg", self.quality)
 
     def folder(self, frames: Path) -> Path:
-        """Of a store to be made."""
+        """Names the folder of a store to be made."""
         height, width = self.resolution
         return frames / f"{height}x{width}-{self.encoding()}"
 
     def command(self) -> str:
-        """That makes a store."""
+        """Words the command that makes a store."""
         setting = "" if self.setting in ("auto", "none") else f" --data.train.frame_store {self.setting}"
         return PREPARE + setting
 
@@ -83,7 +82,7 @@ def frames_folder(metadata: Metadata, frames: str | None) -> Path:
 
 
 def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, episodes: np.ndarray) -> FrameStore | None:
-    """The store to read the chosen episodes from; None if videos are to be decoded instead.
+    """Finds the store to read the chosen episodes from; None if videos are to be decoded instead.
 
     Args:
         metadata: of the data set.
@@ -125,18 +124,18 @@ def find_store(metadata: Metadata, frames: str | None, wanted: WantedStore, epis
 
 
 def stores_there(metadata: Metadata, frames: str | None) -> list[str]:
-    """The names of a data set's complete stores, of any resolution."""
+    """Lists the names of a data set's complete stores, of any resolution."""
     return [path.parent.name for path in sorted(frames_folder(metadata, frames).glob("*/manifest.json"))]
 
 
 def jpeg_of(store: str | None) -> str | None:
-    """``jpeg95`` and the like where a store, by its name, holds other pictures than the videos; None for the others."""
+    """Returns ``jpeg95`` and the like where a store, by its name, holds other pictures than the videos; else None."""
     match = re.search(r"-(jpeg\d+)", store or "")
     return match[1] if match is not None else None
 
 
 def _best(there: Sequence[str], size: str, wanted: WantedStore, repo_id: str) -> str:
-    """What `auto` takes of the stores that are there; empty for none of them."""
+    """Chooses what `auto` takes of the stores that are there; empty for none of them."""
     fitting = [name for name in there if name.startswith(size)]
     if repo_id in wanted.began_with:
         began_with = wanted.began_with[repo_id]
@@ -233,7 +232,7 @@ class FrameStore:
                 logger.info("the times of %d copied files are not noted in %s (%s)", len(moved), self.folder, error)
 
     def _command(self, wanted: WantedStore) -> str:
-        """That makes or completes this very store, also where `auto` found it and would make another one."""
+        """Words the command that makes or completes this very store, also where `auto` would make another one."""
         kind, quality = self.encoding.kind, self.encoding.quality
         command = PREPARE if kind == "jpeg" else f"{PREPARE} --data.train.frame_store {kind}"
         return command if quality in (None, wanted.quality) else f"{command} --data.train.frame_quality {quality}"
@@ -257,17 +256,15 @@ class FrameStore:
         return episode in self._first_row or episode in self.manifest.left_out
 
     def _sources(self, metadata: Metadata, episodes: np.ndarray) -> list[str]:
-        """The files of the data set that the pictures of the chosen episodes come from."""
+        """Lists the files of the data set that the pictures of the chosen episodes come from."""
         paths: set[Path] = set()
         for key in self.manifest.cameras:
-            video = key in metadata.video_keys
-            place = f"videos/{key}" if video else "data"
-            path_of = partial(metadata.video_file, key=key) if video else metadata.data_file
-            paths |= {path for path, _ in files_of(metadata, episodes, place, path_of)}
+            kind = f"videos/{key}" if key in metadata.video_keys else "data"
+            paths |= {path for path, _ in files_of(metadata, episodes, kind)}
         return sorted(str(path.relative_to(metadata.root)) for path in paths)
 
     def without_bad(self, episodes: np.ndarray) -> tuple[np.ndarray, str | None]:
-        """The episodes that the store holds, and a line for the log on those that preparing left out."""
+        """Returns the episodes that the store holds, and a line for the log on those that preparing left out."""
         bad = np.intersect1d(episodes, np.asarray(sorted(self.manifest.left_out), dtype=np.int64))
         if not len(bad):
             return episodes, None

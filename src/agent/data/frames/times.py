@@ -1,4 +1,4 @@
-"""Which frames of a video belong to which episode, by what its index says and without decoding."""
+"""Finds which frames of a video belong to which episode, by what its index says and without decoding."""
 
 from __future__ import annotations
 

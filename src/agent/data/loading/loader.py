@@ -1,11 +1,10 @@
-"""From sample numbers to batches: the config, worker processes, the validation set."""
+"""Puts samples together into batches: an endless iterator for training, and the validation set in a fixed order."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,130 +13,41 @@ from agent.data.loading.worker_pool import WorkerPool
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Sample, SampleReader, collate
 from agent.data.samples.transforms import pad_vector
-from agent.data.source import DatasetConfig, Source
+from agent.data.source import Source
 
 
-@dataclass
-class TrainDataConfig:
-    """The training data and how it is read."""
+@dataclass(frozen=True)
+class Share:
+    """Which part of the stream of samples one process trains on."""
 
-    datasets: list[DatasetConfig] = field(default_factory=list)
-    """The data sets to train on."""
-    balance: Literal["frames", "equal", "given"] | None = None
-    """Which share of the samples a data set gives: `frames`, that of its frames, each of which then comes once an epoch;
-    `equal`, the same for all; `given`, its `weight`. When not given, `given` if there are weights and else `frames`."""
-    normalization: Literal["merged", "per_dataset"] | None = None
-    """Statistics of states and actions: `merged`, one set over all data sets; `per_dataset`, one for each, or for all of
-    one `robot`, which may then have dimensions of its own. When not given, `merged` unless the robots differ, which is
-    refused."""
-    deploy: str | None = None
-    """Under `per_dataset`: the data set or `robot` that a checkpoint's own processors are made for; the first one when
-    not given. `agent.export --statistics` takes another later."""
-    num_workers: int = 4
-    """Processes that read samples, per GPU; 0 reads in the training process. Changes speed, never the samples."""
-    prefetch_factor: int = 2
-    """Micro-batches that each worker keeps ready."""
-    frame_store: Literal["auto", "none", "jpeg", "lossless", "raw"] = "auto"
-    """Where pictures come from: a store that `python -m agent.data.prepare` made of this kind; `auto` for whichever is
-    there, and the videos themselves when there is none; `none` for the videos."""
-    frame_quality: int = 95
-    """Quality of the JPEGs in a store, 1 to 100."""
-    video_backend: Literal["torchcodec", "pyav"] | None = None
-    """What decodes videos; when not given, torchcodec where it loads and otherwise pyav."""
-    tolerance_s: float = 1e-4
-    """How far a video frame's time stamp may be from the one asked for, in seconds."""
-
-    def __post_init__(self) -> None:
-        self.weights()
-        if self.deploy is not None and self.normalization != "per_dataset":
-            raise ValueError(
-                f"data.train.deploy is {self.deploy}, but there is one set of statistics: leave it out, or write "
-                "data.train.normalization: per_dataset"
-            )
-        if not 1 <= self.frame_quality <= 100:
-            raise ValueError(f"data.train.frame_quality must be 1 to 100, got {self.frame_quality}")
-        for key, least in (("num_workers", 0), ("prefetch_factor", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"data.train.{key} must be at least {least}, got {getattr(self, key)}")
-        if self.tolerance_s <= 0:
-            raise ValueError(f"data.train.tolerance_s must be above 0, got {self.tolerance_s}")
-
-    def weights(self) -> list[float | None] | None:
-        """The share of each data set's samples, relative to the others; None for one pool of all frames.
-
-        Raises:
-            ValueError: if `balance` and the weights contradict each other.
-        """
-        weights = [dataset.weight for dataset in self.datasets]
-        weighted = [dataset.repo_id for dataset in self.datasets if dataset.weight is not None]
-        if self.balance in ("frames", "equal") and weighted:
-            raise ValueError(
-                f"data.train.balance is {self.balance}, but {', '.join(weighted)} has a weight: leave `weight` out, or "
-                "write data.train.balance: given"
-            )
-        if self.balance == "given" and len(weighted) < len(weights):
-            without = ", ".join(dataset.repo_id for dataset in self.datasets if dataset.weight is None)
-            raise ValueError(
-                f"data.train.balance is given, but {without} has no weight: write `weight: NUMBER` in its entry, or "
-                "data.train.balance: equal or frames"
-            )
-        return [1.0] * len(weights) if self.balance == "equal" else weights
+    rank: int = 0
+    """r, the process's number."""
+    world: int = 1
+    """W, the number of processes."""
+    first_sample: int = 0
+    """k of the first sample of all processes: as many as were trained on before."""
 
 
-@dataclass
-class ValDataConfig:
-    """The validation data."""
-
-    datasets: list[DatasetConfig] = field(default_factory=list)
-    """Data sets of their own for validation. When empty, `fraction` is held out of the training data."""
-    fraction: float = 0.05
-    """Fraction of each training data set's episodes that is held out for validation, evenly spaced, at least one
-    episode; 0 trains on everything. Ignored when `datasets` is given."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.fraction < 1:
-            raise ValueError(f"data.val.fraction must be at least 0 and below 1, got {self.fraction}")
-
-
-@dataclass
-class DataConfig:
-    """Training and validation data."""
-
-    train: TrainDataConfig = field(default_factory=TrainDataConfig)
-    """The training data."""
-    val: ValDataConfig = field(default_factory=ValDataConfig)
-    """The validation data."""
-    statistics: Literal["dataset", "checkpoint"] = "dataset"
-    """What states and actions are normalised with: statistics of the training data, or those that the weights of
-    `load_from_checkpoint` were trained with, for a robot that they know."""
-
-    def __post_init__(self) -> None:
-        if self.statistics == "checkpoint" and self.train.normalization == "per_dataset":
-            raise ValueError(
-                "data.statistics: checkpoint is one set of statistics, and data.train.normalization: per_dataset wants "
-                "one for each data set: write data.statistics: dataset, or data.train.normalization: merged"
-            )
+_EVERYTHING = Share()
 
 
 @dataclass
 class _MicroBatches:
-    """One rank's micro-batches by number, from the one with sample ``first`` on, for ever."""
+    """Makes one rank's micro-batches by number, for ever."""
 
     reader: SampleReader
     mixture: Mixture
     batch: int
-    rank: int
-    world: int
-    first: int
+    share: Share
 
     def __call__(self, number: int) -> Batch:
-        """Micro-batch ``number``.
+        """Makes micro-batch ``number``.
 
         Raises:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame.
         """
         # Updates are whole multiples of what all ranks take together, so this counts through u and m at once.
-        start = self.first + (number * self.world + self.rank) * self.batch
+        start = self.share.first_sample + (number * self.share.world + self.share.rank) * self.batch
         samples = [self._sample(k) for k in range(start, start + self.batch)]
         return collate(samples, self.reader.spec, self.reader.tokens.pad_token_id)
 
@@ -170,7 +80,7 @@ def start_fork_server(sources: Sequence[Source]) -> None:
 
 
 class TrainLoader(Iterator[Batch]):
-    """An endless iterator over one rank's micro-batches.
+    """Iterates over one rank's micro-batches without end.
 
     Micro-batch m of update u holds on rank r the samples k = u·G + m·B·W + r·B + j, j in range(B), for a global
     batch G, B samples per device and W ranks. So an update's samples do not depend on ranks, accumulation or
@@ -181,9 +91,7 @@ class TrainLoader(Iterator[Batch]):
         mixture: which frame each sample is.
         global_batch: G.
         per_device_batch: B.
-        rank: r.
-        world: W.
-        first_sample: k of the first sample of all ranks: as many as were trained on before.
+        share: of which process, and from which sample on.
         num_workers: processes that read ahead; 0 reads in this one.
         prefetch_factor: micro-batches that each worker keeps ready.
         pin: whether batches are put into pinned memory, for copies to a GPU that overlap with computing.
@@ -196,17 +104,15 @@ class TrainLoader(Iterator[Batch]):
         *,
         global_batch: int,
         per_device_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        first_sample: int = 0,
+        share: Share = _EVERYTHING,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin: bool = False,
     ) -> None:
-        assert global_batch % (per_device_batch * world) == 0, "checked with the configuration"
+        assert global_batch % (per_device_batch * share.world) == 0, "checked with the configuration"
         self._made = 0
         self._pin = pin
-        self._make: _MicroBatches | None = _MicroBatches(reader, mixture, per_device_batch, rank, world, first_sample)
+        self._make: _MicroBatches | None = _MicroBatches(reader, mixture, per_device_batch, share)
         self._pool: WorkerPool | None = None
         if num_workers:
             start_fork_server(reader.sources)
@@ -220,7 +126,7 @@ class TrainLoader(Iterator[Batch]):
             weakref.finalize(self, self._pool.close)
 
     def __next__(self) -> Batch:
-        """The next micro-batch, in memory of its own.
+        """Returns the next micro-batch, in memory of its own.
 
         Raises:
             RuntimeError: if a sample cannot be read, naming data set, episode and frame, or a worker was killed.
@@ -234,7 +140,7 @@ class TrainLoader(Iterator[Batch]):
         return map_tensors(batch, lambda tensor: tensor.pin_memory()) if self._pin else batch
 
     def close(self) -> None:
-        """Ends the workers; further batches are not to be had."""
+        """Ends the workers; there are no further batches."""
         self._make = None
         if self._pool is not None:
             self._pool.close()
@@ -243,7 +149,7 @@ class TrainLoader(Iterator[Batch]):
 def validation_batches(
     reader: SampleReader, size: int, batch: int, rank: int = 0, world: int = 1
 ) -> Iterator[ValidationBatch]:
-    """One rank's part of a fixed set of validation samples: every ``world``-th batch, so that all together are the set.
+    """Yields one rank's part of a fixed set of validation samples: every ``world``-th batch, so that all ranks have the set.
 
     The set is evenly spaced over all validation frames and thus over their episodes; its ``sample_index`` counts
     from 0, and with it the draws. Which samples share a batch does not depend on the ranks: its size and padding show in
@@ -279,6 +185,6 @@ def validation_batches(
 
 
 def _padded(values: Sequence[np.ndarray]) -> np.ndarray:
-    """Stacked, with zeros behind where the last dimension is smaller."""
+    """Stacks arrays, with zeros behind where the last dimension is smaller."""
     widest = max(value.shape[-1] for value in values)
     return np.stack([pad_vector(value, widest) for value in values])

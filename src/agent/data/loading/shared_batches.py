@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class Description(NamedTuple):
-    """All that is to be known of a batch in a slot; small, to be pickled."""
+    """Describes a batch in a slot; small, to be pickled."""
 
     places: Batch
     """The batch with a :class:`Place` for each tensor."""
@@ -41,7 +41,7 @@ class Description(NamedTuple):
 
 
 def create_memory() -> int:
-    """The descriptor of a new, empty file without a name; grows with what is written."""
+    """Makes an empty file without a name, which grows with what is written; returns its descriptor."""
     return os.memfd_create("agent-batches")
 
 
@@ -67,7 +67,7 @@ def write(batch: Batch, memory: int, slot: int) -> Description:
 
 
 def read(description: Description, memory: int, slot: int, pin: bool) -> Batch:
-    """The batch in a slot, a copy in one block.
+    """Copies the batch in a slot into one block.
 
     Args:
         description: what ``write`` gave for it.

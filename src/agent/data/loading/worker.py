@@ -1,4 +1,4 @@
-"""What the server that data workers are forked from imports: this module, and the decoders that the data need.
+"""Prepares the server that data workers are forked from, which imports this module and the decoders that the data need.
 
 The training process has threads and perhaps a CUDA context, which a fork would copy half dead. A fork server is a
 fresh process without either; with the heavy imports done there once, a worker starts in milliseconds and shares

@@ -1,4 +1,4 @@
-"""Processes that make batches ahead of their use."""
+"""Runs the processes that make batches ahead of their use."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """An endless row of batches, made by processes that run ahead.
+    """Gives batches without end, made by processes that run ahead.
 
     Worker w of W makes the batches w, w + W, w + 2 W and so on, each into the next of its ``ahead`` slots, and waits
     when all are full. A thread of this process takes the batches out of the slots in their order, so that whoever wants
@@ -99,7 +99,7 @@ class WorkerPool:
         self._thread.start()
 
     def next(self) -> Batch:
-        """The next batch.
+        """Returns the next batch.
 
         Raises:
             RuntimeError: if it could not be made, or a worker is gone; the workers are ended then.
@@ -162,7 +162,7 @@ class WorkerPool:
         return batch
 
     def _hear(self, worker: _Worker) -> Made | Failed:
-        """What a worker says next; meanwhile looks whether all are alive."""
+        """Waits for what a worker says next, and looks meanwhile whether all are alive."""
         sentinels = {other.process.sentinel: other for other in self._workers}
         while True:
             ready = connection.wait([worker.pipe, *sentinels])
@@ -179,7 +179,7 @@ class WorkerPool:
                 raise RuntimeError(self._obituary(worker)) from None
 
     def _obituary(self, worker: _Worker) -> str:
-        """Why a worker is gone, and what to do."""
+        """Says why a worker is gone, and what to do."""
         who = f"number {worker.number} of {len(self._workers)}, process {worker.process.pid}"
         code = worker.process.exitcode
         if code is None or (code >= 0 and code != _SERVER_GONE):
@@ -208,12 +208,12 @@ def _current_gpu() -> int:
 
 
 def _resident() -> int:
-    """Bytes of memory of this process, with what it shares."""
+    """Returns the bytes of memory of this process, with what it shares."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kills_for_memory() -> int:
-    """Processes that the kernel has killed for lack of memory since the machine was started, in all its groups."""
+    """Counts the processes that the kernel has killed for lack of memory since the machine was started, in all its groups."""
     lines = Path("/proc/vmstat").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
 
@@ -222,7 +222,7 @@ def _kills_for_memory() -> int:
 
 
 def _work(make: Callable[[int], Batch], number: int, workers: int, ahead: int, pipe: Any) -> None:
-    """The life of a worker."""
+    """Runs in a worker, from its first moment to its last."""
     from agent.data.loading import worker
 
     worker.settle()

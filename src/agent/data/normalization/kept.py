@@ -1,4 +1,4 @@
-"""Statistics are computed once: kept beside the data set under the fingerprint of the very values that they are of."""
+"""Computes statistics once: they are kept beside the data set under a fingerprint of the values that they are of."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agent.data.normalization.relative import Chunks, chunk_statistics
 def cached_statistics(
     columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], root: Path, rule: int = NARROW_RULE
 ) -> FeatureStatistics:
-    """``merge_statistics``, or the same numbers from an earlier start.
+    """Calls ``merge_statistics``, or reads the same numbers from an earlier start.
 
     Args:
         columns: for each data set its pieces.
@@ -35,7 +35,7 @@ def cached_statistics(
 def cached_chunk_statistics(
     parts: Sequence[Chunks], shares: Sequence[float], root: Path, rule: int = NARROW_RULE
 ) -> FeatureStatistics:
-    """``chunk_statistics``, or the same numbers from an earlier start; see ``cached_statistics``."""
+    """Calls ``chunk_statistics``, or reads the same numbers from an earlier start; see ``cached_statistics``."""
     settings = [[part.chunk_size, part.relative.tolist()] for part in parts]
     columns = [blocks for part in parts for blocks in (part.states, part.actions, [part.lengths[:, None]])]
     fingerprint = _fingerprint([rule, list(shares), settings], columns)
@@ -52,7 +52,7 @@ def _kept(name: str, root: Path, compute: Callable[[], FeatureStatistics]) -> Fe
 
 
 def _fingerprint(settings: list[Any], columns: Sequence[Sequence[np.ndarray]]) -> str:
-    """Of every value, so that no change of a file can be missed."""
+    """Hashes every value, so that no change of a file can be missed."""
     digest = xxhash.xxh3_128(json.dumps(settings).encode())
     for blocks in columns:
         rows = sum(len(block) for block in blocks)

@@ -1,4 +1,4 @@
-"""Statistics of low-dimensional columns, and the invertible normalisation that LeRobot repeats at inference.
+"""Computes statistics of low-dimensional columns, and normalises by them as LeRobot does again at inference.
 
 The statistics are made safe once, here, before they are used or stored: LeRobot reads the same numbers with the
 same formulas and therefore normalises identically.
@@ -52,17 +52,17 @@ class FeatureStatistics:
     constant: tuple[int, ...] = ()
     """Those among them that stay unnormalised: the standard deviation, or minimum and maximum, is not the data's."""
     known: tuple[str, ...] = STATISTIC_NAMES
-    """The other ones are NaN: a policy that was made elsewhere brings those only that it needs."""
+    """The other ones are NaN: a policy of another program brings only those that it needs."""
     kept_in: Path | None = None
     """The file that an earlier start left them in, or this one did."""
 
     def to_dict(self) -> dict[str, np.ndarray]:
-        """Name → (dims,), as LeRobot's ``stats.json`` and processors have it."""
+        """Returns name → (dims,), as LeRobot's ``stats.json`` and processors have it."""
         return {name: getattr(self, name) for name in self.known}
 
 
 def given_statistics(values: Mapping[str, np.ndarray], mode: str, dims: int) -> FeatureStatistics:
-    """Statistics that were computed elsewhere, taken as they are.
+    """Takes statistics of another program, or of an earlier run, as they are.
 
     Args:
         values: statistic → (dims,).
@@ -97,7 +97,7 @@ def given_statistics(values: Mapping[str, np.ndarray], mode: str, dims: int) -> 
 
 
 def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:
-    """Row and dimension of the first NaN or infinity of (frames, dims), or None."""
+    """Finds row and dimension of the first NaN or infinity of (frames, dims), or None."""
     bad = ~np.isfinite(columns)
     if not bad.any():
         return None
@@ -106,7 +106,7 @@ def first_non_finite(columns: np.ndarray) -> tuple[int, int] | None:
 
 
 def compute_statistics(columns: np.ndarray, rule: int = NARROW_RULE) -> FeatureStatistics:
-    """Exact statistics of (frames, dims), in float64; see ``merge_statistics``.
+    """Computes exact statistics of (frames, dims), in float64; see ``merge_statistics``.
 
     Raises:
         ValueError: if there is no frame, or a value is not finite (named by dimension and row).
@@ -122,7 +122,7 @@ def compute_statistics(columns: np.ndarray, rule: int = NARROW_RULE) -> FeatureS
 def merge_statistics(
     columns: Sequence[Sequence[np.ndarray]], shares: Sequence[float], rule: int = NARROW_RULE
 ) -> FeatureStatistics:
-    """Exact statistics of several data sets pooled, each one's frames together weighing its share of the stream.
+    """Computes exact statistics of several data sets pooled, each one's frames together weighing its share of the stream.
 
     Every frame counts. Quantiles are values that occur: the smallest one at which the (weighted) share of the frames
     reaches q. So a merge over data sets equals the statistics of the pooled frames. One dimension after the other is
@@ -145,13 +145,13 @@ def merge_statistics(
 
 
 def resolution(kind: np.dtype, largest: float) -> float:
-    """How far apart two numbers of a type are, of this size and as float32, in which they are trained on."""
+    """Tells how far apart two numbers of a type are, of this size and as float32, in which they are trained on."""
     step = np.finfo(kind).eps if kind.kind == "f" else 0.0
     return largest * float(max(step, np.finfo(np.float32).eps))
 
 
 def _of_dimension(column: np.ndarray, weights: np.ndarray | None) -> dict[str, float]:
-    """Statistics of (frames,); weights are (frames,) or None for equal ones."""
+    """Computes statistics of (frames,); weights are (frames,) or None for equal ones."""
     values = column.astype(np.float64)
     mean = np.average(values, weights=weights)
     quantiles = np.quantile(values, [0.01, 0.1, 0.9, 0.99], weights=weights, method="inverted_cdf")
@@ -219,7 +219,7 @@ class Normalizer:
         self.statistics = statistics
 
     def normalize(self, values: Values) -> Values:
-        """Physical units (…, dims) → normalised (…, dims), in the type of the input."""
+        """Converts physical units (…, dims) to normalised ones, in the type of the input."""
         if self.mode == "IDENTITY":
             return values
         if self.mode == "MEAN_STD":
@@ -229,7 +229,7 @@ class Normalizer:
         return 2.0 * (values - low) / width - 1.0
 
     def unnormalize(self, values: Values) -> Values:
-        """Normalised (…, dims) → physical units (…, dims)."""
+        """Converts normalised (…, dims) to physical units."""
         if self.mode == "IDENTITY":
             return values
         if self.mode == "MEAN_STD":
@@ -251,5 +251,5 @@ class Normalizer:
 
 
 def to_lerobot_stats(state: FeatureStatistics, action: FeatureStatistics) -> dict[str, dict[str, np.ndarray]]:
-    """The statistics under the names that a LeRobot checkpoint stores them by."""
+    """Returns the statistics under the names that a LeRobot checkpoint stores them by."""
     return {"observation.state": state.to_dict(), "action": action.to_dict()}

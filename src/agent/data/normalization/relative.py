@@ -1,4 +1,4 @@
-"""Actions relative to the state: which dimensions, and their exact statistics over all chunks, as LeRobot takes them.
+"""Tells which action dimensions are relative to the state, and computes their exact statistics over all chunks.
 
 A chunk's actions are all relative to the state at its first step (openpi's DeltaActions, LeRobot's
 ``use_relative_actions``). What is normalised is then spread wider the further a step is ahead, so statistics are of every
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ _HALF = 1 << 16
 
 
 def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int) -> np.ndarray:
-    """(dims,) bool, True where actions become relative; LeRobot's ``relative_exclude_joints``.
+    """Calls ``relative_dims`` for a training, and refuses a ``relative_exclude_joints`` that cannot be meant.
 
     Args:
         names: of the action's dimensions.
@@ -34,21 +35,29 @@ def relative_mask(names: Sequence[str] | None, exclude: Sequence[str], dims: int
     Raises:
         ValueError: if dimensions are to be excluded by name and have none, or all of them are excluded.
     """
-    words = [word.lower() for word in exclude if word]
-    if not words:
-        return np.ones(dims, dtype=bool)
-    if names is None:
+    mask = relative_dims(names or (), exclude, dims)
+    if names is None and any(exclude):
         raise ValueError(
             f"model_cfg.relative_exclude_joints is {list(exclude)}, but the data set has no names of its {dims} action "
             "dimensions: write them as action_feature_names in model_cfg, or relative_exclude_joints: [] to make all of "
             "them relative"
         )
-    mask = np.asarray([not any(word in name.lower() for word in words) for name in names])
     if not mask.any():
         raise ValueError(
-            f"model_cfg.relative_exclude_joints {list(exclude)} excludes every action dimension ({', '.join(names)}): "
+            f"model_cfg.relative_exclude_joints {list(exclude)} excludes every action dimension ({', '.join(names or ())}): "
             "write fewer, or use_relative_actions: false"
         )
+    return mask
+
+
+def relative_dims(names: Sequence[Any], exclude: Sequence[Any], dims: int) -> np.ndarray:
+    """Tells which dimensions are relative, (dims,) bool, as LeRobot does: all whose name contains no excluded word, in any case.
+
+    A dimension without a name is relative; those beyond ``dims`` are not looked at.
+    """
+    words = [str(word).lower() for word in exclude if word]
+    mask = np.ones(dims, dtype=bool)
+    mask[: len(names)] = [not any(word in str(name).lower() for word in words) for name in names[:dims]]
     return mask
 
 
@@ -77,7 +86,7 @@ class Chunks:
         return len(self.starts) * self.chunk_size
 
     def values(self, dim: int) -> Iterator[np.ndarray]:
-        """Every number of a dimension, in float32 as LeRobot subtracts, in pieces (n,)."""
+        """Yields every number of a dimension, in float32 as LeRobot subtracts, in pieces (n,)."""
         actions = np.concatenate([piece[:, dim] for piece in self.actions]).astype(np.float32)
         states = None
         if self.relative[dim]:
@@ -89,13 +98,13 @@ class Chunks:
                 yield actions[starts + ahead] - at
 
     def resolution(self, dim: int) -> float:
-        """How far apart two numbers of a dimension are: a difference is as coarse as what it is a difference of."""
+        """Tells how far apart two numbers of a dimension are: a difference is as coarse as what it is a difference of."""
         columns = [*self.actions, *(self.states if self.relative[dim] else ())]
         return max(resolution(piece.dtype, float(np.abs(piece[:, dim]).max(initial=0.0))) for piece in columns)
 
 
 def chunk_statistics(parts: Sequence[Chunks], shares: Sequence[float], rule: int = NARROW_RULE) -> FeatureStatistics:
-    """Exact statistics of the actions of all chunks, each data set's together weighing its share.
+    """Computes exact statistics of the actions of all chunks, each data set's together weighing its share.
 
     Args:
         parts: one per data set, each with at least one chunk.
@@ -144,14 +153,14 @@ def _of_dimension(parts: Sequence[Chunks], weights: Sequence[float], dim: int) -
 
 
 def _rank(total: float, share: Fraction, weights: Sequence[float]) -> float:
-    """How much weight lies at or below the quantile; a whole number where the weights are."""
+    """Tells how much weight lies at or below the quantile; a whole number where the weights are."""
     if all(weight == 1.0 for weight in weights):
         return float(-(-int(total) * share.numerator // share.denominator))
     return total * float(share) * (1 - 1e-12)
 
 
 def _ordered(values: np.ndarray) -> np.ndarray:
-    """(n,) float32 → (n,) uint32 in the same order, both zeros as one."""
+    """Maps (n,) float32 to (n,) uint32 in the same order, both zeros as one."""
     bits = (values + np.float32(0.0)).view(np.uint32)
     return bits ^ ((bits.view(np.int32) >> 31).view(np.uint32) | np.uint32(1 << 31))
 

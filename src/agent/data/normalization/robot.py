@@ -1,4 +1,4 @@
-"""A robot's states and actions between its own units and the model's numbers.
+"""Converts a robot's states and actions between its own units and the model's numbers.
 
 The data sets of a robot are normalised alike. Another robot has other dimensions and other statistics; the model sees
 both padded to one size, each normalised by its own.
@@ -43,13 +43,13 @@ class Robot:
         return self.action.statistics
 
     def encode(self, actions: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """Recorded actions (T, a) at a state (s,), both float32 in own units → what the model learns, (T, a)."""
+        """Turns recorded actions (T, a) at a state (s,), both float32 in own units, into what the model learns, (T, a)."""
         if self.relative is not None:
             actions = actions - self._offset(state)
         return self.action.normalize(actions)
 
     def decode(self, values: np.ndarray, state: np.ndarray) -> np.ndarray:
-        """What the model says, (T, A) with a ≤ A, at a state (s,) → absolute actions (T, a) in the robot's own units."""
+        """Turns what the model says, (T, A) with a ≤ A, at a state (s,), into absolute actions (T, a) in own units."""
         actions = self.action.unnormalize(values[..., : len(self.mean_action)])
         return actions if self.relative is None else actions + self._offset(state)
 
@@ -59,7 +59,7 @@ class Robot:
 
 
 def robots_document(robots: Sequence[Robot]) -> dict[str, Any] | None:
-    """What ``robots.json`` of a checkpoint holds, so that it can be exported for each robot; None if there is but one."""
+    """Words ``robots.json`` of a checkpoint, by which it can be exported for each robot; None if there is but one."""
     if len(robots) == 1:
         return None
     entries = {}
@@ -77,6 +77,6 @@ def robots_document(robots: Sequence[Robot]) -> dict[str, Any] | None:
 
 
 def names_document(robot: Robot) -> dict[str, list[str]] | None:
-    """What ``dimension_names.json`` of a checkpoint holds: feature → names of its dimensions; None if there are none."""
+    """Words ``dimension_names.json`` of a checkpoint, feature → names of its dimensions; None if there are none."""
     names = {"observation.state": robot.state_names, "action": robot.action_names}
     return {feature: list(some) for feature, some in names.items() if some is not None} or None

@@ -1,20 +1,20 @@
-"""Which data sets are of one robot, and are thus normalised alike."""
+"""Decides which data sets are of one robot, and are thus normalised alike."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from agent.data.loading.loader import TrainDataConfig
-from agent.data.source import DatasetConfig, Source
+from agent.data.configuration import DatasetConfig, TrainDataConfig
+from agent.data.source import Source
 
 
 def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str]:
-    """The robot of each training data set: those of one name are normalised together.
+    """Names the robot of each training data set: those of one name are normalised together.
 
     Raises:
         ValueError: if the config leaves open how data sets of different robots are to be normalised.
     """
-    named = [source.config.robot or source.config.repo_id for source in training]
+    named = [source.config.robot_or_own for source in training]
     if config.normalization == "per_dataset":
         return named
     kinds: dict[str, str] = {}
@@ -34,7 +34,7 @@ def robot_names(training: Sequence[Source], config: TrainDataConfig) -> list[str
 def assign_robots(
     training: Sequence[Source], validation: Sequence[Source], config: TrainDataConfig
 ) -> tuple[list[str], str]:
-    """The robot of each data set, those of validation behind; and the one that a checkpoint's own processors are made for.
+    """Names the robot of each data set, those of validation last, and the one that a checkpoint's own processors are made for.
 
     Raises:
         ValueError: if a data set is validated on whose robot is not trained on, or ``deploy`` is none that is.
@@ -47,7 +47,7 @@ def assign_robots(
             f"{', '.join(known)}"
         )
     for source in validation:
-        name = source.config.robot or source.config.repo_id
+        name = source.config.robot_or_own
         if config.normalization == "per_dataset" and name not in known:
             raise ValueError(
                 f"{source}, for validation, would be normalised as {name!r}, which is not trained on: write `robot:` in its "
@@ -58,7 +58,7 @@ def assign_robots(
 
 
 def robot_alone(dataset: DatasetConfig, config: TrainDataConfig) -> tuple[list[str], str]:
-    """The same for one data set by itself, to look at its features before the others are opened."""
+    """Names them for one data set by itself, to look at its features before the others are opened."""
     if config.normalization != "per_dataset":
         return [""], ""
-    return [dataset.robot or dataset.repo_id], config.deploy or config.datasets[0].robot or config.datasets[0].repo_id
+    return [dataset.robot_or_own], config.deploy or config.datasets[0].robot_or_own

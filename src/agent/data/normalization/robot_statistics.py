@@ -1,4 +1,4 @@
-"""The statistics that a robot's states and actions are normalised with, from the data or given."""
+"""Computes, or takes from a checkpoint, the statistics that each robot's states and actions are normalised with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from agent.data.normalization.normalizer import (
 )
 from agent.data.normalization.relative import Chunks, relative_mask
 from agent.data.normalization.robot import Robot
-from agent.data.recorded.dimension_names import fitting, labels_of, misplaced, names_of
+from agent.data.recorded.dimension_names import fitting, misplaced
 from agent.data.source import Source
 
 
@@ -37,7 +37,7 @@ class GivenStatistics(NamedTuple):
 
 @dataclass(frozen=True)
 class RelativeActions:
-    """That actions are learnt relative to the state."""
+    """How actions are learnt relative to the state."""
 
     exclude: Sequence[str]
     """Words; a dimension whose name contains one stays absolute."""
@@ -45,55 +45,110 @@ class RelativeActions:
     """For data sets that have no names of their own."""
 
 
+@dataclass(frozen=True)
+class Normalization:
+    """How states and actions become the model's numbers."""
+
+    mapping: Mapping[str, str]
+    """``VISUAL``, ``STATE`` and ``ACTION`` → mode, as in the model JSON."""
+    given: GivenStatistics | None = None
+    """Statistics to normalise with, instead of those of the training frames; for a single robot."""
+    relative: RelativeActions | None = None
+    """That actions are learnt relative to the state; None for absolute ones."""
+    narrow_rule: int = NARROW_RULE
+    """What the statistics take for narrow, see ``made_safe``; of a run that is continued, the one that it began with."""
+
+    def __post_init__(self) -> None:
+        if self.mapping.get("VISUAL", "IDENTITY") != "IDENTITY":
+            raise ValueError("normalization_mapping.VISUAL must be IDENTITY: the model scales its images itself")
+
+    def mode(self, feature: str) -> str:
+        """Returns the mode of ``state`` or ``action``."""
+        return self.mapping.get(feature.upper(), "IDENTITY")
+
+    def taken(self, feature: str, columns: Sequence[Sequence[np.ndarray]]) -> FeatureStatistics:
+        """Fits the given statistics of ``state`` or ``action`` to columns of these data sets.
+
+        Raises:
+            ValueError: if they are not of this data.
+        """
+        assert self.given is not None
+        try:
+            return given_statistics(self.given.values[feature], self.mode(feature), columns[0][0].shape[1])
+        except ValueError as error:
+            raise ValueError(
+                f"data.statistics: the {feature} statistics of {self.given.source} cannot be used: {error}; write dataset, "
+                "or another load_from_checkpoint"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Robots:
+    """The robots of a run."""
+
+    of_sources: list[Robot]
+    """The robot of each source, those of validation last."""
+    deployed_first: list[Robot]
+    """Each once; the first is the one that a checkpoint's own processors are made for."""
+    report: list[str]
+    """Lines for the log."""
+
+
 def make_robots(
-    training: Sequence[Source],
+    sources: tuple[Sequence[Source], Sequence[Source]],
     names: Sequence[str],
+    deployed: str,
     shares: Sequence[float],
-    normalization_mapping: Mapping[str, str],
-    given: GivenStatistics | None,
-    relative: RelativeActions | None,
+    normalization: Normalization,
     digest: xxhash.xxh3_128,
-    narrow_rule: int = NARROW_RULE,
-) -> tuple[dict[str, Robot], list[str]]:
-    """Robots by name, and lines for the log. What is trained on goes into the digest.
+) -> Robots:
+    """Computes, or takes, the statistics of every robot. What is trained on goes into the digest.
 
     Args:
-        training: the data sets.
-        names: the robot of each.
-        shares: each data set's fraction of the samples.
-        normalization_mapping: ``STATE`` and ``ACTION`` → mode.
-        given: statistics to normalise with, instead of those of the data; for a single robot.
-        relative: that actions are learnt relative to the state, or None.
+        sources: for training and for validation.
+        names: the robot of each source, those of validation last.
+        deployed: the one that a checkpoint's own processors are made for.
+        shares: each training source's fraction of the samples.
+        normalization: how their numbers are normalised.
         digest: gets every state and action, and the statistics that are given.
-        narrow_rule: see ``made_safe``.
 
     Raises:
         ValueError: if a value is not finite, given statistics do not fit, or actions cannot be made relative.
     """
-    assert given is None or len(set(names)) == 1, "checked with the configuration"
+    training, validation = sources
+    columns = _trained_on(training, normalization, digest)
+    trained, robots, report = names[: len(training)], {}, []
+    for name in dict.fromkeys(trained):
+        mine = [number for number, other in enumerate(trained) if other == name]
+        members = [training[number] for number in mine]
+        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
+        share = [shares[number] for number in mine]
+        if len(mine) < len(trained):
+            share = [part / sum(share) for part in share]
+        robots[name], lines = _robot(name, members, of_robot, share, normalization)
+        report += lines if len(set(trained)) == 1 else [f"robot {name}: {line}" for line in lines]
+    if len(robots) > 1:
+        report.append(f"each robot is normalised by its own statistics: {', '.join(robots)}; processors for {deployed}")
+    for source in validation:
+        finite_columns(source, "state")
+        finite_columns(source, "action")
+    return Robots([robots[name] for name in names], [robots.pop(deployed), *robots.values()], report)
+
+
+def _trained_on(
+    training: Sequence[Source], normalization: Normalization, digest: xxhash.xxh3_128
+) -> dict[str, list[list[np.ndarray]]]:
+    """Reads ``state`` and ``action`` of each data set, in pieces, and hashes them with the statistics that are given."""
     columns = {}
     for feature in ("state", "action"):
         columns[feature] = [finite_columns(source, feature) for source in training]
         for blocks in columns[feature]:
             for block in blocks:
                 digest.update(np.ascontiguousarray(block))
-        if given is not None:
-            taken = _taken(given, feature, normalization_mapping, columns[feature][0][0].shape[1])
-            for values in taken.to_dict().values():
+        if normalization.given is not None:
+            for values in normalization.taken(feature, columns[feature]).to_dict().values():
                 digest.update(np.ascontiguousarray(values))
-    robots, report = {}, []
-    for name in dict.fromkeys(names):
-        mine = [number for number, other in enumerate(names) if other == name]
-        members = [training[number] for number in mine]
-        of_robot = {feature: [columns[feature][number] for number in mine] for feature in columns}
-        share = [shares[number] for number in mine]
-        if len(mine) < len(names):
-            share = [part / sum(share) for part in share]
-        robots[name], lines = _robot(
-            name, members, of_robot, share, normalization_mapping, given, relative, narrow_rule
-        )
-        report += lines if len(set(names)) == 1 else [f"robot {name}: {line}" for line in lines]
-    return robots, report
+    return columns
 
 
 def _robot(
@@ -101,48 +156,45 @@ def _robot(
     members: Sequence[Source],
     columns: Mapping[str, list[list[np.ndarray]]],
     shares: list[float],
-    mapping: Mapping[str, str],
-    given: GivenStatistics | None,
-    relative: RelativeActions | None,
-    narrow_rule: int,
+    how: Normalization,
 ) -> tuple[Robot, list[str]]:
-    """A robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
+    """Makes a robot, and lines for the log; ``columns`` are ``state`` and ``action`` of each of its data sets, in pieces."""
     root, actions, mask, report = members[0].metadata.root, columns["action"], None, []
-    action_names = names_of_action(members[0])
+    action_names = members[0].names("action")
     compute: dict[str, Callable[[int], FeatureStatistics]] = {
         feature: partial(cached_statistics, columns[feature], shares, root) for feature in ("state", "action")
     }
-    if relative is None:
-        mean_action = compute["action"](narrow_rule).mean
+    if how.relative is None:
+        mean_action = compute["action"](how.narrow_rule).mean
     else:
-        action_names = _relative_names(members[0], relative, actions[0][0].shape[1])
-        chunks, mask = _chunks(members, columns, relative, action_names)
+        action_names = _relative_names(members[0], how.relative, actions[0][0].shape[1])
+        chunks, mask = _chunks(members, columns, how.relative, action_names)
         means = [np.concatenate(blocks).mean(axis=0, dtype=np.float64) for blocks in actions]
         mean_action = np.average(means, axis=0, weights=shares).astype(np.float32)
         compute["action"] = partial(cached_chunk_statistics, chunks, shares, root)
         report.append(f"actions relative to the state: {_listed(mask, action_names)}")
-    statistics = {}
+    normalizers = {}
     for feature in ("state", "action"):
-        if given is not None:
-            statistics[feature] = _taken(given, feature, mapping, columns[feature][0][0].shape[1])
+        if how.given is not None:
+            statistics = how.taken(feature, columns[feature])
             for source in members:
-                _check_given(given, feature, source)
-            report.append(f"{feature} statistics are those of {given.source}")
-            continue
-        statistics[feature] = compute[feature](narrow_rule)
-        report += _unnormalised(feature, members[0], statistics[feature])
-        if narrow_rule != NARROW_RULE and statistics[feature].clamped:
-            report += _kept_as_begun(feature, statistics[feature], compute[feature](NARROW_RULE))
-    state, action = (Normalizer(mapping.get(f.upper(), "IDENTITY"), statistics[f]) for f in ("state", "action"))
-    return Robot(name, state, action, mean_action, mask, action_names, names_of_state(members[0])), report
+                _check_given(how.given, feature, source)
+            report.append(f"{feature} statistics are those of {how.given.source}")
+        else:
+            statistics = compute[feature](how.narrow_rule)
+            report += _unnormalised(feature, members[0], statistics)
+            if how.narrow_rule != NARROW_RULE and statistics.clamped:
+                report += _kept_as_begun(feature, statistics, compute[feature](NARROW_RULE))
+        normalizers[feature] = Normalizer(how.mode(feature), statistics)
+    state, action = normalizers["state"], normalizers["action"]
+    return Robot(name, state, action, mean_action, mask, action_names, members[0].names("state")), report
 
 
 def _unnormalised(feature: str, source: Source, statistics: FeatureStatistics) -> list[str]:
     if not statistics.constant:
         return []
-    key = source.config.state if feature == "state" else source.config.action
-    names = labels_of(source.metadata.features[key])
-    listed = ", ".join(names[dim] for dim in statistics.constant)
+    names = source.names(feature)
+    listed = ", ".join(names[dim] if names else str(dim) for dim in statistics.constant)
     return [f"{feature} dimensions {list(statistics.constant)} ({listed}) hardly vary and stay unnormalised"]
 
 
@@ -166,14 +218,14 @@ def _chunks(
     relative: RelativeActions,
     names: tuple[str, ...] | None,
 ) -> tuple[list[Chunks], np.ndarray]:
-    """The chunks of each data set, and which dimensions are relative."""
+    """Finds the chunks of each data set, and which dimensions are relative."""
     dims, parts = columns["action"][0][0].shape[1], []
     try:
         mask = relative_mask(names, relative.exclude, dims)
     except ValueError as error:
         raise ValueError(f"{members[0]}: {error}") from None
     for source, state, action in zip(members, columns["state"], columns["action"], strict=True):
-        if not np.array_equal(relative_mask(names_of_action(source) or names, relative.exclude, dims), mask):
+        if not np.array_equal(relative_mask(source.names("action") or names, relative.exclude, dims), mask):
             raise ValueError(
                 f"{source} has other action dimensions that stay absolute (relative_exclude_joints "
                 f"{list(relative.exclude)}) than {members[0]}, and is normalised together with it: write "
@@ -185,7 +237,7 @@ def _chunks(
                 f"{source.config.action} ({dims}): each action dimension needs its state; name another column with "
                 "`state:`, or write use_relative_actions: false in model_cfg"
             )
-        _check_pairs(source, names_of_action(source) or names, mask)
+        _check_pairs(source, source.names("action") or names, mask)
         lengths = source.metadata.episodes["length"][source.episodes]
         part = Chunks(state, action, lengths, source.chunk_size, mask)
         if not len(part):
@@ -198,8 +250,8 @@ def _chunks(
 
 
 def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray) -> None:
-    """Each relative action and the state of its place must be of one joint, which LeRobot and openpi take for granted, too."""
-    states = names_of_state(source)
+    """Checks that each relative action and the state of its place are of one joint, as LeRobot and openpi take for granted."""
+    states = source.names("state")
     if names is None or states is None:
         return
     found = misplaced(names, states, np.flatnonzero(mask).tolist())
@@ -214,22 +266,16 @@ def _check_pairs(source: Source, names: tuple[str, ...] | None, mask: np.ndarray
         )
 
 
-def names_of_action(source: Source) -> tuple[str, ...] | None:
-    """Names of the action's dimensions, or None where the data set has none, or not one for each."""
-    return names_of(source.metadata.features[source.config.action])
-
-
-def names_of_state(source: Source) -> tuple[str, ...] | None:
-    """The same of the state."""
-    return names_of(source.metadata.features[source.config.state])
-
-
 def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
-    """The data set's own names, else those of the config."""
-    own = names_of_action(source)
+    """Takes the data set's own names, else those of the config."""
+    own, written = source.names("action"), fitting(relative.action_names, dims)
     if own is None:
-        return _given_names(relative, dims)
-    written = fitting(relative.action_names, dims)
+        if relative.action_names is not None and written is None:
+            raise ValueError(
+                f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write "
+                "one for each"
+            )
+        return written
     if written is not None and (found := misplaced(own, written, range(dims))) is not None:
         raise ValueError(
             f"{source}: dimension {found[0]} of {source.config.action} is {own[found[0]]!r}, and in "
@@ -239,15 +285,6 @@ def _relative_names(source: Source, relative: RelativeActions, dims: int) -> tup
     return own
 
 
-def _given_names(relative: RelativeActions, dims: int) -> tuple[str, ...] | None:
-    if relative.action_names is not None and len(relative.action_names) != dims:
-        raise ValueError(
-            f"model_cfg.action_feature_names has {len(relative.action_names)} names for {dims} action dimensions: write one "
-            "for each"
-        )
-    return fitting(relative.action_names, dims)
-
-
 def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
     labels = names or [str(dim) for dim in range(len(mask))]
     absolute = [label for label, on in zip(labels, mask, strict=True) if not on]
@@ -255,19 +292,8 @@ def _listed(mask: np.ndarray, names: tuple[str, ...] | None) -> str:
     return f"{', '.join(relative)}; absolute: {', '.join(absolute) or 'none'}"
 
 
-def _taken(given: GivenStatistics, name: str, mapping: Mapping[str, str], dims: int) -> FeatureStatistics:
-    try:
-        return given_statistics(given.values[name], mapping.get(name.upper(), "IDENTITY"), dims)
-    except ValueError as error:
-        raise ValueError(
-            f"data.statistics: the {name} statistics of {given.source} cannot be used: {error}; write dataset, or another "
-            "load_from_checkpoint"
-        ) from None
-
-
 def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
-    theirs, key = given.names.get(feature), source.config.state if feature == "state" else source.config.action
-    ours = names_of(source.metadata.features[key])
+    theirs, ours, key = given.names.get(feature), source.names(feature), getattr(source.config, feature)
     if theirs is None or ours is None or len(theirs) != len(ours):
         return
     if (found := misplaced(ours, theirs, range(len(ours)))) is not None:
@@ -278,12 +304,12 @@ def _check_given(given: GivenStatistics, feature: str, source: Source) -> None:
 
 
 def finite_columns(source: Source, name: str) -> list[np.ndarray]:
-    """The state or action column of a source in pieces.
+    """Reads the state or action column of a source, in pieces.
 
     Raises:
         ValueError: if a value is not finite, naming its episode, frame and dimension.
     """
-    key = source.config.state if name == "state" else source.config.action
+    key = getattr(source.config, name)
     blocks, before = source.blocks(key), 0
     for block in blocks:
         if (bad := first_non_finite(block)) is not None:

@@ -1,4 +1,4 @@
-"""Arrow's columns as numpy's arrays."""
+"""Turns columns of Arrow into arrays of numpy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def to_numpy(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """The values of a column of numbers, (rows,), without a copy where they lie in one piece.
+    """Returns the values of a column of numbers, (rows,), without a copy where they lie in one piece.
 
     Arrow's own ``to_numpy`` imports pandas first, half a second of each start; it serves where values are missing.
     """

@@ -1,4 +1,4 @@
-"""The low-dimensional columns of a data set as arrays mapped into memory: one copy for all processes of a machine.
+"""Maps the low-dimensional columns of a data set into memory as arrays: one copy for all processes of a machine.
 
 A large data set has tens of thousands of row groups, which take seconds to read and hundreds of megabytes to hold. They
 are read once, and kept as plain arrays beside the data set, or in the user's cache where that cannot be written. The
@@ -54,7 +54,7 @@ class ColumnTable:
         return state
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """(rows, dims) of a column, read-only.
+        """Returns a column, (rows, dims), read-only.
 
         Raises:
             ValueError: if a file does not hold the frames that the metadata count.
@@ -63,7 +63,7 @@ class ColumnTable:
         return self.load()[name]
 
     def load(self) -> dict[str, np.ndarray]:
-        """All columns; see ``__getitem__``."""
+        """Maps all columns; see ``__getitem__``."""
         if self._arrays is None:
             if self._folder is None:
                 self._arrays, self._folder = self._load()
@@ -77,20 +77,20 @@ class ColumnTable:
             self._arrays = None
 
     def begins(self, episodes: np.ndarray) -> np.ndarray:
-        """The row of the first frame of each of these episodes."""
+        """Finds the row of the first frame of each of these episodes."""
         if self._begins is None:
             lengths = np.where(self._held(), self.metadata.episodes["length"], 0)
             self._begins = np.cumsum(lengths) - lengths
         return self._begins[episodes]
 
     def _held(self) -> np.ndarray:
-        """(all episodes,) bool: those in the files of the wanted ones."""
+        """Finds the episodes in the files of the wanted ones, (all episodes,) bool."""
         place = self.metadata.data_places()
         return np.isin(place, place[self.episodes])
 
     def _files(self) -> list[tuple[Path, np.ndarray]]:
-        """Each data file with the episodes in it."""
-        return files_of(self.metadata, np.flatnonzero(self._held()), "data", self.metadata.data_file)
+        """Lists the data files, each with the episodes in it."""
+        return files_of(self.metadata, np.flatnonzero(self._held()), "data")
 
     def _load(self) -> tuple[dict[str, np.ndarray], Path | None]:
         files, root = self._files(), self.metadata.root
@@ -111,12 +111,12 @@ class ColumnTable:
         return digest.hexdigest()
 
     def _widths(self) -> dict[str, int]:
-        """Numbers in a row of each column, by the metadata."""
+        """Reads from the metadata how many numbers a row of each column has."""
         features = self.metadata.features  # without LeRobot's own columns, one number each, in some data sets
         return {name: math.prod(features[name]["shape"]) if name in features else 1 for name in self.names}
 
     def _read(self, files: Sequence[tuple[Path, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Every row at its place, whatever the order of the rows in the files."""
+        """Brings every row to its place, whatever the order of the rows in the files."""
         import pyarrow as pa
 
         rows = int(self.metadata.episodes["length"][self._held()].sum())
@@ -145,7 +145,7 @@ class ColumnTable:
         return arrays
 
     def _missing(self, seen: np.ndarray) -> ValueError:
-        """What is wrong where not every row has been seen."""
+        """Words the error where not every row has been seen."""
         row = int(np.flatnonzero(~seen)[0])
         held = np.flatnonzero(self._held())
         episode = int(held[np.searchsorted(self.begins(held), row, side="right") - 1])
@@ -165,8 +165,8 @@ class ColumnTable:
         )
 
     def unreadable(self) -> Iterator[tuple[np.ndarray, ValueError]]:
-        """The wanted episodes in each file that cannot be read or lacks some of their frames, and why; keeps nothing."""
-        for _, members in files_of(self.metadata, self.episodes, "data", self.metadata.data_file):
+        """Yields the wanted episodes in each file that cannot be read or lacks some of their frames, and why; keeps nothing."""
+        for _, members in files_of(self.metadata, self.episodes, "data"):
             part = ColumnTable(self.metadata, members, self.names)
             try:
                 part._read(part._files())
@@ -175,7 +175,7 @@ class ColumnTable:
 
 
 def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Episode and frame of each row of a parquet file, and columns as (rows, dims); ``widths`` has the dims of each.
+    """Reads episode and frame of each row of a parquet file, and columns as (rows, dims); ``widths`` has the dims of each.
 
     Raises:
         ValueError: if the file is damaged, or a column is missing or has other dims, naming the file.
@@ -230,7 +230,7 @@ def _columns_of(path: Path, widths: Mapping[str, int]) -> tuple[np.ndarray, np.n
 
 
 def _not_numbers(kind: pa.DataType) -> pa.DataType | None:
-    """What a column holds, or the lists in it, if that is neither numbers nor true and false."""
+    """Tells what a column holds, or the lists in it, if that is neither numbers nor true and false."""
     import pyarrow as pa
 
     if isinstance(kind, pa.BaseExtensionType):  # those of the package `datasets` for arrays

@@ -1,4 +1,4 @@
-"""Names of the dimensions of states and actions, by which it shows whether two of them mean the same at each place."""
+"""Reads the names of the dimensions of states and actions, and tells by them whether two mean the same at each place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _POSITION = ("pos", "position")  # what LeRobot's robots write behind a joint's 
 
 
 def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Names of a feature's dimensions, or None where the data set has none, or not one for each.
+    """Reads the names of a feature's dimensions, or None where the data set has none, or not one for each.
 
     Args:
         feature: its entry in ``meta/info.json``; ``names`` is a list, or in older recordings ``{"motors": [name, …]}`` or
@@ -26,19 +26,20 @@ def names_of(feature: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def fitting(names: Any, dims: int) -> tuple[str, ...] | None:
-    """The names as a tuple, or None unless there is one for each dimension."""
+    """Returns the names as a tuple, or None unless there is one for each dimension."""
     if not isinstance(names, list | tuple) or len(names) != dims:
         return None
     return tuple(str(name) for name in names)
 
 
-def labels_of(feature: Mapping[str, Any]) -> list[str]:
-    """The names, or numbers where there are none."""
-    return list(names_of(feature) or map(str, range(math.prod(feature["shape"]))))
+def labels_of(feature: Mapping[str, Any], unnamed: str) -> list[str]:
+    """Gives each dimension a label, no two alike: its name if they are so, else ``unnamed`` and a number."""
+    names, dims = names_of(feature), math.prod(feature["shape"])
+    return list(names) if names and len(set(names)) == dims else [f"{unnamed} {number}" for number in range(dims)]
 
 
 def alike(one: Sequence[str], other: Sequence[str]) -> list[bool]:
-    """For each place whether both names there are the same, in any case, and with or without what all of a list have at
+    """Tells for each place whether both names there are the same, in any case, and with or without what all of a list have at
     their beginning or end (``left_``) and ``.pos``."""
     plain = zip(_plain(one), _plain(other), strict=False)
     exact = zip(_lower(one), _lower(other), strict=False)
@@ -46,7 +47,7 @@ def alike(one: Sequence[str], other: Sequence[str]) -> list[bool]:
 
 
 def misplaced(one: Sequence[str], other: Sequence[str], dims: Iterable[int]) -> tuple[int, str] | None:
-    """The first of these places at which the names differ and one of them stands at another place of the other list.
+    """Finds the first of these places at which the names differ and one of them stands elsewhere in the other list.
 
     Names that are nowhere in the other list tell nothing: those two are paired by their place.
 
@@ -71,7 +72,7 @@ def _lower(names: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def _plain(names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The parts of each name, without what all have in common at either end; never down to a number, which says little:
+    """Splits each name into its parts, without what all have in common at either end; never down to a number, which says little:
     ``state_0`` and ``joint_0`` are not the same."""
     split = [tuple(part for part in re.split(r"[^a-z0-9]+", name) if part) for (name,) in _lower(names)]
     split = [parts[:-1] if parts and parts[-1] in _POSITION and _tells(parts[:-1]) else parts for parts in split]

@@ -1,4 +1,4 @@
-"""The table of episodes in the metadata of a data set, without what is not needed and without the memory that costs.
+"""Reads the table of episodes of a data set without its statistics, and without the memory that those cost.
 
 LeRobot writes ten episodes to a row group, each with statistics of every feature. For fifty thousand episodes the description
 of the row groups alone takes a second and half a gigabyte, so the numbers that are needed are kept apart.
@@ -27,7 +27,7 @@ _DAMAGED = 2
 
 
 def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Column → (episodes,): the numbers in the parquet files, statistics left out.
+    """Reads the numbers in the parquet files, statistics left out: column → (episodes,).
 
     Raises:
         ValueError: if a file is damaged.
@@ -43,7 +43,7 @@ def read_episodes(repo_id: str, root: Path, paths: Sequence[Path]) -> dict[str, 
 
 
 def _parsed_apart(repo_id: str, paths: Sequence[Path]) -> dict[str, np.ndarray]:
-    """In a process of its own, which gives the memory back when it ends."""
+    """Reads them in a process of its own, which gives the memory back when it ends."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "episodes.npz"
         command = [sys.executable, "-m", __spec__.name, repo_id, str(result), *map(str, paths)]

@@ -1,4 +1,4 @@
-"""Which episodes of a data set are used, and which of them are held out for validation."""
+"""Chooses which episodes of a data set are used, and which of them are held out for validation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent.data.recorded.metadata import Metadata, spelled
 
 
 def choose_episodes(metadata: Metadata, numbers: Sequence[int] | None, split: str | None) -> np.ndarray:
-    """The episodes that ``episodes`` or ``split`` select, ascending.
+    """Returns the episodes that ``episodes`` or ``split`` select, ascending.
 
     Raises:
         ValueError: if both are given, nothing is selected, or an episode does not exist or is named twice.

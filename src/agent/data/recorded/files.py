@@ -1,21 +1,20 @@
-"""Is the data set on disk, complete and readable? Asked before LeRobot, which would go to the hub instead of saying.
+"""Finds a data set on disk or on the hub, and checks that its files are complete and readable, before LeRobot is asked.
 
-A folder that is missing, half copied or cut short is named here with the episodes it costs, in seconds, rather
-than by a decoder in the night.
+A folder that is missing, half copied or cut short is named here with the episodes it costs, in seconds, rather than by a
+decoder in the night; LeRobot would go to the hub instead of saying what is wrong.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from agent import hub
 from agent.data.recorded.metadata import Metadata, read_metadata, spelled
-from agent.data.recorded.mp4 import frame_times
+from agent.data.recorded.mp4 import frame_times, outermost_boxes
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +22,7 @@ _VERSION = "v3.0"
 
 
 def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
-    """The local folder of a data set's metadata; from the hub it is downloaded when it is not there yet.
+    """Finds the local folder of a data set's metadata, which is downloaded from the hub when it is not there yet.
 
     Raises:
         ValueError: if the folder is missing or holds no data set, or the hub cannot be reached.
@@ -55,10 +54,8 @@ def locate(repo_id: str, root: str | None, revision: str | None) -> Path:
 
 def fetch_missing(metadata: Metadata, episodes: np.ndarray, revision: str | None) -> Metadata:
     """Downloads what the selected episodes of a data set on the hub still lack; returns the metadata there."""
-    wanted = {path for path, _ in files_of(metadata, episodes, "data", metadata.data_file)}
-    for key in metadata.video_keys:
-        found = files_of(metadata, episodes, f"videos/{key}", partial(metadata.video_file, key=key))
-        wanted |= {path for path, _ in found}
+    kinds = ["data", *(f"videos/{key}" for key in metadata.video_keys)]
+    wanted = {path for kind in kinds for path, _ in files_of(metadata, episodes, kind)}
     if all(path.is_file() for path in wanted):
         return metadata
     patterns = sorted(str(path.relative_to(metadata.root)) for path in wanted)
@@ -93,101 +90,87 @@ def verify_files(metadata: Metadata, episodes: np.ndarray, videos: bool = True) 
 def look_through(
     metadata: Metadata, episodes: np.ndarray, videos: bool = True
 ) -> Iterator[tuple[np.ndarray, ValueError | None]]:
-    """Opens the same files one after the other: the selected episodes in each, and what is wrong with it."""
+    """Opens the same files one after the other; yields the selected episodes in each, and what is wrong with it."""
     _, number = np.unique(metadata.data_places(), return_inverse=True)
     # Rows of episodes that are not selected are in the file, too.
     rows = np.bincount(number, weights=metadata.episodes["length"]).astype(np.int64)
-    for path, members in files_of(metadata, episodes, "data", metadata.data_file):
+    for path, members in files_of(metadata, episodes, "data"):
         expected = int(rows[number[members[0]]])
-        yield members, _problem(partial(_verify_parquet, metadata.repo_id, path, members, expected))
-    for key in metadata.video_keys if videos else []:
-        place = f"videos/{key}"
-        for path, members in files_of(metadata, episodes, place, partial(metadata.video_file, key=key)):
-            ends = metadata.episodes[f"{place}/to_timestamp"][members]
-            fps = float(metadata.info["fps"])
-            yield members, _problem(partial(_verify_video, metadata.repo_id, path, members, ends, fps))
+        yield members, _damaged(metadata.repo_id, path, members, _wrong_table(path, expected))
+    for kind in [f"videos/{key}" for key in metadata.video_keys] if videos else []:
+        for path, members in files_of(metadata, episodes, kind):
+            last = float(metadata.episodes[f"{kind}/to_timestamp"][members].max())
+            wrong = _wrong_video(path, last, float(metadata.info["fps"]))
+            yield members, _damaged(metadata.repo_id, path, members, wrong)
 
 
-def _problem(verify: Callable[[], None]) -> ValueError | None:
-    try:
-        verify()
-    except ValueError as error:
-        return error
-    return None
-
-
-def files_of(
-    metadata: Metadata, episodes: np.ndarray, place: str, path_of: Callable[[int], Path]
-) -> list[tuple[Path, np.ndarray]]:
-    """Each file of one kind with the selected episodes in it."""
-    _, number = np.unique(metadata.places(place)[episodes], return_inverse=True)
+def files_of(metadata: Metadata, episodes: np.ndarray, kind: str) -> list[tuple[Path, np.ndarray]]:
+    """Lists the files of a kind, ``data`` or ``videos/<key>``, each with the selected episodes in it."""
+    _, number = np.unique(metadata.places(kind)[episodes], return_inverse=True)
     members = np.split(episodes[np.argsort(number, kind="stable")], np.cumsum(np.bincount(number))[:-1])
-    return [(path_of(int(part[0])), part) for part in members]
+    return [(metadata.file(kind, int(part[0])), part) for part in members]
 
 
-def _damaged(repo_id: str, path: Path, episodes: np.ndarray, what: str) -> ValueError:
+def _damaged(repo_id: str, path: Path, episodes: np.ndarray, what: str | None) -> ValueError | None:
+    if what is None:
+        return None
     return ValueError(
         f"data set {repo_id}: {path} {what}. It holds episodes {spelled(episodes)}: "
         "copy the file again, or leave these episodes out with `episodes` or `split`."
     )
 
 
-def _verify_parquet(repo_id: str, path: Path, episodes: np.ndarray, rows: int) -> None:
+def _wrong_table(path: Path, rows: int) -> str | None:
+    """Returns what is wrong with a data file that must have ``rows`` rows, or None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise _damaged(repo_id, path, episodes, "is missing")
+        return "is missing"
     try:
         found = pq.read_metadata(path).num_rows
     except (pa.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise _damaged(repo_id, path, episodes, f"is empty, cut short or damaged ({reason})") from error
-    if found != rows:
-        raise _damaged(repo_id, path, episodes, f"has {found} rows where the metadata counts {rows}")
+        return f"is empty, cut short or damaged ({str(error).splitlines()[0]})"
+    return None if found == rows else f"has {found} rows where the metadata counts {rows}"
 
 
-def _verify_video(repo_id: str, path: Path, episodes: np.ndarray, ends: np.ndarray, fps: float) -> None:
-    """Whether its frames are those of its episodes is found by `agent.data.recorded.stretches`, where its index tells."""
+def _wrong_video(path: Path, last: float, fps: float) -> str | None:
+    """Returns what is wrong with a video whose episodes reach ``last`` seconds, or None.
+
+    Whether its frames are those of its episodes is found by `agent.data.recorded.stretches`, where its index tells.
+    """
     import av
 
     if not path.is_file():
-        raise _damaged(repo_id, path, episodes, "is missing")
+        return "is missing"
     try:
         gap = _missing_bytes(path)
     except OSError as error:  # of another user, perhaps
-        raise _damaged(repo_id, path, episodes, f"cannot be read ({error.strerror})") from error
+        return f"cannot be read ({error.strerror})"
     if gap is not None:
-        raise _damaged(repo_id, path, episodes, gap)
+        return gap
     try:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             known = stream.duration is not None and stream.time_base is not None
             duration = float(stream.duration * stream.time_base) if known else None  # type: ignore[operator]
     except (av.FFmpegError, IndexError) as error:
-        raise _damaged(repo_id, path, episodes, f"cannot be opened as a video ({error})") from error
-    if duration is not None and duration < (last := ends.max()) - 1.5 / fps and frame_times(path) is None:
-        raise _damaged(repo_id, path, episodes, f"ends at {duration:.2f} s, its episodes reach {last:.2f} s")
+        return f"cannot be opened as a video ({error})"
+    if duration is not None and duration < last - 1.5 / fps and frame_times(path) is None:
+        return f"ends at {duration:.2f} s, its episodes reach {last:.2f} s"
+    return None
 
 
 def _missing_bytes(path: Path) -> str | None:
-    """What is wrong with the outermost boxes of an mp4, or None.
+    """Returns what is wrong with the outermost boxes of an mp4, or None.
 
     LeRobot writes the index at the front, so a file that was cut short opens without complaint and fails only
     when a frame of its missing part is asked for. The lengths of the boxes tell.
     """
-    size, offset, kinds = path.stat().st_size, 0, set()
+    size, kinds = path.stat().st_size, set()
     with path.open("rb") as file:
-        while offset < size:
-            file.seek(offset)
-            header = file.read(16)
-            length, kind = int.from_bytes(header[:4], "big"), header[4:8]
-            if length == 1:  # a 64-bit length follows
-                length = int.from_bytes(header[8:16], "big")
-            elif length == 0:  # to the end of the file
-                length = size - offset
+        for kind, offset, _, length in outermost_boxes(file, size):
             if length < 8 or offset + length > size:
                 return f"is cut short or damaged after byte {offset} of {size}"
             kinds.add(kind)
-            offset += length
     return None if {b"moov", b"mdat"} <= kinds else "is empty or no complete mp4"

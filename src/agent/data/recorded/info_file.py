@@ -1,4 +1,4 @@
-"""``meta/info.json`` of a data set, and the JSON lines of older formats: every value is checked where it is read.
+"""Reads ``meta/info.json`` of a data set, and the JSON lines of older formats, and checks every value.
 
 Whoever wrote a data set may have written anything. An error names the data set, the file and the key, says what stands
 there, and what is to stand there instead.
@@ -18,7 +18,7 @@ _REPAIR = "copy the file again, or write what was recorded"
 
 
 def read_json_object(name: str, path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Args:
         name: of the data set, for errors.
@@ -58,7 +58,7 @@ def check_info(name: str, path: Path, info: Mapping[str, Any]) -> None:
 
 
 def check_v2_info(name: str, path: Path, info: Mapping[str, Any]) -> None:
-    """The same of what the conversion from v2.0 reads."""
+    """Checks the values that the conversion from v2.0 reads, likewise."""
     _check_values(
         name,
         path,
@@ -89,7 +89,7 @@ def _check_features(name: str, path: Path, info: Mapping[str, Any], numbers: Map
 
 
 def splits_of(name: str, path: Path, info: Mapping[str, Any], episodes: int) -> dict[str, Any]:
-    """What ``info.json`` says of each split, unread; ``train`` is all episodes where it names none.
+    """Returns what ``info.json`` says of each split, unread; ``train`` is all episodes where it names none.
 
     Raises:
         ValueError: if ``splits`` is no object.
@@ -104,7 +104,7 @@ def splits_of(name: str, path: Path, info: Mapping[str, Any], episodes: int) -> 
 
 
 def split_bounds(name: str, path: Path, split: str, value: Any, episodes: int) -> tuple[int, int]:
-    """The first episode of a split and the one behind its last, of what ``splits_of`` says of it.
+    """Reads what ``splits_of`` says of a split: its first episode, and the one behind its last.
 
     Raises:
         ValueError: if that is no pair of numbers, or reaches beyond the ``episodes`` that there are.
@@ -120,7 +120,7 @@ def split_bounds(name: str, path: Path, split: str, value: Any, episodes: int) -
 
 
 def read_lines(name: str, path: Path, **kinds: type) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, as formats before v3 have them.
+    """Reads the objects of a file of JSON lines, as formats before v3 have them.
 
     Args:
         name: of the data set, for errors.
@@ -151,7 +151,7 @@ def read_lines(name: str, path: Path, **kinds: type) -> Iterator[dict[str, Any]]
 
 
 def first_empty_line(path: Path) -> str | None:
-    """What is to be said of the first empty line of a file, over which LeRobot's converter stumbles; None without one."""
+    """Says where the first empty line of a file is, over which LeRobot's converter stumbles; None without one."""
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -159,7 +159,7 @@ def first_empty_line(path: Path) -> str | None:
 
 
 def empty_line(path: Path, number: int) -> str:
-    """What is to be said of an empty line."""
+    """Says that a line is empty, and how to take it out."""
     return (
         f"line {number} of {path} is empty, which LeRobot's converter does not read: take empty lines out with "
         f"sed -i '/^\\s*$/d' {shlex.quote(str(path))}"

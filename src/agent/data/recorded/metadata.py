@@ -1,4 +1,4 @@
-"""What the ``meta`` folder of a LeRobot v3 data set says, read and checked."""
+"""Reads and checks what the ``meta`` folder of a LeRobot v3 data set says."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Metadata:
         ]
 
     def splits(self) -> dict[str, Any]:
-        """What ``meta/info.json`` says of each split; see ``split``.
+        """Returns what ``meta/info.json`` says of each split; see ``split``.
 
         Raises:
             ValueError: if it says nothing that could be a split.
@@ -58,7 +58,7 @@ class Metadata:
         return splits_of(f"data set {self.repo_id}", self._info_file, self.info, self.total_episodes)
 
     def split(self, name: str) -> tuple[int, int]:
-        """The first episode of a split, and the one behind its last.
+        """Returns the first episode of a split, and the one behind its last.
 
         Raises:
             ValueError: if that is not what stands there.
@@ -71,23 +71,26 @@ class Metadata:
         return self.root / "meta" / "info.json"
 
     def data_places(self) -> np.ndarray:
-        """(episodes,) a number for each one's parquet file, the same for episodes in one file."""
+        """Numbers the parquet file of each episode, (episodes,): the same number for episodes in one file."""
         return self.places("data")
 
     def places(self, kind: str) -> np.ndarray:
-        """(episodes,) a number for each one's file of a kind: ``data`` or ``videos/<key>``."""
+        """Numbers each episode's file of a kind, ``data`` or ``videos/<key>``: (episodes,)."""
         return self.episodes[f"{kind}/chunk_index"].astype(np.int64) << 32 | self.episodes[f"{kind}/file_index"]
 
+    def file(self, kind: str, episode: int) -> Path:
+        """Names the file of a kind that holds an episode: ``data``, or ``videos/<key>`` for its frames of one camera."""
+        numbers = {name: int(self.episodes[f"{kind}/{name}"][episode]) for name in ("chunk_index", "file_index")}
+        template = self.info["data_path" if kind == "data" else "video_path"]
+        return self.root / template.format(video_key=kind.removeprefix("videos/"), **numbers)
+
     def data_file(self, episode: int) -> Path:
-        """The parquet file that holds an episode."""
-        chunk, file = (int(self.episodes[f"data/{name}"][episode]) for name in ("chunk_index", "file_index"))
-        return self.root / self.info["data_path"].format(chunk_index=chunk, file_index=file)
+        """Names the parquet file that holds an episode."""
+        return self.file("data", episode)
 
     def video_file(self, episode: int, key: str) -> Path:
-        """The mp4 file that holds an episode's frames of one camera."""
-        names = (f"videos/{key}/chunk_index", f"videos/{key}/file_index")
-        chunk, file = (int(self.episodes[name][episode]) for name in names)
-        return self.root / self.info["video_path"].format(video_key=key, chunk_index=chunk, file_index=file)
+        """Names the mp4 file that holds an episode's frames of one camera."""
+        return self.file(f"videos/{key}", episode)
 
 
 def _is_depth(feature: dict[str, Any]) -> bool:
@@ -96,7 +99,7 @@ def _is_depth(feature: dict[str, Any]) -> bool:
 
 
 def spelled(episodes: Sequence[int] | np.ndarray) -> str:
-    """Episode numbers for a message: ``0-3, 7``; long lists are cut."""
+    """Spells episode numbers for a message: ``0-3, 7``; long lists are cut."""
     numbers = np.unique(np.asarray(episodes, dtype=np.int64))
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
     parts = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run)]
@@ -155,7 +158,7 @@ def _check_version(repo_id: str, root: Path, version: str) -> None:
 
 
 def _by_number(repo_id: str, info: dict[str, Any], episodes: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns, checked, with episode n in row n."""
+    """Checks the columns, and brings episode n into row n."""
     places = ("chunk_index", "file_index")
     whole, seconds = ["episode_index", "length", *(f"data/{name}" for name in places)], []
     for key in (key for key, feature in info["features"].items() if feature["dtype"] == "video"):

@@ -1,4 +1,4 @@
-"""When the pictures of an mp4 are shown, by its index alone: nothing is decoded, no picture is read.
+"""Reads from the index of an mp4 when its pictures are shown: nothing is decoded, no picture is read.
 
 FFmpeg tells it only by reading every packet, which for a large data set is every video. The index of a file with a hundred
 thousand pictures is read here in milliseconds. Boxes and fields are those of ISO/IEC 14496-12.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -16,7 +17,7 @@ _INSIDE = (b"trak", b"mdia", b"minf", b"stbl", b"edts")
 
 
 def frame_times(path: Path) -> np.ndarray | None:
-    """Seconds at which the pictures of the first video track are shown, ascending, (frames,) float64.
+    """Reads the seconds at which the pictures of the first video track are shown, ascending, (frames,) float64.
 
     None where this index does not tell: a fragmented file, several edits, or no mp4 at all.
 
@@ -33,34 +34,43 @@ def frame_times(path: Path) -> np.ndarray | None:
 
 
 def _movie(path: Path) -> bytes | None:
-    """The contents of the box ``moov``."""
-    size, offset = path.stat().st_size, 0
+    """Reads the contents of the box ``moov``."""
     with path.open("rb") as file:
-        while offset < size:
-            file.seek(offset)
-            header = file.read(16)
-            length, begin = int.from_bytes(header[:4], "big"), 8
-            if length == 1:  # a 64-bit length follows
-                length, begin = int.from_bytes(header[8:16], "big"), 16
-            elif length == 0:  # to the end of the file
-                length = size - offset
+        for kind, offset, begin, length in outermost_boxes(file, path.stat().st_size):
             if length < begin:
                 return None
-            if header[4:8] == b"moov":
+            if kind == b"moov":
                 file.seek(offset + begin)
                 return file.read(length - begin)
-            offset += length
     return None
+
+
+def outermost_boxes(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Yields kind, place, bytes of the header and of the whole, of each box of a file of this size.
+
+    The lengths are as they are written, which may be anything; whoever reads them stops at one that cannot be.
+    """
+    offset = 0
+    while offset < size:
+        file.seek(offset)
+        header = file.read(16)
+        begin, length = _lengths(header, size - offset)
+        yield header[4:8], offset, begin, length
+        offset += length
+
+
+def _lengths(header: bytes | memoryview, rest: int) -> tuple[int, int]:
+    """Reads how many bytes the header of a box has, and the whole of it."""
+    length = int.from_bytes(header[:4], "big")
+    if length == 1:  # a 64-bit length follows
+        return 16, int.from_bytes(header[8:16], "big")
+    return 8, length or rest  # 0 stands for all that is left
 
 
 def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
     offset = 0
     while offset + 8 <= len(data):
-        length, begin = int.from_bytes(data[offset : offset + 4], "big"), 8
-        if length == 1:
-            length, begin = int.from_bytes(data[offset + 8 : offset + 16], "big"), 16
-        elif length == 0:
-            length = len(data) - offset
+        begin, length = _lengths(data[offset : offset + 16], len(data) - offset)
         if length < begin:
             raise ValueError("a box shorter than its header")
         yield bytes(data[offset + 4 : offset + 8]), data[offset + begin : offset + length]
@@ -68,7 +78,7 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _track(data: memoryview) -> dict[bytes, memoryview]:
-    """The boxes of a track, those within others among them."""
+    """Collects the boxes of a track, those within others among them."""
     found: dict[bytes, memoryview] = {}
     for kind, content in _boxes(data):
         found |= (
@@ -107,7 +117,7 @@ def _times(movie: bytes) -> np.ndarray | None:
 
 
 def _timescale(header: memoryview) -> int:
-    """Units in a second; of ``mdhd`` or ``mvhd``, which begin alike."""
+    """Reads the units in a second from ``mdhd`` or ``mvhd``, which begin alike."""
     (units,) = struct.unpack_from(">I", header, 20 if header[0] == 1 else 12)
     if not units:
         raise ValueError("no time scale")
@@ -115,14 +125,14 @@ def _timescale(header: memoryview) -> int:
 
 
 def _runs(box: memoryview, kind: str) -> np.ndarray:
-    """A table of (count, value), written out; ``kind`` is the type of the values."""
+    """Writes out a table of (count, value); ``kind`` is the type of the values."""
     (count,) = struct.unpack_from(">I", box, 4)
     table = np.frombuffer(box, dtype=[("count", ">u4"), ("value", kind)], count=count, offset=8)
     return np.repeat(table["value"].astype(np.int64), table["count"])
 
 
 def _edits(box: memoryview) -> list[tuple[int, int]]:
-    """(duration, first time shown) of each edit; -1 as time for an empty one."""
+    """Reads (duration, first time shown) of each edit; -1 as time for an empty one."""
     (count,) = struct.unpack_from(">I", box, 4)
     form, size = (">Qq", 20) if box[0] == 1 else (">Ii", 12)
     return [struct.unpack_from(form, box, 8 + size * number) for number in range(count)]

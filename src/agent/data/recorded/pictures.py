@@ -1,4 +1,4 @@
-"""Pictures of a camera are colours of 8 bits; anything else is refused by name rather than squeezed into them.
+"""Turns stored pictures into colours of 8 bits, and refuses by name what would have to be squeezed into them.
 
 Sixteen bits of depth in millimetres, cut off at 255, are one white square. What holds the same colours in another form (grey,
 a palette, transparency, an orientation in the file's notes) is converted, for the reader and for frame stores alike.
@@ -29,7 +29,7 @@ class NoColours(ValueError):
 
 
 def stored_picture(entry: Mapping[str, Any]) -> np.ndarray:
-    """A picture in a data file, as ``datasets.Image`` stores it, without its transparency: (H, W, 3) uint8.
+    """Reads a picture in a data file, as ``datasets.Image`` stores it, without its transparency: (H, W, 3) uint8.
 
     Raises:
         NoColours: if it is of another kind.
@@ -40,7 +40,7 @@ def stored_picture(entry: Mapping[str, Any]) -> np.ndarray:
 
 
 def raw_picture(entry: Mapping[str, Any]) -> np.ndarray:
-    """The same as it is stored, whatever it is."""
+    """Reads the picture as it is stored, whatever it is."""
     with _opened(entry) as image:
         return np.array(image)
 
@@ -52,7 +52,7 @@ def _opened(entry: Mapping[str, Any]) -> ImageFile:
 
 
 def colours(file: ImageFile) -> np.ndarray:
-    """(H, W, 3) uint8 of an opened picture that was not loaded yet.
+    """Converts an opened picture that was not loaded yet to (H, W, 3) uint8.
 
     Raises:
         NoColours: if it has more than 8 bits a channel, or channels that are no colours.
@@ -75,7 +75,7 @@ def colours(file: ImageFile) -> np.ndarray:
 
 
 def check_format(pixel_format: str) -> None:
-    """Whether FFmpeg turns pictures of this format into colours of 8 bits.
+    """Checks that FFmpeg turns pictures of this format into colours of 8 bits.
 
     Raises:
         NoColours: if they are grey of more than 8 bits, which are depths, or of floating-point numbers.
@@ -92,7 +92,7 @@ def check_format(pixel_format: str) -> None:
 
 
 def check_frame(frame: av.VideoFrame) -> None:
-    """``check_format`` of a decoded frame."""
+    """Checks the format of a decoded frame, likewise."""
     if frame.format.name not in ("yuv420p", "yuvj420p"):  # nearly all are
         check_format(frame.format.name)
 
@@ -108,7 +108,7 @@ def check_pictures(source: Source) -> None:
     for slot, key in source.cameras.items():
         for episode in dict.fromkeys(source.episodes[[0, -1]].tolist()):
             video = key in source.metadata.video_keys
-            path = source.metadata.video_file(episode, key) if video else source.metadata.data_file(episode)
+            path = source.metadata.file(f"videos/{key}" if video else "data", episode)
             if not path.is_file():
                 continue
             try:
@@ -145,7 +145,7 @@ def _check_data_file(path: Path, key: str) -> None:
 
 
 def _first_entries(path: Path, key: str) -> Iterator[Mapping[str, Any]]:
-    """The first picture of a data file, if it can be read."""
+    """Yields the first picture of a data file, if it can be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""Is the picture of every row in its episode's own stretch of video?
+"""Checks that the picture of every row is in its episode's own stretch of video.
 
 The metadata give each episode a stretch of a file (``from_timestamp``, ``to_timestamp``) and a number of rows, the rows have
 time stamps, and the file has its frames. The start of a training, ``--check true`` and ``agent.data.prepare`` hold them against
@@ -45,7 +45,7 @@ class Stretches:
 
     @classmethod
     def of(cls, metadata: Metadata, camera: str, tolerance_s: float = 0.0) -> Stretches:
-        """Of all episodes; ``camera`` is the key of a video."""
+        """Reads those of all episodes; ``camera`` is the key of a video."""
         table, place = metadata.episodes, f"videos/{camera}"
         starts, ends = (table[f"{place}/{name}_timestamp"].astype(np.float64) for name in ("from", "to"))
         numbers = np.arange(metadata.total_episodes)
@@ -53,7 +53,7 @@ class Stretches:
         return cls(numbers, metadata.places(place), starts, ends, table["length"], fps, tolerance_s)
 
     def __getitem__(self, places: np.ndarray) -> Stretches:
-        """Some of the episodes."""
+        """Takes some of the episodes."""
         names = ("episodes", "files", "starts", "ends", "lengths")
         return replace(self, **{name: getattr(self, name)[places] for name in names})
 
@@ -88,7 +88,7 @@ class Stretches:
 
 
 def offset_of(stamp: float, frame: int, fps: float) -> float:
-    """Seconds from its episode's first row to a row, in double precision.
+    """Returns the seconds from its episode's first row to a row, in double precision.
 
     A time stamp that says what the number of the frame says is a rounded form of it: single precision, LeRobot's, is no finer
     than a tenth of a millisecond beyond 1024 s.
@@ -98,7 +98,7 @@ def offset_of(stamp: float, frame: int, fps: float) -> float:
 
 
 def moment_of(metadata: Metadata, camera: str, episode: int, frame: int, stamp: float, tolerance_s: float) -> Moment:
-    """When the picture of a row is shown in its video, by the metadata and the row's time stamp."""
+    """Tells when the picture of a row is shown in its video, by the metadata and the row's time stamp."""
     fps = float(metadata.info["fps"])
     begin, end = (metadata.episodes[f"videos/{camera}/{name}_timestamp"][episode] for name in ("from", "to"))
     # No finer than the numbers that it is made of: single precision in data files, and in some tables of episodes.
@@ -108,26 +108,26 @@ def moment_of(metadata: Metadata, camera: str, episode: int, frame: int, stamp: 
 
 
 def offsets_of(table: ColumnTable, stretches: Stretches) -> np.ndarray:
-    """``offset_of`` each row of some episodes, (all rows,); ``table`` has the column ``timestamp``."""
+    """Computes ``offset_of`` for each row of some episodes, (all rows,); ``table`` has the column ``timestamp``."""
     rows = np.repeat(table.begins(stretches.episodes), stretches.lengths) + stretches.frames()
     stamps, even = table["timestamp"][rows, 0].astype(np.float64), stretches.offsets()
     return np.where(abs(stamps - even) <= _EVEN + _resolution(stamps), even, stamps)
 
 
 def astray(offsets: np.ndarray, stretches: Stretches) -> np.ndarray:
-    """(all rows,) bool: the row's time is outside its episode's stretch, or no number."""
+    """Finds the rows whose time is outside their episode's stretch, or no number: (all rows,) bool."""
     s = stretches
     room = np.repeat(s.ends - s.starts + s.reach - s.half, s.lengths)
     return ~((offsets >= -s.reach) & (offsets < room))
 
 
 def _resolution(seconds: np.ndarray | float) -> np.ndarray | float:
-    """The step of a number in single precision."""
+    """Returns the step of a number in single precision."""
     return np.spacing(np.abs(np.asarray(seconds, dtype=np.float32))).astype(np.float64)
 
 
 def wrong_by_the_table(stretches: Stretches, path_of: Callable[[int], Path]) -> dict[int, str]:
-    """Episode → how its stretch contradicts its rows or the next one's stretch; no file is opened.
+    """Tells how an episode's stretch contradicts its rows or the next one's stretch; no file is opened.
 
     Args:
         stretches: of all episodes of a camera, because each is held against its neighbour.
@@ -172,7 +172,7 @@ def wrong_by_the_table(stretches: Stretches, path_of: Callable[[int], Path]) -> 
 
 
 def _begins_with(s: Stretches, order: np.ndarray, place: int) -> bool:
-    """Whether the next one in order begins at the same time in the same file."""
+    """Tells whether the next one in order begins at the same time in the same file."""
     if place + 1 == len(order):
         return False
     this, following = order[place], order[place + 1]
@@ -194,7 +194,7 @@ class Matched:
 
 
 def match(times: np.ndarray, stretches: Stretches, offsets: np.ndarray) -> Matched:
-    """Which frame of a file is each row's.
+    """Finds which frame of a file is each row's.
 
     Args:
         times: seconds, ascending, of all frames in the file; at least one.
@@ -215,7 +215,7 @@ def match(times: np.ndarray, stretches: Stretches, offsets: np.ndarray) -> Match
 
 
 def by_counting(times: np.ndarray, stretches: Stretches) -> np.ndarray | None:
-    """(episodes,) the number of each one's first frame, counted from the beginning of the file, whatever its clock says.
+    """Counts frames from the beginning of the file, whatever its clock says: (episodes,) the number of each one's first.
 
     None unless nothing contradicts that: the file has as many frames as its episodes have rows, at an even rate, and the
     stretches say the same.
@@ -234,7 +234,7 @@ def by_counting(times: np.ndarray, stretches: Stretches) -> np.ndarray | None:
 
 
 def lacking(path: Path, frames: int, stretches: Stretches, place: int, near: np.ndarray) -> str:
-    """That a file does not hold all frames of an episode.
+    """Says that a file does not hold all frames of an episode.
 
     Args:
         path: of the file.
@@ -254,7 +254,7 @@ def lacking(path: Path, frames: int, stretches: Stretches, place: int, near: np.
 def picture_problems(
     metadata: Metadata, table: ColumnTable, episodes: np.ndarray, cameras: Sequence[str], tolerance_s: float
 ) -> dict[int, str]:
-    """Episode → why some of its pictures cannot be read from the videos, by their indices and the metadata alone.
+    """Tells, by indices and metadata alone, why some pictures of an episode cannot be read from the videos.
 
     Args:
         metadata: of the data set.
@@ -268,10 +268,10 @@ def picture_problems(
     """
     found: dict[int, str] = {}
     for camera in cameras:
-        every, path_of = Stretches.of(metadata, camera, tolerance_s), partial(metadata.video_file, key=camera)
-        wrong = wrong_by_the_table(every, path_of)
+        every = Stretches.of(metadata, camera, tolerance_s)
+        wrong = wrong_by_the_table(every, partial(metadata.file, f"videos/{camera}"))
         told = {int(episode): wrong[episode] for episode in np.intersect1d(episodes, list(wrong))}
-        for path, members in files_of(metadata, np.setdiff1d(episodes, list(told)), f"videos/{camera}", path_of):
+        for path, members in files_of(metadata, np.setdiff1d(episodes, list(told)), f"videos/{camera}"):
             told |= _wrong_in_a_file(path, every, members, table)
         for episode, why in told.items():
             found.setdefault(episode, f"{camera}: {why}")
@@ -279,7 +279,7 @@ def picture_problems(
 
 
 def _wrong_in_a_file(path: Path, every: Stretches, members: np.ndarray, table: ColumnTable) -> dict[int, str]:
-    """Of the episodes ``members``, which are in one file."""
+    """Tells the same of the episodes ``members``, which are in one file."""
     s = every[members]
     offsets, owner = offsets_of(table, s), np.repeat(np.arange(len(members)), s.lengths)
     outside = np.flatnonzero(astray(offsets, s))
@@ -327,13 +327,13 @@ def _wrong_in_a_file(path: Path, every: Stretches, members: np.ndarray, table: C
 
 
 def mapped_videos(metadata: Metadata, cameras: Mapping[str, str | None] | None) -> list[str]:
-    """Keys of the videos that a data set's entry has read; ``cameras`` is its own."""
+    """Lists the keys of the videos that a data set's entry has read; ``cameras`` is its own."""
     keys = metadata.camera_keys if cameras is None else cameras.values()
     return [key for key in metadata.video_keys if key in keys]
 
 
 def refusal(repo_id: str, problems: Mapping[int, str]) -> ValueError:
-    """What a training says that finds such episodes when it starts."""
+    """Words the error of a training that finds such episodes when it starts."""
     first = min(problems)
     return ValueError(
         f"data set {repo_id}: videos and rows of episodes {spelled(list(problems))} do not fit together. Episode {first}: "

@@ -1,4 +1,4 @@
-"""The table of instructions of a data set, ``meta/tasks.parquet``."""
+"""Reads the table of instructions of a data set, ``meta/tasks.parquet``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One frame of a video by its time stamp, with LeRobot's two decoders and without importing LeRobot.
+"""Decodes one frame of a video by its time stamp, with LeRobot's two decoders and without importing LeRobot.
 
 Importing LeRobot's data sets takes several seconds and hundreds of megabytes. The frames are the same: the calls of the
 decoders are those of ``lerobot.datasets.video_utils``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +51,39 @@ class Moment:
 
 
 class WrongTime(ValueError):
-    """The file may be as it was recorded: what is said of it, when the frame is shown, is not so."""
+    """A frame is not shown when the metadata say so, although the file may be as it was recorded."""
+
+
+@cache
+def choose_video_backend(asked: str | None, needed: bool = True) -> str:
+    """Chooses the decoder: ``torchcodec`` when it really loads, else ``pyav``; logged once.
+
+    Where no video is to be decoded it is not tried out, since importing it takes a second.
+
+    Raises:
+        ValueError: if the one that is asked for is unknown or does not load.
+    """
+    if asked not in (None, "torchcodec", "pyav"):
+        raise ValueError(f"data.train.video_backend is {asked!r}: write torchcodec, pyav, or leave it out")
+    if asked == "pyav" or not needed:
+        return asked or "pyav"
+    try:
+        # Installed is not enough: it binds FFmpeg's shared libraries when it is imported.
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        if asked == "torchcodec":
+            raise ValueError(
+                f"data.train.video_backend is torchcodec, which does not load here ({str(error).splitlines()[0]}). "
+                "Install FFmpeg's shared libraries, or leave the setting out to decode with pyav."
+            ) from error
+        logger.info("videos are decoded with pyav; torchcodec is faster but does not load here")
+        return "pyav"
+    logger.info("videos are decoded with torchcodec")
+    return "torchcodec"
 
 
 def decode_frame(path: Path, moment: Moment, backend: str) -> torch.Tensor:
-    """The frame at a time, (3, H, W) uint8.
+    """Decodes the frame at a time, (3, H, W) uint8.
 
     A frame that torchcodec does not find is asked for of PyAV, which from then on decodes that video in this process:
     torchcodec 0.11 may give another frame of HEVC than was asked for when it goes from place to place.
@@ -139,7 +167,7 @@ def _with_pyav(path: Path, moment: Moment, strict: bool) -> torch.Tensor:
 
 
 def _nearest(frames: Iterator[av.VideoFrame], moment: Moment, unit: float) -> tuple[Any, float, bool]:
-    """The stretch's frame nearest to a moment, when it is shown, and whether decoding began before it.
+    """Finds the stretch's frame nearest to a moment, when it is shown, and whether decoding began before it.
 
     Where frames are reordered, seeking may lead to a key frame behind the one that was asked for.
     """

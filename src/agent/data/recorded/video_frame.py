@@ -1,4 +1,4 @@
-"""A decoded frame as the picture that its video means.
+"""Turns a decoded frame into the picture that its video means.
 
 PyAV 15.1 converts every video as if its colours were BT.601's and leaves a rotation to the caller; torchcodec 0.11 follows what
 the file says of both. A run that reads videos with one of them, or frames that the other stored, has to see the same.

@@ -1,4 +1,4 @@
-"""Random crops and colours of training pictures: pure functions of the picture, the seed, the sample's number, the camera.
+"""Crops and recolours training pictures at random, as pure functions of picture, seed, sample number and camera.
 
 The definitions are those of ``torchvision.transforms.v2.functional`` (``resized_crop``, ``adjust_brightness``,
 ``adjust_contrast``, ``adjust_saturation``, ``adjust_hue``), in this order, for a quarter of the time: colours are shifted in
@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from agent.data.configuration import AugmentationConfig
 from agent.data.frames.encoding import in_planes
-from agent.data.samples.transforms import fitted_size
+from agent.data.resizing import fitted_size
 from agent.reproducibility import stream
 
 if TYPE_CHECKING:
@@ -23,87 +23,6 @@ if TYPE_CHECKING:
 
 _GREY = np.asarray([0.2989, 0.587, 0.114])  # of red, green and blue, as torchvision weighs them
 _ATTEMPTS = 10
-
-
-@dataclass
-class CameraAugmentation:
-    """What is different for one camera; what is not given is as for the others."""
-
-    crop_scale: tuple[float, float] | None = None
-    """For this camera alone."""
-    crop_ratio: tuple[float, float] | None = None
-    """For this camera alone."""
-    brightness: float | None = None
-    """For this camera alone."""
-    contrast: tuple[float, float] | None = None
-    """For this camera alone."""
-    saturation: tuple[float, float] | None = None
-    """For this camera alone."""
-    hue: float | None = None
-    """For this camera alone."""
-
-
-@dataclass
-class AugmentationConfig:
-    """Random changes of a data set's pictures; every value is drawn anew for each sample and camera."""
-
-    crop_scale: tuple[float, float] = (0.8, 1.0)
-    """Share of the picture's area that is cut out and enlarged to the whole again, least and most; [1, 1] with `crop_ratio`
-    [1, 1] keeps all of it."""
-    crop_ratio: tuple[float, float] = (0.9, 1.1)
-    """Width by height of what is cut out, least and most, relative to the picture's own: 1 distorts nothing."""
-    brightness: float = 0.1
-    """Every value is multiplied by a factor from 1 - `brightness` to 1 + `brightness`; 0 leaves it."""
-    contrast: tuple[float, float] = (0.9, 1.1)
-    """Least and largest factor of the differences from the picture's mean grey; [1, 1] leaves them."""
-    saturation: tuple[float, float] = (0.9, 1.1)
-    """Least and largest factor of the differences from each pixel's own grey; [1, 1] leaves them."""
-    hue: float = 0.05
-    """Hues are turned by up to this share of the colour circle, either way; 0 leaves them."""
-    cameras: dict[str, CameraAugmentation | None] | None = None
-    """Model camera → keys of these that are different for it, or null to leave its pictures as they are."""
-
-    def __post_init__(self) -> None:
-        self._check("augmentation")
-        for camera in self.cameras or {}:
-            if (own := self.of_camera(camera)) is not None:
-                own._check(f"augmentation.cameras.{camera}")
-
-    def of_camera(self, camera: str) -> AugmentationConfig | None:
-        """The values for one camera; None if its pictures are left as they are."""
-        given = (self.cameras or {}).get(camera, CameraAugmentation())
-        if given is None:
-            return None
-        values = {field.name: getattr(given, field.name) for field in fields(given)}
-        own = {name: value for name, value in values.items() if value is not None}
-        merged = replace(self, cameras=None)
-        for name, value in own.items():  # not by ``replace``, whose message would not name the camera
-            setattr(merged, name, value)
-        return merged
-
-    def _check(self, key: str) -> None:
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(
-                f"{key}.crop_scale must be two shares 0 < least ≤ most ≤ 1, such as [0.8, 1], got {[low, high]}"
-            )
-        low, high = self.crop_ratio
-        if not 0 < low <= high:
-            raise ValueError(
-                f"{key}.crop_ratio must be two ratios 0 < least ≤ most, such as [0.9, 1.1], got {[low, high]}"
-            )
-        for name in ("contrast", "saturation"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high <= 2:
-                raise ValueError(
-                    f"{key}.{name} must be two factors 0 ≤ least ≤ largest ≤ 2, such as [0.9, 1.1], got {[low, high]}"
-                )
-        if not 0 <= self.brightness <= 1:
-            raise ValueError(
-                f"{key}.brightness must be 0 to 1, such as 0.1 for factors of 0.9 to 1.1, got {self.brightness}"
-            )
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"{key}.hue must be 0 to 0.5, a share of the colour circle, such as 0.05, got {self.hue}")
 
 
 class Box(NamedTuple):
@@ -128,7 +47,7 @@ class Change(NamedTuple):
 
 
 class Augmentation(NamedTuple):
-    """Of one camera of one data set."""
+    """Changes the pictures of one camera of one data set."""
 
     config: AugmentationConfig
     """Its own values."""
@@ -136,7 +55,7 @@ class Augmentation(NamedTuple):
     """Where the picture lies in what the model sees."""
 
     def __call__(self, image: torch.Tensor, seed: int, k: int, camera: str) -> torch.Tensor:
-        """The picture of sample ``k``, changed: (3, H, W) uint8 to the same."""
+        """Changes the picture of sample ``k``, (3, H, W) uint8."""
         return augmented(image, self.picture, draw_change(self.config, self.picture, seed, k, camera))
 
 
@@ -147,7 +66,7 @@ def augmentations(
     resolution: tuple[int, int],
     dataset: str,
 ) -> dict[str, Augmentation]:
-    """The cameras of a data set whose pictures are changed.
+    """Finds the cameras of a data set whose pictures are changed.
 
     Args:
         config: of the data set; None for none of them.

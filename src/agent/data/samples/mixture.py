@@ -1,4 +1,4 @@
-"""Which sample is the k-th of the run: a pure function of the lengths, the weights and the seed.
+"""Tells which frame is the k-th sample of the run: a pure function of the lengths, the weights and the seed.
 
 Nothing is shuffled and nothing is stored: a keyed bijection answers "which frame comes at place k" in constant
 time and memory, so that a resume at k = 10**9 costs what a start at 0 costs.

@@ -10,9 +10,10 @@ import numpy as np
 
 from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
 from agent.data.normalization.robot import Robot
+from agent.data.resizing import resize_with_pad
 from agent.data.samples.augmentation import Augmentation
 from agent.data.samples.task_tokens import TaskTokens
-from agent.data.samples.transforms import SampleSpec, pad_vector, paraphrase, resize_with_pad
+from agent.data.samples.transforms import SampleSpec, pad_vector, paraphrase
 from agent.data.source import Source
 
 if TYPE_CHECKING:

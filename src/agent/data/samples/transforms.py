@@ -1,4 +1,4 @@
-"""Pure functions from a sample to a sample: resizing, padding, paraphrasing."""
+"""Changes samples by pure functions: padding and paraphrasing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from agent.reproducibility import stream
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -38,37 +34,8 @@ class SampleSpec:
     """The robot's own action dimensions; None to infer."""
 
 
-def fitted_size(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest picture with the proportions of ``old`` that fits into ``new``."""
-    ratio = max(old[1] / new[1], old[0] / new[0])
-    # openpi's truncation can round a side of a very long image to nothing
-    return max(1, int(old[0] / ratio)), max(1, int(old[1] / ratio))
-
-
-def resize_with_pad(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Resizes without distortion and centres on black, as openpi does.
-
-    Args:
-        image: (3, H, W) uint8.
-
-    Returns:
-        (3, height, width) uint8; differs from openpi's float result by rounding only.
-    """
-    import torch
-    from torch.nn.functional import interpolate, pad
-
-    old_height, old_width = image.shape[-2:]
-    if (old_height, old_width) == (height, width):
-        return image
-    new_height, new_width = fitted_size((old_height, old_width), (height, width))
-    resized = interpolate(image[None].float(), (new_height, new_width), mode="bilinear", align_corners=False)[0]
-    resized = resized.round_().clamp_(0, 255).to(torch.uint8)
-    top, left = (height - new_height) // 2, (width - new_width) // 2
-    return pad(resized, (left, width - new_width - left, top, height - new_height - top))
-
-
 def pad_vector(values: np.ndarray, size: int) -> np.ndarray:
-    """(…, d) → (…, size), zeros behind.
+    """Pads (…, d) to (…, size) with zeros behind.
 
     Raises:
         ValueError: if d is larger than ``size``.
@@ -82,7 +49,7 @@ def pad_vector(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def load_paraphrases(path: str, tasks: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The paraphrases of ``{instruction: [paraphrases]}`` and the tasks that have none.
+    """Reads the file ``{instruction: [paraphrases]}``; returns it, and the tasks that it lacks.
 
     Raises:
         ValueError: if the file cannot be read, has another form, or knows none of the tasks.
@@ -105,7 +72,7 @@ def load_paraphrases(path: str, tasks: Iterable[str]) -> tuple[dict[str, list[st
 
 
 def paraphrase(task: str, paraphrases: dict[str, list[str]], seed: int, k: int) -> str:
-    """The instruction of sample ``k``: with probability 0.5 one of its paraphrases."""
+    """Chooses the words of sample ``k``: with probability 0.5 one of the paraphrases."""
     if task not in paraphrases:
         return task
     generator = stream(seed, "paraphrase", k)
