@@ -93,7 +93,7 @@ MAY_IMPORT = {
     **{name: [] for name in GROUND},
     **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video", "results")},
     "simulation.starting": ["simulation.configuration"],
-    "simulation.environment": ["simulation.rendering"],
+    "simulation.metaworld": ["simulation.rendering"],
     "simulation.rollout": ["simulation.results"],
     "simulation.evaluation": ["checkpoints.manifest", "inference", "simulation.*"],
     "simulation.watching": ["simulation.*"],

@@ -108,7 +108,7 @@ def evaluate(
 
 def play_missing(request: Request, results: ResultsFolder, actor: Actor, height: int, width: int) -> None:
     """Plays the episodes that the results lack, and those whose video is asked for and not there."""
-    from agent.simulation.environment import PlainMetaworldEnv
+    from agent.simulation.metaworld import PlainMetaworldEnv
 
     def video_of(task: str, episode: int) -> Path | None:
         path = request.video(task, episode, results.path)
