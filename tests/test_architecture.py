@@ -26,7 +26,16 @@ MODULES = {
 DOORS = ["run", "command_line", "describe_config", "requeue", "sync_wandb", "prepare", "export", "report", "serve"]
 DOORS += ["evaluate_sim", "data.prepare", "data.from_rlds", "data.from_v20"]
 # Import nothing above them; anyone may import them.
-GROUND = ["batch", "reproducibility", "progress", "hub", "safe_files", "lifecycle.run_folder", "lifecycle.records"]
+GROUND = [
+    "batch",
+    "reproducibility",
+    "progress",
+    "hub",
+    "safe_files",
+    "spelling",
+    "lifecycle.run_folder",
+    "lifecycle.records",
+]
 # They name no model.
 ALL_BUT_DOORS_AND_FAMILIES = [name for name in MODULES if name not in DOORS and not name.startswith("models.pi0")]
 

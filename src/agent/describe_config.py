@@ -19,6 +19,7 @@ from typing import Any
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
+from agent.spelling import literal
 
 _INTRODUCTION = """# Configuration
 
@@ -107,11 +108,7 @@ def _default(field: dataclasses.Field) -> str:
         return "required"
     if dataclasses.is_dataclass(value):
         return ""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _hashable(value) else str(value)
-
-
-def _hashable(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    return literal(value)
 
 
 def _sections() -> Iterator[tuple[str, str, list[Entry]]]:

@@ -49,8 +49,8 @@ def evaluate_sim(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; {INSTALL}") from None
     from agent.checkpoints.weights import find_weights
-    from agent.simulation.metaworld import TASK_DESCRIPTIONS
     from agent.simulation.evaluation import Request, evaluate
+    from agent.simulation.metaworld import TASK_DESCRIPTIONS
     from agent.simulation.results import table
 
     if options.run:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from agent import command_line, hub
 from agent.data.prepare import own_arguments, prepare_all
 from agent.preflight.needs import check_together, items
-from agent.preflight.report import amount
+from agent.spelling import amount
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

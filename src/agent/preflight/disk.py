@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from agent.models import registry
 from agent.preflight.combinations import validates
 from agent.preflight.context import Context
-from agent.preflight.report import NotChecked, Row, amount
+from agent.preflight.report import NotChecked, Row
 from agent.preflight.schedule import plan
+from agent.spelling import amount
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig

@@ -9,9 +9,9 @@ from agent.models import registry
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 from agent.settings.gpus import GPUS, Gpu
+from agent.spelling import gib
 from agent.training.memory_advice import savings
 
-GIB = 1 << 30
 _MOST = 4096  # nobody asks for a larger batch, and none is looked for
 _TIGHT = 0.95  # of a GPU's memory: what needs more gets a warning
 
@@ -78,14 +78,14 @@ def largest_batch(context: Context, memory: int) -> int:
 
 def _needed(context: Context) -> str:
     batch = context.config.per_device_batch_size
-    return f"about {predicted(context, batch) / GIB:.1f} GiB with {batch} samples on a GPU, {context.cameras} cameras"
+    return f"about {gib(predicted(context, batch))} with {batch} samples on a GPU, {context.cameras} cameras"
 
 
 def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
     config, batch = context.config, context.config.per_device_batch_size
     need, most = predicted(context, batch), largest_batch(context, gpu.memory)
     text = (
-        f"{gpu.name} ({source}) has {gpu.memory / GIB:.1f} GiB: {_needed(context)}; largest per_device_batch_size "
+        f"{gpu.name} ({source}) has {gib(gpu.memory)}: {_needed(context)}; largest per_device_batch_size "
         f"{_spelled(most)}"
     )
     details = {"gpu": gpu.name, "predicted_bytes": need, "gpu_bytes": gpu.memory, "largest_batch": most}

@@ -19,7 +19,8 @@ from agent.preflight import disk, round_trip
 from agent.preflight.context import Context, Rehearsal
 from agent.preflight.memory import predicted
 from agent.preflight.pace import flop
-from agent.preflight.report import Row, amount, span
+from agent.preflight.report import Row
+from agent.spelling import amount, gib, span
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -170,7 +171,7 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
         peak = torch.cuda.max_memory_allocated()
         details["peak_bytes"] = peak
         expected = predicted(context, samples, alone=len(batches))
-        text += f"; {peak / 2**30:.1f} GiB at the peak, {expected / 2**30:.1f} predicted with the context"
+        text += f"; {gib(peak)} at the peak, {expected / 2**30:.1f} predicted with the context"
     if not all(map(math.isfinite, [*losses, result.grad_norm])):
         return Row("update", "fail", text, _NOT_FINITE, details)
     return Row("update", "pass", text, details=details)

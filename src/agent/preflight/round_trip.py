@@ -6,7 +6,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.preflight.report import Row, amount, span
+from agent.preflight.report import Row
+from agent.spelling import amount, span
 
 if TYPE_CHECKING:
     from torch import Tensor

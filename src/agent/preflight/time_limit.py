@@ -6,10 +6,11 @@ import math
 
 from agent.preflight.context import Context
 from agent.preflight.pace import paces
-from agent.preflight.report import Row, span
+from agent.preflight.report import Row
 from agent.preflight.schedule import plan
 from agent.preflight.slurm import SCRIPTS
 from agent.preflight.start import own_step
+from agent.spelling import span
 
 _SEEN = 0.05  # of the time spent waiting is worth a word
 _START_S = 180.0  # from a job's start to its first update: imports, data sets, weights. An allowance.

@@ -8,6 +8,7 @@ from typing import Any
 
 from agent.reporting.collect import RunRecord
 from agent.reporting.markup import NOTHING, details, missing, paragraph, section, table
+from agent.spelling import literal, ranges
 
 _CONFIG_CHARACTERS = 200_000
 
@@ -23,7 +24,7 @@ def hardware(runs: Sequence[RunRecord]) -> str:
             groups.append((facts, [place])) if alike is None else alike.append(place)
         for facts, places in groups[-12:]:
             name = [run.label] if len(runs) > 1 else []
-            which = [f"attempts {_ranges(places)}"] if len(groups) > 1 else []
+            which = [f"attempts {ranges(places, '–')}"] if len(groups) > 1 else []
             heads.append(", ".join(name + which) or "value")
             columns.append(facts)
     if not columns:
@@ -35,17 +36,6 @@ def hardware(runs: Sequence[RunRecord]) -> str:
     if any(set(facts) == {"host"} for facts in columns):
         parts.append(missing("Of attempts without more than a host, the machine was not recorded."))
     return section("hardware", "Hardware", *parts)
-
-
-def _ranges(places: Sequence[int]) -> str:
-    """[1, 2, 3, 5] → ``1–3, 5``."""
-    found: list[list[int]] = []
-    for place in places:
-        if found and place == found[-1][1] + 1:
-            found[-1][1] = place
-        else:
-            found.append([place, place])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
 
 
 def settings(runs: Sequence[RunRecord]) -> str:
@@ -87,8 +77,4 @@ def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if value is None:
         return NOTHING
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return str(value)
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else literal(value)

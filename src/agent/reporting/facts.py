@@ -14,13 +14,13 @@ from agent.reporting.markup import (
     NOTHING,
     duration,
     missing,
-    moment,
     number,
     paragraph,
     percent,
     section,
     table,
 )
+from agent.spelling import moment
 
 _MOST_ATTEMPTS = 150
 _DRAWS = "flow_samples_per_observation"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from html import escape
+
+from agent import spelling
 
 NOTHING = "–"
 """Where a table has no value."""
@@ -30,23 +31,8 @@ def percent(part: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """``8.2 s``, ``3 min 20 s``, ``5 h 03 min``, ``2 d 4 h``."""
-    if seconds is None:
-        return NOTHING
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes // 60 % 24} h"
-
-
-def moment(seconds: float | None) -> str:
-    """Unix seconds → date and time, in UTC."""
-    return NOTHING if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    """A measured time, in two units at most."""
+    return NOTHING if seconds is None else spelling.duration(seconds)
 
 
 def breakable(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from agent.deployment.observations import TASK, UnfitKeys
 from agent.deployment.processors import STATE
+from agent.spelling import nearest
 
 
 def told_to_client(
@@ -65,8 +65,8 @@ def _options(missing: Sequence[str], unknown: Mapping[str, Any], state_dim: int)
 def _alike(ours: str, theirs: Sequence[str]) -> str:
     """The key whose last part is most like that of the policy's; the client's first where none is."""
     short = {key.replace("/", ".").rpartition(".")[2]: key for key in reversed(theirs)}
-    near = difflib.get_close_matches(ours.rpartition(".")[2], short, n=1)
-    return short[near[0]] if near else theirs[0]
+    near = nearest(ours.rpartition(".")[2], short)
+    return theirs[0] if near is None else short[near]
 
 
 def _fitting(ours: str, unknown: Mapping[str, Any], state_dim: int) -> list[str]:

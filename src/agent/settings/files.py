@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
 from agent.settings.check import Mistake
+from agent.spelling import nearest
 
 
 class ConfigError(ValueError):
@@ -74,8 +74,11 @@ def _included_path(including: Path, name: str) -> Path:
 
 
 def _unknown_tag(loader: _Loader, node: Any) -> Any:
-    near = difflib.get_close_matches(node.tag, ["!include"])
-    hint = "did you mean !include?" if near else "the only one is !include; put a text that begins so in quotes"
+    hint = (
+        "did you mean !include?"
+        if nearest(node.tag, ["!include"])
+        else "the only one is !include; put a text that begins so in quotes"
+    )
     raise ConfigError(f"{loader.name}:{node.start_mark.line + 1}: {node.tag} is not a tag that is known; {hint}")
 
 
@@ -123,10 +126,10 @@ def _similar_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir() and folder.parent.is_dir():  # `models` for `model`
         folders = [p.name for p in folder.parent.iterdir() if p.is_dir()]
-        folder = folder.with_name((difflib.get_close_matches(folder.name, folders, n=1) or [folder.name])[0])
+        folder = folder.with_name(nearest(folder.name, folders) or folder.name)
     names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    near = nearest(path.name, names)
+    return f"; did you mean {folder / near}?" if near else ""
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(:-([^${}]*))?\}")

@@ -5,9 +5,10 @@ Without such a list `pi0fast` would be taken for a misspelled `pi0`, which is an
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
+
+from agent.spelling import nearest
 
 # Name of the type, letters and digits alone → what it is. LeRobot 0.6.1's policies and reward models, names that it had
 # before, and the models of INT-ACT and openpi.
@@ -51,12 +52,12 @@ def unknown_type(name: str, choices: Iterable[str]) -> str:
     plain = _plain(name)
     if plain not in here and plain in _OTHERS:
         return f"is {_OTHERS[plain]}: another model, which cannot be trained here; pi0 can"
-    near = difflib.get_close_matches(plain, [*here, *(other for other in _OTHERS if other not in here)], n=1)
-    if not near:
+    near = nearest(plain, [*here, *(other for other in _OTHERS if other not in here)])
+    if near is None:
         return f"is not known; write one of {', '.join(here.values())}"
-    if near[0] in here:
-        return f"is not known; did you mean '{here[near[0]]}'?"
-    return f"is not known; the nearest name is that of {_OTHERS[near[0]]}: another model, which cannot be trained here; pi0 can"
+    if near in here:
+        return f"is not known; did you mean '{here[near]}'?"
+    return f"is not known; the nearest name is that of {_OTHERS[near]}: another model, which cannot be trained here; pi0 can"
 
 
 def title(name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
+
+from agent.spelling import nearest
 
 MOST_STEPS = 500  # Meta-World ends an episode there
 DEMONSTRATION_SEEDS = 100_000
@@ -38,8 +39,8 @@ def check_episodes(option: str, tasks: Sequence[str], episodes: int, seed: int, 
     """
     for task in tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=1, cutoff=0.3)
-            hint = f"; the nearest name is {near[0]}" if near else ""
+            near = nearest(task, known, cutoff=0.3)
+            hint = f"; the nearest name is {near}" if near else ""
             raise ValueError(f"{option}tasks: Meta-World has no task {task!r}{hint}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"{option}tasks names a task twice; raise {option}episodes instead")
