@@ -88,7 +88,7 @@ MAY_IMPORT = {
         "settings.other_models",
     ],
     "inference": ["checkpoints.weights", "data.samples.transforms", "deployment.*", "models.registry"],
-    "serving.*": ["deployment.*", "inference", "serving.*"],
+    "serving.*": ["deployment.*", "inference", "serving.*", "tracking.metrics"],
     "reporting.*": ["lifecycle.history", "reporting.*", "validation.record"],
     "data.samples.mixture": [],
     "data.normalization.normalizer": [],
@@ -106,6 +106,7 @@ MAY_IMPORT = {
     "simulation.rollout": ["simulation.results"],
     "simulation.evaluation": ["checkpoints.manifest", "inference", "simulation.*"],
     "simulation.watching": ["simulation.*"],
+    "simulation.session": ["checkpoints.weights", "simulation.*"],
 }
 
 

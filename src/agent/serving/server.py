@@ -15,7 +15,6 @@ import secrets
 import signal
 import socket
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import websockets.asyncio.server as websocket_server
@@ -24,6 +23,7 @@ from websockets.protocol import State
 
 from agent.serving import wire
 from agent.serving.batching import Batcher
+from agent.serving.configuration import Limits
 from agent.serving.latency import Latencies
 from agent.serving.requests import Translation
 
@@ -39,16 +39,6 @@ _PATIENCE_S = 8.0  # at the end, with requests under way and with clients: `dock
 _OPENING_S = 10.0  # a client may take for its handshake
 _CLOSING_S = 10.0  # and for closing its connection
 _TAKING_S = 30.0  # and for reading what it is sent
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How the server treats its clients."""
-
-    max_batch: int
-    window_ms: float
-    max_message_mb: float
-    log_every_s: float
 
 
 class Server:
