@@ -29,7 +29,7 @@ from agent.preflight import (
 )
 from agent.preflight.context import Context
 from agent.preflight.pace import MFU
-from agent.preflight.report import NotChecked, Row, failed, table, worst, write
+from agent.preflight.report import NotChecked, Row, failed, table, unchecked, worst, write
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -108,7 +108,7 @@ def _rows(name: str, function: Check, context: Context) -> list[Row]:
     try:
         return function(context)
     except NotChecked as error:
-        return [Row(name, "warn", f"not checked, because {error}", "put right what fails above, and check again")]
+        return [unchecked(name, error)]
     except ValueError as error:
         return [failed(name, error)]
     except Exception as error:  # the others are still worth having; this one fails

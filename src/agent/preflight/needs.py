@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import hub
-from agent.preflight.found import Found, Item
+from agent.refusal import Refusal
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -30,6 +30,58 @@ _TOKENIZER_FILES = (
 )
 
 log = logging.getLogger("agent.prepare")
+
+
+@dataclass
+class Found:
+    """Something that a training needs, on this machine."""
+
+    folder: Path
+    files: list[Path]
+    note: str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+@dataclass
+class Item:
+    """Something that a training needs."""
+
+    kind: str
+    key: str
+    """The config key that asks for it."""
+    name: str
+    look: Callable[[], Found]
+    """Finds and checks it; raises ValueError if it is not here or does not fit."""
+    fetch: Callable[[], Any] | None
+    """Gets it from the hub; None if it is to be a local folder."""
+
+    def obtain(self, away: bool) -> Found:
+        """What is here, or can be had from the hub.
+
+        Args:
+            away: the hub was asked before and does not answer.
+
+        Raises:
+            ValueError: if it cannot be had, or does not fit.
+            HubTrouble: if it can perhaps be had later.
+        """
+        try:
+            with hub.offline():
+                return self.look()
+        except ValueError as error:
+            if self.fetch is None:
+                raise
+            if away:  # one wait for a hub that does not answer is enough
+                reason = "not here either" if isinstance(error, hub.Unreachable) else str(error).splitlines()[0]
+                raise hub.Unreachable(f"{self.key}: '{self.name}': {reason}") from None
+        log.info("fetching %s %s", self.kind, self.name)
+        self.fetch()
+        with hub.offline():
+            return self.look()
 
 
 def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
@@ -117,9 +169,10 @@ def _look_for_dataset(dataset: DatasetConfig, config: TrainPipelineConfig, sourc
 def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
     folder = hub.snapshot(repository, key, _TOKENIZER_FILES)
     if not (folder / "config.json").is_file():
-        raise ValueError(
+        raise Refusal(
             f"{key}: '{repository}' has no config.json, and without one transformers loads no tokenizer from its cache when "
-            f"there is no internet; set {key} to the folder {folder}"
+            "there is no internet",
+            f"set {key} to the folder {folder}",
         )
 
 

@@ -13,9 +13,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agent.preflight import disk, round_trip
+from agent.preflight import disk, needs
 from agent.preflight.context import Context, Rehearsal
 from agent.preflight.memory import predicted
 from agent.preflight.pace import flop
@@ -23,7 +24,10 @@ from agent.preflight.report import Row
 from agent.spelling import amount, gib, span
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.training.saving import Saver
     from agent.training.train_state import Run
 
 SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
@@ -102,8 +106,6 @@ def _config(context: Context, device: str) -> TrainPipelineConfig:
 
 
 def _weights_are_here(config: TrainPipelineConfig) -> bool:
-    from agent.preflight import needs
-
     item = needs.weights(config)
     try:
         return item is None or bool(item.look())
@@ -130,7 +132,7 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
     try:
         batches = list(itertools.islice(loader, run.plan.accumulation_steps))
         row = _update(context, run, batches)
-        return [row] if row.result == "fail" else [row, round_trip.check(run, saver)]
+        return [row] if row.result == "fail" else [row, _round_trip(run, saver)]
     finally:
         saver.close()
         loader.close()
@@ -175,6 +177,45 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
     if not all(map(math.isfinite, [*losses, result.grad_norm])):
         return Row("update", "fail", text, _NOT_FINITE, details)
     return Row("update", "pass", text, details=details)
+
+
+def _round_trip(run: Run, saver: Saver) -> Row:
+    """Saves as training does, forgets, loads as a restart does, and compares every bit."""
+    import torch
+
+    from agent.training import resuming
+
+    before, step, begin = _fingerprints(run), run.state.step, time.perf_counter()
+    saver.save()
+    saver.finish(must_succeed=True)
+    saved = time.perf_counter()
+    with torch.no_grad():
+        for tensor in [*run.policy.state_dict().values(), *_average(run).values()]:
+            tensor.zero_()
+    run.optimizer.state.clear()
+    found = run.checkpoints.candidates()
+    state = resuming.resume(
+        run.config, run.data, run.checkpoints, found, run.processes, run.policy, run.optimizer, run.ema
+    )
+    after = _fingerprints(run)
+    size = sum(path.stat().st_size for path in Path(found[0]).rglob("*") if path.is_file())
+    text = f"{amount(size)}, saved in {span(saved - begin)}, loaded in {span(time.perf_counter() - saved)}"
+    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if different or state is None or state.step != step:
+        text += f"; {len(different)} tensors came back otherwise, {', '.join(different[:3])}"
+        return Row("save and load", "fail", text, "do not train on this disk; copy a large file to it and compare")
+    return Row("save and load", "pass", f"{text}; {len(before)} tensors the same bit for bit", details={"bytes": size})
+
+
+def _fingerprints(run: Run) -> dict[str, int]:
+    from agent.training.replicas import fingerprints, fingerprints_of
+
+    average = {f"ema/{name}": tensor for name, tensor in _average(run).items()}
+    return fingerprints(run.policy, run.optimizer) | (fingerprints_of(average) if average else {})
+
+
+def _average(run: Run) -> dict[str, Tensor]:
+    return run.ema.tensors if run.ema is not None else {}
 
 
 class _NoClock:

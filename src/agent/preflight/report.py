@@ -1,14 +1,15 @@
-"""What a preflight found: its rows, the table for people and the file for programs."""
+"""What a preflight has found: rows with problem and advice, the table for people and the file for programs."""
 
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from agent.refusal import parted
 
 Result = Literal["pass", "warn", "fail"]
 
@@ -37,21 +38,21 @@ class NotChecked(Exception):
     """Something could not be looked at, because of what another row reports as wrong."""
 
 
-# What to write stands behind a semicolon, the end of a sentence (no "3. " or "… "), a line, or a colon and an order.
-_ADVICE = re.compile(r"; |(?<=[^.\d])\. |\.?\n|: (?=(?:write|set|give|choose|name) )")
-
-
 def failed(name: str, error: Exception | str, otherwise: str = "correct that, and check again") -> Row:
-    """A fail from a message of this program, whose first sentence says what is wrong and the others what to write.
+    """A fail from an error or a message of this program.
 
     Args:
         name: of the row.
-        error: the message.
-        otherwise: what to change where the message does not say it.
+        error: what was raised or said.
+        otherwise: what to change where the error does not say it.
     """
-    message = str(error).strip()
-    text, *change = _ADVICE.split(message, maxsplit=1)
-    return Row(name, "fail", text, change[0].strip() if change else otherwise)
+    problem, advice = parted(error)
+    return Row(name, "fail", problem, advice or otherwise)
+
+
+def unchecked(name: str, error: NotChecked, where: str = " above") -> Row:
+    """A warning that something was not looked at; ``where`` is the place of what stopped it, as seen from this row."""
+    return Row(name, "warn", f"not checked, because {error}", f"put right what fails{where}, and check again")
 
 
 def worst(rows: Sequence[Row]) -> Result:

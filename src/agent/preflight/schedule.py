@@ -6,7 +6,7 @@ from copy import deepcopy
 
 from agent.optim.optimizer import LearningRate
 from agent.preflight.context import Context
-from agent.preflight.report import NotChecked, Row, failed
+from agent.preflight.report import NotChecked, Row, failed, unchecked
 from agent.settings.plan import Plan, accumulation_steps, make_plan
 from agent.training.config_changes import settle
 
@@ -46,7 +46,7 @@ def _course(context: Context) -> list[Row]:
     try:
         numbers = plan(context)
     except NotChecked as error:
-        return [Row("schedule", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+        return [unchecked("schedule", error, "")]
     config, model = context.config, context.model
     epochs = numbers.n_updates / numbers.updates_per_epoch
     text = (
@@ -97,7 +97,7 @@ def _tokens(context: Context) -> list[Row]:
             raise NotChecked("the tokenizer is not here")
         tokens, texts = context.data.reader.tokens, context.texts
     except NotChecked as error:
-        return [Row("instructions", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+        return [unchecked("instructions", error, "")]
     most = context.model.tokenizer_max_length
     if not tokens.too_long:
         longest = max(len(tokens(text)) for text in texts)

@@ -8,6 +8,8 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.refusal import Refusal
+
 SCRIPTS = Path("slurms") / "train_scripts"
 
 
@@ -97,7 +99,7 @@ def _options(path: Path) -> dict[str, str]:
         try:
             words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
         except ValueError as error:
-            raise ValueError(f"{path}: the line `{line}` cannot be read ({error}); close its quotation") from error
+            raise Refusal(f"{path}: the line `{line}` cannot be read ({error})", "close its quotation") from error
         for place, word in enumerate(words):
             following = words[place + 1] if place + 1 < len(words) else ""
             if word == "--no-requeue":

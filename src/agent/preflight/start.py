@@ -14,6 +14,7 @@ from agent.preflight import needs
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
+from agent.refusal import parted
 from agent.tracking.metrics import JsonLines
 from agent.training.config_changes import changes_since_checkpoint
 from agent.validation.record import read_record
@@ -121,8 +122,7 @@ def _look(item: needs.Item) -> Row:
         found = item.look()
     except hub.Unreachable as error:
         text = f"{item.key}: '{item.name}' is not on this machine"
-        _, _, advice = str(error).partition("\n")
-        return Row(item.kind, "fail", text, advice.removeprefix("It is not in the cache of this machine. "))
+        return Row(item.kind, "fail", text, parted(error)[1].removeprefix("It is not in the cache of this machine. "))
     except ValueError as error:
         return failed(item.kind, error, f"copy or download it again, or write another {item.key}")
     return Row(item.kind, "pass", found.note, details={"folder": str(found.folder), "bytes": found.size})

@@ -24,6 +24,7 @@ from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.stretches import mapped_videos, picture_problems
 from agent.data.source import Source, open_source
 from agent.preflight import needs
+from agent.refusal import Refusal
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -101,7 +102,7 @@ def survey(
         log.exception("%s could not be looked through", found.name())
         told = f"{type(error).__name__}: {error}"
         found.source = None
-        found.problem = ValueError(f"{found.name()} could not be looked through ({told}); is it whole? Copy it again")
+        found.problem = Refusal(f"{found.name()} could not be looked through ({told})", "is it whole? Copy it again")
     return found
 
 
@@ -131,9 +132,9 @@ def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | Non
     for key in keys:
         has, said_to = table[key].shape[1], int(np.prod(metadata.features[key]["shape"]))
         if has != said_to:
-            raise ValueError(
-                f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json; copy "
-                "the data set again, or correct the shape there"
+            raise Refusal(
+                f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json",
+                "copy the data set again, or correct the shape there",
             )
     if tolerance_s is not None:  # first, because a start says it in these words
         cameras = mapped_videos(metadata, found.config.cameras)
@@ -192,9 +193,8 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
 
 def _require_some(found: Survey) -> None:
     if not len(found.good):
-        raise ValueError(
-            f"{found.key}: none of the {len(found.chosen)} episodes can be used. The first: {found.bad[min(found.bad)]}"
-        )
+        problem = f"{found.key}: none of the {len(found.chosen)} episodes can be used"
+        raise Refusal(problem, f"The first: {found.bad[min(found.bad)]}", joint=". ")
 
 
 def _look_at_frames(found: Survey, source: Source, patience: float) -> None:
