@@ -8,13 +8,10 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.preflight import disk, needs
 from agent.preflight.context import Context, Rehearsal
@@ -24,8 +21,10 @@ from agent.preflight.report import Row
 from agent.spelling import amount, gib, span
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
+    from agent.batch import Batch
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.training.saving import Saver
     from agent.training.train_state import Run
@@ -54,10 +53,9 @@ def check(context: Context) -> list[Row]:
         return [Row("update", "fail", text, "make room where the run folder is, or set VLA_LOG_DIR to a larger disk")]
     place = context.folder / "rehearsal"
     shutil.rmtree(place, ignore_errors=True)  # of a check that was killed
-    config = _config(context, device.type)
+    config = _config(context, place, device.type)
     try:
-        with _variable("VLA_LOG_DIR", str(place)):
-            return _rehearse(context, config, device)
+        return _rehearse(context, config, device)
     except torch.cuda.OutOfMemoryError as error:  # which the model alone can be too large for
         if context.config.parallel == "fsdp" and context.gpus[0] > 1:
             text = f"not made: {device} does not hold what {context.gpus[0]} GPUs share under parallel: fsdp"
@@ -73,24 +71,10 @@ def check(context: Context) -> list[Row]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable that has another value within."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _config(context: Context, device: str) -> TrainPipelineConfig:
-    """The run's config for two updates of one process."""
+def _config(context: Context, place: Path, device: str) -> TrainPipelineConfig:
+    """The run's config for two updates of one process, in a folder of their own."""
     config = copy.deepcopy(context.usable)
-    config.name = "rehearsal"
+    config.name = str(place.absolute() / "rehearsal")  # an absolute name is the run's folder, wherever the others lie
     config.use_wandb, config.resume_run, config.resume_changes = False, True, True
     config.use_torch_compile, config.parallel = False, "ddp"
     config.data.train.num_workers = 0
@@ -113,7 +97,7 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
         return False
 
 
-def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
+def _rehearse(context: Context, config: TrainPipelineConfig, device: torch.device) -> list[Row]:
     from agent.data.loading.loader import TrainLoader
     from agent.lifecycle.watchdog import Watchdog
     from agent.parallel.processes import Launch, Processes
@@ -139,17 +123,16 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
         watchdog.close()
 
 
-def _update(context: Context, run: Run, batches: list[Any]) -> Row:
+def _update(context: Context, run: Run, batches: list[Batch]) -> Row:
     """Two updates on the same batch, because the first allocates; the last is timed."""
     import torch
 
-    from agent.training.trainer import train_step
+    from agent.training.trainer import _Clock, train_step
 
     device = run.processes.device
     cuda = device.type == "cuda"
     run.model.train()
-    clock: Any = _NoClock()
-    losses, seconds = [], 0.0
+    clock, losses, seconds = _Clock(), [], 0.0
     for _ in range(2):
         begin = time.perf_counter()
         try:
@@ -216,16 +199,3 @@ def _fingerprints(run: Run) -> dict[str, int]:
 
 def _average(run: Run) -> dict[str, Tensor]:
     return run.ema.tensors if run.ema is not None else {}
-
-
-class _NoClock:
-    """Measures nothing."""
-
-    def waiting_for_data(self) -> _NoClock:
-        return self
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
