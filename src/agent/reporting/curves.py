@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from agent.reporting.charts import Frame, Line, legend, line_chart, wants_log
 from agent.reporting.collect import RunRecord, Series
@@ -156,27 +157,34 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
 
 
 def _restarts(run: RunRecord) -> list[tuple[float, str]]:
-    found = [
+    return [
         (float(attempt["first_step"]), f"attempt {place} begins after update {attempt['first_step']}")
         for place, attempt in enumerate(run.attempts, start=1)
         if place > 1 and "first_step" in attempt
     ]
-    return found
 
 
 def _validation_loss(runs: Sequence[RunRecord]) -> str:
-    lines = []
-    for place, run in enumerate(runs):
-        if (series := run.series.get("val/loss")) is None:
-            continue
-        lines.append(Line(run.label if len(runs) > 1 else "validation", series.points, style_of(place)))
-        if (averaged := run.series.get("val/ema_loss")) is not None:
-            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
-        if len(runs) == 1 and "loss" in run.series:
-            label = "training, mean since the evaluation before"
-            lines.append(Line(label, _means_between(run.series["loss"], series), "base-mean dashed"))
+    lines, series = _policy_lines(runs, "loss", "validation"), runs[0].series
+    if len(runs) == 1 and "loss" in series and "val/loss" in series:
+        means = _means_between(series["loss"], series["val/loss"])
+        lines.append(Line("training, mean since the evaluation before", means, "base-mean dashed"))
     return _figure("Validation loss", "", lines, runs, log=wants_log(lines))
+
+
+def _policy_lines(runs: Sequence[RunRecord], key: str, alone: str) -> list[Line]:
+    """One curve for the weights of each run, and one for their average where a run has it; ``alone`` labels a single run."""
+    several, lines = len(runs) > 1, []
+    for place, run in enumerate(runs):
+        label, style = averaged(run, several), f"c{place % 8} dotted" if several else AVERAGED
+        shown = ((f"val/{key}", run.label if several else alone, style_of(place)), (f"val/ema_{key}", label, style))
+        lines += [Line(said, run.series[name].points, look) for name, said, look in shown if name in run.series]
+    return lines
+
+
+def averaged(run: RunRecord, several: bool) -> str:
+    """The label of a run's averaged weights."""
+    return f"{run.label}, averaged weights" if several else "averaged weights"
 
 
 def _means_between(loss: Series, evaluations: Series) -> list[tuple[float, float]]:
@@ -184,19 +192,13 @@ def _means_between(loss: Series, evaluations: Series) -> list[tuple[float, float
     for step in evaluations.steps:
         end = bisect_left(loss.steps, step + 1)
         numbers = [value for value in loss.values[begin:end] if not math.isnan(value)]
-        found.append((float(step), math.fsum(numbers) / len(numbers) if numbers else math.nan))
+        found.append((float(step), fmean(numbers) if numbers else math.nan))
         begin = end
     return found
 
 
 def _action_error(runs: Sequence[RunRecord]) -> str:
-    lines = []
-    for place, run in enumerate(runs):
-        if (series := run.series.get("val/action_l1")) is not None:
-            lines.append(Line(run.label if len(runs) > 1 else "policy", series.points, style_of(place)))
-        if (averaged := run.series.get("val/ema_action_l1")) is not None:
-            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
+    lines = _policy_lines(runs, "action_l1", "policy")
     for key, (label, style) in BASELINES.items():
         # Equal in runs on the same validation set; where they differ, the tables tell them apart.
         found = [run.series[f"val/baseline_{key}_l1"] for run in runs if f"val/baseline_{key}_l1" in run.series]

@@ -17,11 +17,7 @@ def number(value: float | None, unit: str = "") -> str:
     """Four significant digits, thousands apart."""
     if value is None or math.isnan(value):
         return NOTHING
-    size = abs(value)
-    if size >= 1000:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.4g}"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{text} {unit}".rstrip()
 
 

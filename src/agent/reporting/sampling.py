@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -47,5 +48,4 @@ def _column(stretch: list[tuple[float, float]]) -> Column | None:
         return None
     values = [y for _, y in numbers]
     first, last = numbers[0][0], numbers[-1][0]
-    mean = math.fsum(values) / len(values)
-    return Column((first + last) / 2, mean, min(values), max(values), len(values), first, last)
+    return Column((first + last) / 2, fmean(values), min(values), max(values), len(values), first, last)

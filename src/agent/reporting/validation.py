@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
 from agent.reporting.collect import RunRecord
-from agent.reporting.curves import AVERAGED, BASELINES, as_number, style_of, validation_charts
+from agent.reporting.curves import AVERAGED, BASELINES, as_number, averaged, style_of, validation_charts
 from agent.reporting.evaluations import Chunk, Evaluation
 from agent.reporting.markup import NOTHING, details, figure, missing, number, paragraph, percent, section, table
 from agent.validation.record import Errors
@@ -66,7 +67,7 @@ def _columns(shown: Sequence[Shown], total: int) -> list[_Column]:
         mean = evaluation.baselines.get("mean")
         found.append(_Column(run.label if total > 1 else "policy", style, evaluation.policy, mean))
         if evaluation.ema is not None:
-            label = f"{run.label}, averaged weights" if total > 1 else "averaged weights"
+            label = averaged(run, several=total > 1)
             found.append(_Column(label, f"{style} hollow" if total > 1 else AVERAGED, evaluation.ema, mean))
         if total == 1 and len(run.evaluations) > 1:
             best = run.evaluations[0]
@@ -223,7 +224,7 @@ def _gap(recorded: Line, predicted: Line) -> float:
     """Mean distance of two curves where both have a number."""
     gaps = [abs(y - real) for (_, real), (_, y) in zip(recorded.points, predicted.points, strict=True)]
     numbers = [gap for gap in gaps if not math.isnan(gap)]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    return fmean(numbers) if numbers else math.nan
 
 
 def _dimension(rows: Sequence[Sequence[float]], valid: Sequence[bool], dimension: int) -> list[tuple[float, float]]:
