@@ -1,6 +1,6 @@
-"""``--check true``: everything that a minute can show before a job waits for hours; see docs/preflight.md.
+"""Runs ``--check true``: shows within a minute or two what would stop a job that waits for hours; see docs/preflight.md.
 
-Each check is a function from what all share to rows. None stops the others.
+Each check is a function that takes what all share and returns rows of a table. A check that fails stops no other.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check(config: TrainPipelineConfig, launch: Launch) -> int:
         return 0
     if not config.debug:
         logging.getLogger("agent").setLevel(logging.ERROR)  # the table says it
-    # A SLURM script asks whether to requeue: a check never is, and if it is killed this is what stands.
+    # A SLURM script asks whether to requeue. A check never is; this stands if it is killed before it says how it ended.
     report_attempt("failed", reason="the check was ended", error_kind="config", run_dir=str(config.run_dir))
     context = Context(config, launch)
     rows: list[Row] = []

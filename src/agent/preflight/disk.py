@@ -1,11 +1,11 @@
-"""Room for all checkpoints that are kept, and for the one that is being written."""
+"""Checks that the disk has room for all checkpoints that are kept, and for the one that is being written."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.models import registry
 from agent.preflight.combinations import validates
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check(context: Context) -> list[Row]:
-    """Sizes follow from the shapes of the tensors; the disk is asked. A quota is not seen."""
+    """Compares sizes computed from the tensors' shapes with the free space of the disk; a quota does not show there."""
     config = context.config
     weights, training = checkpoint_bytes(context)
     # The best one stays too, and one more is there while it is written, before the oldest goes.
@@ -48,7 +48,7 @@ def check(context: Context) -> list[Row]:
 
 
 def _saves(context: Context) -> float:
-    """How many checkpoints the run makes; infinite if that is not known."""
+    """Counts the checkpoints that the run will make; infinite if that is not known."""
     config = context.config
     try:
         updates = plan(context).n_updates
@@ -64,7 +64,7 @@ def _spelled(config: TrainPipelineConfig, best: int, saves: float) -> str:
 
 
 def checkpoint_bytes(context: Context) -> tuple[int, int]:
-    """Bytes of a checkpoint's ``pretrained_model`` and of its ``training_state``."""
+    """Computes the bytes of a checkpoint's ``pretrained_model`` and of its ``training_state``."""
     import torch
 
     config = context.config
@@ -77,7 +77,7 @@ def checkpoint_bytes(context: Context) -> tuple[int, int]:
     numbers = [tensor for some in tensors.values() for tensor in some.values()]
     held = sum(tensor.numel() * tensor.element_size() for tensor in numbers)
     two_bytes = 2 * sum(tensor.numel() for tensor in numbers)
-    predictor: Any = registry.memory(context.model)
+    predictor = registry.memory(context.model)
     state = predictor.Training(
         batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision, ema=True
     )

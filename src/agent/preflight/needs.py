@@ -1,4 +1,7 @@
-"""What a training needs from the hub or from this machine: where it is, whether it fits, and how it is fetched."""
+"""Lists what a training needs from the hub or from this machine; looks whether it is here and fits, and fetches it.
+
+``agent.prepare`` fetches; ``--check true`` only looks.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ log = logging.getLogger("agent.prepare")
 
 @dataclass
 class Found:
-    """Something that a training needs, on this machine."""
+    """Files on this machine that a training needs."""
 
     folder: Path
     files: list[Path]
@@ -44,7 +47,7 @@ class Found:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """How many bytes the files have."""
         return sum(path.stat().st_size for path in self.files)
 
 
@@ -54,7 +57,7 @@ class Item:
 
     kind: str
     key: str
-    """The config key that asks for it."""
+    """The config key that names it."""
     name: str
     look: Callable[[], Found]
     """Finds and checks it; raises ValueError if it is not here or does not fit."""
@@ -62,10 +65,10 @@ class Item:
     """Gets it from the hub; None if it is to be a local folder."""
 
     def obtain(self, away: bool) -> Found:
-        """What is here, or can be had from the hub.
+        """Takes what is here, else fetches it from the hub.
 
         Args:
-            away: the hub was asked before and does not answer.
+            away: whether the hub was asked before and did not answer.
 
         Raises:
             ValueError: if it cannot be had, or does not fit.
@@ -120,7 +123,7 @@ def prepare(config: TrainPipelineConfig) -> list[str]:
 
 
 def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
-    """What the config needs, in the order of a training's start; looking at a data set adds it to ``sources``."""
+    """Yields what the config needs, in the order of a training's start; a look at a data set adds it to ``sources``."""
     for key, dataset in data_sets(config):
         look = partial(_look_for_dataset, dataset, config, sources)
         download = partial(_fetch_dataset, dataset, key) if dataset.root is None else None
@@ -131,13 +134,13 @@ def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
 
 
 def data_sets(config: TrainPipelineConfig) -> Iterator[tuple[str, DatasetConfig]]:
-    """Config key and entry of each data set, those to train on first."""
+    """Yields config key and entry of each data set; those to train on come first."""
     for role, datasets in (("train", config.data.train.datasets), ("val", config.data.val.datasets)):
         yield from ((f"data.{role}.datasets.{number}", dataset) for number, dataset in enumerate(datasets))
 
 
 def tokenizer(config: TrainPipelineConfig) -> Item:
-    """The tokenizer."""
+    """Describes the tokenizer."""
     model: Any = config.model_cfg
     path = model.tokenizer_path
     repository = None if Path(path).expanduser().is_dir() or "@" in path else hub.parse(path)
@@ -146,7 +149,7 @@ def tokenizer(config: TrainPipelineConfig) -> Item:
 
 
 def weights(config: TrainPipelineConfig) -> Item | None:
-    """The weights that a new run begins with; None if it draws them."""
+    """Describes the weights that a new run begins with; None if they are drawn at random."""
     from agent.checkpoints.weights import find_weights
 
     model: Any = config.model_cfg
@@ -225,7 +228,7 @@ def _look_for_tokenizer(path: str) -> Found:
 
 
 def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[str]:
-    """What concerns the data sets and the model at once, as far as the metadata tell.
+    """Checks what concerns the data sets and the model at once, as far as the metadata tell it.
 
     Args:
         config: of the run.
@@ -256,7 +259,7 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
 
 
 def sample_spec(config: TrainPipelineConfig) -> SampleSpec:
-    """What the model wants of a sample."""
+    """Says what the model expects of a sample."""
     from agent.data.samples.transforms import SampleSpec
 
     values: dict[str, Any] = {field.name: getattr(config.model_cfg, field.name) for field in fields(SampleSpec)}
@@ -265,7 +268,7 @@ def sample_spec(config: TrainPipelineConfig) -> SampleSpec:
 
 
 def job_environment(config: TrainPipelineConfig) -> dict[str, str]:
-    """The variables under which a job finds the same things, and asks nobody."""
+    """Gives the variables with which a job finds the same files and does not ask the hub."""
     from huggingface_hub import constants
     from lerobot.utils.constants import HF_LEROBOT_HOME
 

@@ -1,6 +1,6 @@
-"""One real update on the device that is here, its checkpoint, and what comes back when that is loaded.
+"""Makes a real update on the device that is here, saves a checkpoint of it, and loads that to see whether it is the same.
 
-The run's own folder ``checkpoints`` is not looked at: all happens in ``check/rehearsal``, which is removed.
+All of this happens in ``check/rehearsal``, which is removed; the run's own ``checkpoints`` are not touched.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NOT_FINITE = "look for the operation with --debug true; are the statistics this
 
 
 def check(context: Context) -> list[Row]:
-    """On a GPU for every model, on a CPU for a small one."""
+    """Rehearses every model on a GPU, and a small one on a CPU."""
     import torch
 
     context.require_data()
@@ -72,7 +72,7 @@ def check(context: Context) -> list[Row]:
 
 
 def _config(context: Context, place: Path, device: str) -> TrainPipelineConfig:
-    """The run's config for two updates of one process, in a folder of their own."""
+    """Changes the run's config to two updates of one process, in a folder of their own."""
     config = copy.deepcopy(context.usable)
     config.name = str(place.absolute() / "rehearsal")  # an absolute name is the run's folder, wherever the others lie
     config.use_wandb, config.resume_run, config.resume_changes = False, True, True
@@ -124,7 +124,7 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: torch.devic
 
 
 def _update(context: Context, run: Run, batches: list[Batch]) -> Row:
-    """Two updates on the same batch, because the first allocates; the last is timed."""
+    """Makes two updates on the same batch, because the first allocates memory, and times the last."""
     import torch
 
     from agent.training.trainer import _Clock, train_step

@@ -1,4 +1,4 @@
-"""What a preflight has found: rows with problem and advice, the table for people and the file for programs."""
+"""Shows what a preflight has found: rows with problem and advice, as a table for people and a file for programs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from agent.refusal import parted
+from agent.safe_files import write_text
 
 Result = Literal["pass", "warn", "fail"]
 
@@ -19,14 +20,14 @@ _NAME = 26  # characters of a name, in the table
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at."""
+    """One finding of the preflight."""
 
     name: str
     result: Result
     text: str
     """What was found."""
     change: str = ""
-    """What to change; never empty for a fail."""
+    """What to change; empty for a pass only."""
     details: dict[str, Any] = field(default_factory=dict)
     """Numbers for ``report.json``."""
 
@@ -39,7 +40,7 @@ class NotChecked(Exception):
 
 
 def failed(name: str, error: Exception | str, otherwise: str = "correct that, and check again") -> Row:
-    """A fail from an error or a message of this program.
+    """Makes a fail of an error or a message of this program.
 
     Args:
         name: of the row.
@@ -51,18 +52,18 @@ def failed(name: str, error: Exception | str, otherwise: str = "correct that, an
 
 
 def unchecked(name: str, error: NotChecked, where: str = " above") -> Row:
-    """A warning that something was not looked at; ``where`` is the place of what stopped it, as seen from this row."""
+    """Warns that something was not looked at; ``where`` says in which rows the cause stands, as seen from this one."""
     return Row(name, "warn", f"not checked, because {error}", f"put right what fails{where}, and check again")
 
 
 def worst(rows: Sequence[Row]) -> Result:
-    """``fail`` if one row is that, else ``warn`` if one is, else ``pass``."""
+    """Gives ``fail`` if a row fails, else ``warn`` if a row warns, else ``pass``."""
     results = {row.result for row in rows}
     return "fail" if "fail" in results else "warn" if "warn" in results else "pass"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each row, and under it what to change."""
+    """Writes a line for each row, and under it what to change."""
     width = min(max(len(row.name) for row in rows), _NAME)
     lines = []
     for row in rows:
@@ -77,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    """The text beside its head; the lines of a text that has several stay lines, and those of a table stay whole."""
+    """Wraps a text beside its head. Its own lines stay lines; an indented line, which is of a table, stays whole."""
     lines: list[str] = []
     for part in text.splitlines():
         if part.startswith("  "):
@@ -88,6 +89,6 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def write(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """``report.json``: the result, the facts that the predictions rest on, and every row."""
+    """Writes ``report.json``: the result, the facts that the predictions rest on, and every row."""
     content = {"result": worst(rows), **facts, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

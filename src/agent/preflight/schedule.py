@@ -1,4 +1,4 @@
-"""Batch arithmetic, epochs, the learning rate's course, and instructions that are cut."""
+"""Checks what follows from the config's numbers: batches, epochs, the learning rate, and instructions that are cut."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from agent.training.config_changes import settle
 
 
 def check(context: Context) -> list[Row]:
-    """What follows from the numbers of the config, with the GPUs that the job will have."""
+    """Computes with the number of GPUs that the job will have."""
     return [*_batch(context), *_course(context), *_tokens(context)]
 
 
 def plan(context: Context) -> Plan:
-    """The run's numbers.
+    """Makes the plan of the run's batches and updates.
 
     Raises:
         NotChecked: if the frames are not known or the batch does not divide.

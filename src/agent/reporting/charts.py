@@ -1,4 +1,4 @@
-"""Charts as inline SVG: axes with ticks, lines, dots, hover titles. No script, no request, colours by CSS classes."""
+"""Draws charts as inline SVG: axes with ticks, lines, dots, hover titles; no script, no request, colours by CSS class."""
 
 from __future__ import annotations
 

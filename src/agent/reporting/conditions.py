@@ -1,4 +1,4 @@
-"""The sections of what a run ran on and with: hardware, versions, config."""
+"""Writes the sections about what a run ran on and with: hardware, versions, config."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CONFIG_CHARACTERS = 200_000
 
 
 def hardware(runs: Sequence[RunRecord]) -> str:
-    """Machine and versions of every attempt, equal ones together."""
+    """Writes machine and versions of every attempt, with equal ones together."""
     heads, columns = [""], []
     for run in runs:
         groups: list[tuple[dict[str, Any], list[int]]] = []
@@ -39,7 +39,7 @@ def hardware(runs: Sequence[RunRecord]) -> str:
 
 
 def settings(runs: Sequence[RunRecord]) -> str:
-    """Where the configs differ, and each in full."""
+    """Writes where the configs differ, and each config in full."""
     parts = []
     if len(runs) > 1:
         flat = [dict(flattened(run.config)) for run in runs]
@@ -64,7 +64,7 @@ def settings(runs: Sequence[RunRecord]) -> str:
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """A nested config as (dotted key, value) pairs; the items of a list have numbers."""
+    """Yields a nested config as (dotted key, value) pairs; the items of a list have numbers."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     empty = True
     for key, item in items:

@@ -1,4 +1,4 @@
-"""The section of training curves: one chart for each number, one line for each run."""
+"""Writes the section of training curves: a chart for each number, with a line for each run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BASELINES = {
     "start": ("starting checkpoint", "base-start dashed"),
 }
 AVERAGED = "c2"
-"""Style of the averaged weights where there is one run."""
+"""The style of the averaged weights where there is one run."""
 
 
 def style_of(place: int) -> str:
@@ -48,7 +48,7 @@ def style_of(place: int) -> str:
 
 
 def training(runs: Sequence[RunRecord]) -> str:
-    """Loss, learning rate, gradient norm, throughput, data wait, memory."""
+    """Draws loss, learning rate, gradient norm, throughput, data wait and memory."""
     charts = [_chart(kind, runs) for kind in TRAINING]
     long = [run for run in runs if run.lines > frame_for(runs).columns]
     notes = [
@@ -62,12 +62,12 @@ def training(runs: Sequence[RunRecord]) -> str:
 
 
 def frame_for(runs: Sequence[RunRecord]) -> Frame:
-    """Curves of many runs get fewer columns each, so that the page stays small."""
+    """Gives the curves of many runs fewer columns each, so that the page stays small."""
     return Frame(columns=max(60, min(340, 1500 // len(runs))))
 
 
 def validation_charts(runs: Sequence[RunRecord]) -> str:
-    """Loss, action error beside the baselines and fractions within thresholds, over the updates."""
+    """Draws loss, action error beside the baselines, and fractions within thresholds, over the updates."""
     if not any(key.startswith("val/") for run in runs for key in run.series):
         if any(run.evaluations for run in runs):
             due = runs[0].config.get("eval_freq")
@@ -95,7 +95,7 @@ def validation_charts(runs: Sequence[RunRecord]) -> str:
 
 
 def as_number(threshold: str) -> float:
-    """What thresholds are sorted by."""
+    """Gives the number by which thresholds are sorted."""
     try:
         return float(threshold)
     except ValueError:
@@ -146,7 +146,7 @@ def _figure(
 
 
 def _in_words(title: str, lines: Sequence[Line]) -> str:
-    """What a screen reader says in place of the chart."""
+    """Says in words what the chart shows, for a screen reader."""
     said = []
     for line in lines[:8]:
         numbers = [(x, y) for x, y in line.points if not math.isnan(y)]
@@ -173,7 +173,7 @@ def _validation_loss(runs: Sequence[RunRecord]) -> str:
 
 
 def _policy_lines(runs: Sequence[RunRecord], key: str, alone: str) -> list[Line]:
-    """One curve for the weights of each run, and one for their average where a run has it; ``alone`` labels a single run."""
+    """Gives a curve for the weights of each run, and one for their average; ``alone`` is the label of a single run."""
     several, lines = len(runs) > 1, []
     for place, run in enumerate(runs):
         label, style = averaged(run, several), f"c{place % 8} dotted" if several else AVERAGED
@@ -183,7 +183,7 @@ def _policy_lines(runs: Sequence[RunRecord], key: str, alone: str) -> list[Line]
 
 
 def averaged(run: RunRecord, several: bool) -> str:
-    """The label of a run's averaged weights."""
+    """Labels the averaged weights of a run."""
     return f"{run.label}, averaged weights" if several else "averaged weights"
 
 

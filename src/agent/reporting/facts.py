@@ -1,4 +1,4 @@
-"""The sections of numbers: how the run ended, and its restarts with what they cost."""
+"""Writes the sections of numbers: how a run ended, and what its restarts cost."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LAST = itemgetter(-1)
 
 
 def tiles(run: RunRecord) -> str:
-    """The few numbers that one looks for first."""
+    """Writes the few numbers that a reader looks for first."""
     best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
     lowest = "never finite" if "val/action_l1" in run.series else "no validation"
     error = best[1] if best else None
@@ -61,7 +61,7 @@ def tiles(run: RunRecord) -> str:
 
 
 def numbers(runs: Sequence[RunRecord]) -> str:
-    """The final numbers, a column for each run."""
+    """Writes the final numbers, in a column for each run."""
     rows: list[tuple[str, list[str]]] = [
         ("state", [run.state for run in runs]),
         ("updates", [f"{run.last_step:,}" + (f" of {run.planned:,}" if run.planned else "") for run in runs]),
@@ -90,7 +90,7 @@ def numbers(runs: Sequence[RunRecord]) -> str:
 
 
 def restarts(runs: Sequence[RunRecord]) -> str:
-    """The attempts of each run, why each ended and what it cost."""
+    """Writes the attempts of each run, why each ended and what it cost."""
     return section("restarts", "Restarts and what they cost", *(_attempts(run, len(runs)) for run in runs))
 
 
@@ -143,7 +143,7 @@ def _end(attempt: dict[str, Any], state_of_run: str) -> str:
 
 
 def _of(run: RunRecord, key: str, what: Callable[[list[float]], float]) -> float | None:
-    """What follows from the numbers of a series, such as their mean; None where there are none."""
+    """Computes a value such as the mean of a series; None if the series has no numbers."""
     found = _series(run, key).numbers
     return what(found) if found else None
 

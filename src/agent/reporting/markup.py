@@ -1,4 +1,4 @@
-"""Text and tables of the page. Everything that a run wrote is escaped here."""
+"""Makes the HTML of the page: paragraphs, figures, tables. Everything that a run wrote is escaped here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from html import escape
 from agent import spelling
 
 NOTHING = "–"
-"""Where a table has no value."""
+"""Stands where a table has no value."""
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Four significant digits, thousands apart."""
+    """Writes a number with four significant digits and its thousands apart."""
     if value is None or math.isnan(value):
         return NOTHING
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
@@ -22,17 +22,17 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def percent(part: float | None) -> str:
-    """0.125 → ``12.5 %``."""
+    """Writes a fraction in percent: 0.125 → ``12.5 %``."""
     return NOTHING if part is None or math.isnan(part) else f"{100 * part:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """A measured time, in two units at most."""
+    """Writes a measured time in two units."""
     return NOTHING if seconds is None else spelling.duration(seconds)
 
 
 def breakable(text: str) -> str:
-    """Text whose long names may break after their parts, not within a word."""
+    """Escapes a text and lets its long names break after their parts, not within a word."""
     return re.sub(r"([/._])", r"\1<wbr>", escape(text))
 
 
@@ -42,7 +42,7 @@ def paragraph(text: str, style: str = "") -> str:
 
 
 def missing(text: str) -> str:
-    """What a section says that has nothing to show."""
+    """Says in place of a figure why there is nothing to show."""
     return paragraph(text, "missing")
 
 
@@ -60,7 +60,7 @@ def figure(caption: str, drawing: str, *, unit: str = "", note: str = "", below:
 
 
 def details(title: str, inside: str, *, opened: bool = False) -> str:
-    """Something to fold out."""
+    """A part that the reader folds out."""
     return f"<details{' open' if opened else ''}><summary>{breakable(title)}</summary>{inside}</details>"
 
 
@@ -98,7 +98,7 @@ def table(
 
 
 def _folded(text: str) -> str:
-    """A long text, of a traceback for instance, shows its last line and folds out."""
+    """Escapes a text; a long one, such as a traceback, shows its last line and folds out."""
     lines = text.strip().splitlines() or [""]
     if len(lines) == 1 and len(text) <= 300:
         return escape(text)

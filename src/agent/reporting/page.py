@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else."""
+"""Renders the page of a report: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAVIGATION = {
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """One run's report, or several runs compared.
+    """Renders the report of one run, or the comparison of several.
 
     Args:
         runs: at least one; their labels are made different from each other.

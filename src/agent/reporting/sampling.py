@@ -1,4 +1,4 @@
-"""Long curves made short without hiding a spike."""
+"""Shortens long curves without hiding a spike."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Column:
     low: float
     high: float
     count: int
-    """Points with a number."""
+    """How many points have a number."""
     first: float
-    """x of the first of them."""
+    """The x of the first of them."""
     last: float
 
 
 def columns_of(points: Sequence[tuple[float, float]], most: int) -> list[Column | None]:
-    """Points → at most ``most`` columns of equal width, or each point its own where there are no more than that.
+    """Draws points together into at most ``most`` columns of equal width; where there are no more points, each has its own.
 
     Args:
         points: (x, y) with increasing x; y is NaN where there is no number.

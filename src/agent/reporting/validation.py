@@ -1,4 +1,4 @@
-"""The sections of the validation: error by dimension and by step of the chunk, and chunks of held-out episodes."""
+"""Writes the sections of the validation: errors by dimension and by step of the chunk, and chunks of held-out episodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Shown = tuple[RunRecord, Evaluation, str]
 
 
 def validation(runs: Sequence[RunRecord]) -> str:
-    """Curves of the validation, then the last one in detail."""
+    """Draws the curves of the validation, then the last one in detail."""
     return section("validation", "Validation", validation_charts(runs), _detail(runs))
 
 
@@ -57,11 +57,11 @@ class _Column(NamedTuple):
     style: str
     error: Errors
     mean: Errors | None
-    """That of the mean training action on the same validation set."""
+    """The error of the mean training action on the same validation set."""
 
 
 def _columns(shown: Sequence[Shown], total: int) -> list[_Column]:
-    """Of the policies first, then of the baselines."""
+    """Lists the errors of the policies, then those of the baselines."""
     found = []
     for run, evaluation, style in shown:
         mean = evaluation.baselines.get("mean")
@@ -172,7 +172,7 @@ def _cell(errors: Errors | None, dimension: int) -> str:
 
 
 def chunks(runs: Sequence[RunRecord]) -> str:
-    """Predicted over recorded actions, a small chart for each dimension."""
+    """Draws predicted over recorded actions, a small chart for each dimension."""
     shown = [
         (run, {_key(chunk): chunk for chunk in run.evaluations[-1].chunks}, style_of(place))
         for place, run in enumerate(runs)
@@ -221,14 +221,14 @@ def _overlay(shown: Sequence[tuple[RunRecord, Chunk, str]], *, opened: bool, tot
 
 
 def _gap(recorded: Line, predicted: Line) -> float:
-    """Mean distance of two curves where both have a number."""
+    """Computes the mean distance of two curves where both have a number."""
     gaps = [abs(y - real) for (_, real), (_, y) in zip(recorded.points, predicted.points, strict=True)]
     numbers = [gap for gap in gaps if not math.isnan(gap)]
     return fmean(numbers) if numbers else math.nan
 
 
 def _dimension(rows: Sequence[Sequence[float]], valid: Sequence[bool], dimension: int) -> list[tuple[float, float]]:
-    """The chunk's steps before the episode's end."""
+    """Picks one dimension of the chunk's steps before the episode's end."""
     return [
         (float(place), row[dimension])
         for place, (row, real) in enumerate(zip(rows, valid, strict=True), start=1)

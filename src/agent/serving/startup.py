@@ -1,6 +1,6 @@
-"""Starts the policy server: what the command line says is checked, the port taken, the policy loaded and warmed up.
+"""Starts the policy server: checks the command line, takes the port, loads the policy and warms it up.
 
-Mistakes show before minutes of loading. The connections are then ``server.py``'s.
+Mistakes show before minutes of loading. Connections are the work of ``server.py``.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run(server: Server, listener: socket.socket) -> None:
 
 
 def _metadata(policy: LoadedPolicy) -> dict[str, Any]:
-    """What a client is told when it connects."""
+    """Describes the policy to a client that connects."""
     robot = {} if policy.robot is None else {"robot": policy.robot}
     names = {f"{feature.rpartition('.')[2]}_names": some for feature, some in policy.dimension_names.items()}
     return {
@@ -98,7 +98,7 @@ def _metadata(policy: LoadedPolicy) -> dict[str, Any]:
 
 
 def _warm_up(policy: LoadedPolicy, max_batch: int) -> None:
-    """The first calls are slow; and on a GPU the largest batch shows now whether it fits."""
+    """Makes the first calls, which are slow; on a GPU also the largest batch, to see now whether it fits."""
     import time
 
     import numpy as np
@@ -145,7 +145,7 @@ def _renames(pairs: list[str]) -> dict[str, str]:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound and does not listen yet, so that nobody waits while the policy is loaded."""
+    """Binds a socket that does not listen yet, so that no client waits while the policy is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)

@@ -1,4 +1,4 @@
-"""openpi's messages: msgpack in which numpy arrays are maps of bytes, type and shape."""
+"""Packs and unpacks openpi's messages: msgpack in which numpy arrays are maps of bytes, type and shape."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LONGEST_TYPE = 16  # characters of an array's type
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A message with numpy arrays and numbers in it, as openpi's client unpacks it."""
+    """Packs a message with numpy arrays and numbers in it, as openpi's client unpacks it."""
     return _packer()(message)
 
 
 def unpack(frame: bytes) -> dict[str, Any]:
-    """A client's message. Its arrays are views of the frame: nothing is copied, and nothing can be written to.
+    """Unpacks a client's message. Its arrays are views of the frame: nothing is copied, and nothing can be written to.
 
     Raises:
         ValueError: if the frame is not a msgpack map, or an array in it is not what it says.
@@ -62,7 +62,7 @@ _INSTEAD = "; pictures and long vectors are sent as numpy arrays"
 
 
 class _Refused(ValueError):
-    """A message that is msgpack and is not taken."""
+    """A message of valid msgpack that is refused."""
 
 
 class _Count:
@@ -103,7 +103,7 @@ def _described(value: Any) -> Any:
 
 
 def _array(entry: dict[Any, Any]) -> Any:
-    """The array or number that a map stands for, or the map itself."""
+    """Gives the array or number that a map stands for, or the map itself."""
     if b"__ndarray__" not in entry and b"__npgeneric__" not in entry:
         return entry
     try:

@@ -1,4 +1,4 @@
-"""The check of a raw config tree against the config classes: every key and every type, all mistakes at once."""
+"""Checks a raw config tree against the config classes: every key and every type, and finds all mistakes at once."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 def check_tree(value: Any, kind: Any, path: tuple[str, ...] = ()) -> list[Mistake]:
-    """Every mistake in a raw tree against a (data)class."""
+    """Finds every mistake in a raw tree against a (data)class."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return []
@@ -114,7 +114,7 @@ def _check_sequence(value: Any, origin: Any, arguments: tuple, path: tuple[str, 
 
 
 def _number(text: Any) -> Any:
-    """What YAML would read, so far as it is a number; else the same."""
+    """Reads a text as YAML would if it is a number; else gives it back without blanks around it."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -177,7 +177,7 @@ def _show(value: Any) -> str:
 
 
 def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
-    """``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
+    """Writes ``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
     key, value = mistake.key, _value_at(tree, mistake.path)
     if mistake.text == UNKNOWN and (instead := older_keys.instead(key, value)) is not None:
         return f"{key}: {instead}"
@@ -208,7 +208,7 @@ def _value_at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _valid_keys(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key that a config of this class may have, in the lists and of the model type that ``value`` has."""
+    """Yields every key that a config of this class may have, for the list entries and model type that ``value`` has."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for candidate in arguments:

@@ -1,4 +1,4 @@
-"""Reading config files: YAML and JSON with ``!include`` and ``${VARIABLES}``, and in which line a key is set."""
+"""Reads config files, YAML and JSON with ``!include`` and ``${VARIABLES}``, and finds the line in which a key is set."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), lis
 
 
 def read_file(path: Path, including: tuple[Path, ...] = ()) -> Any:
-    """The contents of a YAML or JSON file with its includes."""
+    """Reads a YAML or JSON file with its includes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -137,7 +137,7 @@ _BARE_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] = ()) -> Any:
-    """``${VAR}`` and ``${VAR:-default}`` in every text, from the environment; unset ones are added to ``mistakes``."""
+    """Replaces ``${VAR}`` and ``${VAR:-default}`` in every text; adds variables that are not set to ``mistakes``."""
     if isinstance(tree, dict):
         return {k: expand_variables(v, mistakes, (*path, str(k))) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -165,7 +165,7 @@ def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] =
 
 
 def file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """Way to a key → ``file:line: `` where it is set, through all includes and merges."""
+    """Maps the path of a key to ``file:line: `` where it is set, through all includes and merges."""
     sources: dict[tuple[str, ...], str] = {}
 
     def walk(node: Any, path: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Keys of the training YAMLs that this code's predecessors read, and what to write instead of each.
+"""Knows the keys of training YAMLs that this code's predecessors read, and what to write instead of each.
 
 They are refused, not translated: most have no counterpart of the same meaning, and a file that is converted once says
 what it does. Hydra's and the predecessors' own names are in one table, by dotted key; ``*`` stands for one part.
@@ -152,7 +152,7 @@ MISSING = {"data": "write data: {train: {datasets: !include ../data/bridge.yaml}
 
 
 def instead(key: str, value: Any) -> str | None:
-    """Whose key this is, and what to write instead with this value; None for a key that no predecessor had."""
+    """Says whose key this is and what to write instead with this value; None for a key that no predecessor had."""
     if key in LEROBOT:
         return f"a key of LeRobot's; {LEROBOT[key].format(value=literal(value))}"
     found = next((INSTEAD[pattern] for pattern in INSTEAD if fnmatchcase(key, pattern)), None)
@@ -166,7 +166,7 @@ def instead(key: str, value: Any) -> str | None:
 
 
 def instead_of_value(key: str, value: Any) -> str | None:
-    """What to write instead of an older value of a key that still exists."""
+    """Says what to write instead of an older value of a key that still exists; None for other values."""
     if value is None or isinstance(value, bool):
         return VALUES.get((key, value))
     return None

@@ -1,4 +1,4 @@
-"""Policies that other programs of this field have and this one does not: what a config's ``type`` says then.
+"""Knows the policies that other programs have and this one does not, to answer a config with such a ``type``.
 
 Without such a list `pi0fast` would be taken for a misspelled `pi0`, which is another model.
 """
@@ -42,7 +42,7 @@ _OTHERS = {
 
 
 def unknown_type(name: str, choices: Iterable[str]) -> str:
-    """What to say of a ``type`` that is none of the choices, beginning after the name.
+    """Says what a ``type`` is that is none of the choices; the text continues after the name.
 
     Args:
         name: as the config has it.
@@ -61,7 +61,7 @@ def unknown_type(name: str, choices: Iterable[str]) -> str:
 
 
 def title(name: str) -> str:
-    """What a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
+    """Gives what a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
     return f" ({_OTHERS[_plain(name)]})" if _plain(name) in _OTHERS else ""
 
 
