@@ -27,7 +27,7 @@ def check(context: Context) -> list[Row]:
     kept, saves = config.keep_checkpoints + best, _saves(context)
     need = min(kept + 1, saves) * weights + min((config.keep_training_states or kept) + 1, saves) * training
     place = _existing(config.run_dir)
-    used = _size(config.run_dir / "checkpoints")
+    used = size_of(config.run_dir / "checkpoints")
     free = shutil.disk_usage(place).free
     text = (
         f"a checkpoint is {amount(weights)} of weights and {amount(training)} for a resume; {_spelled(config, best, saves)} "
@@ -101,5 +101,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Adds up the bytes of the files in a folder; 0 if there is no such folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

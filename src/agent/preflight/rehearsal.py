@@ -181,7 +181,7 @@ def _round_trip(run: Run, saver: Saver) -> Row:
         run.config, run.data, run.checkpoints, found, run.processes, run.policy, run.optimizer, run.ema
     )
     after = _fingerprints(run)
-    size = sum(path.stat().st_size for path in Path(found[0]).rglob("*") if path.is_file())
+    size = disk.size_of(found[0])
     text = f"{amount(size)}, saved in {span(saved - begin)}, loaded in {span(time.perf_counter() - saved)}"
     different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     if different or state is None or state.step != step:

@@ -130,7 +130,11 @@ def _step_chart(shown: Sequence[Shown], total: int) -> str:
     if not columns:
         return ""
     lines = [
-        Line(label, [(float(place), value) for place, value in enumerate(error.per_step_l1, start=1)], _dashed(style))
+        Line(
+            label,
+            [(float(step), l1) for step, l1 in enumerate(error.per_step_l1, 1)],
+            style.replace("hollow", "dashed"),
+        )
         for label, style, error in columns
     ]
     caption = f"Error by step of the chunk {_where(shown)}"
@@ -138,10 +142,6 @@ def _step_chart(shown: Sequence[Shown], total: int) -> str:
     said = f"{caption}, steps 1 to {length}, mean over all dimensions"
     drawing = line_chart(said, lines, x_label="step of the chunk", from_zero=True)
     return figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))
-
-
-def _dashed(style: str) -> str:
-    return style.replace("hollow", "dashed")
 
 
 def _by_dataset(shown: Shown, total: int) -> str:

@@ -39,9 +39,10 @@ class Latencies:
     def line(self) -> str | None:
         """Writes the line and begins to count anew; None if nothing happened since the last one."""
         seconds = time.monotonic() - self.since
+        times = {"total ms": self.total_ms, "queue ms": self.queue_ms, "model ms": self.infer_ms}
         parts = [f"{len(self.total_ms)} requests in {seconds:.0f} s"]
         # Either can be there without the other: a batch is counted before its answers are sent, a line can fall between.
-        parts += [f"{name} {_percentiles(times)}" for name, times in self._times().items() if times]
+        parts += [f"{name} {_percentiles(some)}" for name, some in times.items() if some]
         if self.batches:
             parts += [f"batch mean {np.mean(self.batches):.2f} max {max(self.batches)}"]
         parts += [f"{count} {what}" for what, count in (("refused", self.refused), ("failed", self.failed)) if count]
@@ -50,9 +51,6 @@ class Latencies:
             counts.clear()
         self.refused, self.failed, self.since = 0, 0, time.monotonic()
         return None if quiet else "; ".join(parts)
-
-    def _times(self) -> dict[str, list[float]]:
-        return {"total ms": self.total_ms, "queue ms": self.queue_ms, "model ms": self.infer_ms}
 
 
 def _percentiles(times: list[float]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from typing import Any
@@ -23,7 +22,7 @@ _LONGEST_TYPE = 16  # characters of an array's type
 
 def pack(message: dict[str, Any]) -> bytes:
     """Packs a message with numpy arrays and numbers in it, as openpi's client unpacks it."""
-    return _packer()(message)
+    return msgpack.packb(message, default=_described)
 
 
 def unpack(frame: bytes) -> dict[str, Any]:
@@ -87,11 +86,6 @@ class _Count:
             key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise _Refused(f"the message has the key {key!r:.60} twice in a map")
         return _array(entry)
-
-
-@functools.lru_cache(maxsize=1)
-def _packer() -> Any:
-    return functools.partial(msgpack.packb, default=_described)
 
 
 def _described(value: Any) -> Any:
