@@ -31,6 +31,7 @@ GROUND = [
     "reproducibility",
     "progress",
     "hub",
+    "refusal",
     "safe_files",
     "spelling",
     "lifecycle.run_folder",
