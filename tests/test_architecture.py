@@ -31,7 +31,6 @@ GROUND = [
     "reproducibility",
     "progress",
     "hub",
-    "refusal",
     "safe_files",
     "spelling",
     "lifecycle.run_folder",

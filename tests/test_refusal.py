@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 
-from agent.refusal import Refusal, parted
+from agent.preflight.refusal import Refusal, parted
 
 
 def test_a_refusal_is_one_message_with_two_fields() -> None:

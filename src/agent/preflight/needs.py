@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import hub
-from agent.refusal import Refusal
+from agent.preflight.refusal import Refusal
 from agent.spelling import amount
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from agent.refusal import parted
+from agent.preflight.refusal import parted
 from agent.safe_files import write_text
 
 Result = Literal["pass", "warn", "fail"]

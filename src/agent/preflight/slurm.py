@@ -8,7 +8,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.refusal import Refusal
+from agent.preflight.refusal import Refusal
 
 SCRIPTS = Path("slurms") / "train_scripts"
 

@@ -12,9 +12,9 @@ from agent.checkpoints.store import TRAINING
 from agent.lifecycle.records import read_metrics, read_status
 from agent.preflight import needs
 from agent.preflight.context import Context
+from agent.preflight.refusal import parted
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
-from agent.refusal import parted
 from agent.tracking.metrics import JsonLines
 from agent.training.config_changes import changes_since_checkpoint
 from agent.validation.record import read_record

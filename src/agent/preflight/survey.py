@@ -24,7 +24,7 @@ from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.stretches import mapped_videos, picture_problems
 from agent.data.source import Source, open_source
 from agent.preflight import needs
-from agent.refusal import Refusal
+from agent.preflight.refusal import Refusal
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
