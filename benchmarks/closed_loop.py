@@ -219,7 +219,7 @@ class LeRobotActor:
 
 
 def _sentences() -> list[str]:
-    from agent.simulation.environment import TASK_DESCRIPTIONS
+    from agent.simulation.metaworld import TASK_DESCRIPTIONS
 
     return sorted(set(TASK_DESCRIPTIONS.values()))
 

@@ -26,7 +26,16 @@ MODULES = {
 DOORS = ["run", "command_line", "describe_config", "requeue", "sync_wandb", "prepare", "export", "report", "serve"]
 DOORS += ["evaluate_sim", "data.prepare", "data.from_rlds", "data.from_v20"]
 # Import nothing above them; anyone may import them.
-GROUND = ["batch", "reproducibility", "progress", "hub", "safe_files", "lifecycle.run_folder", "lifecycle.records"]
+GROUND = [
+    "batch",
+    "reproducibility",
+    "progress",
+    "hub",
+    "safe_files",
+    "spelling",
+    "lifecycle.run_folder",
+    "lifecycle.records",
+]
 # They name no model.
 ALL_BUT_DOORS_AND_FAMILIES = [name for name in MODULES if name not in DOORS and not name.startswith("models.pi")]
 
@@ -74,8 +83,8 @@ MAY_IMPORT = {
         "models.registry",
         "settings.other_models",
     ],
-    "inference": ["checkpoints.weights", "data.resizing", "data.samples.transforms", "deployment.*", "models.registry"],
-    "serving.*": ["deployment.*", "inference", "serving.*"],
+    "inference": ["checkpoints.weights", "data.samples.transforms", "deployment.*", "models.registry"],
+    "serving.*": ["deployment.*", "inference", "serving.*", "tracking.metrics"],
     "reporting.*": ["lifecycle.history", "reporting.*", "validation.record"],
     "data.configuration": [],
     "data.samples.mixture": [],
@@ -91,10 +100,11 @@ MAY_IMPORT = {
     **{name: [] for name in GROUND},
     **{f"simulation.{name}": [] for name in ("configuration", "rendering", "video", "results")},
     "simulation.starting": ["simulation.configuration"],
-    "simulation.environment": ["simulation.rendering"],
+    "simulation.metaworld": ["simulation.rendering"],
     "simulation.rollout": ["simulation.results"],
     "simulation.evaluation": ["checkpoints.manifest", "inference", "simulation.*"],
     "simulation.watching": ["simulation.*"],
+    "simulation.session": ["checkpoints.weights", "simulation.*"],
 }
 
 

@@ -285,7 +285,7 @@ def test_asks_where_results_are_to_go_before_it_loads(run_folder: Path, tmp_path
     ],
 )
 def test_refuses_what_cannot_be_played(arguments: list[str], said: str) -> None:
-    from agent.simulation.environment import TASK_DESCRIPTIONS
+    from agent.simulation.metaworld import TASK_DESCRIPTIONS
 
     options = dict(zip(arguments[::2], arguments[1::2], strict=True))
     request = Request(
@@ -300,7 +300,7 @@ def test_refuses_what_cannot_be_played(arguments: list[str], said: str) -> None:
 
 @needs_sim
 def test_two_environments_at_once_show_what_each_shows_alone() -> None:
-    from agent.simulation.environment import PlainMetaworldEnv
+    from agent.simulation.metaworld import PlainMetaworldEnv
 
     def pictures(environment: PlainMetaworldEnv) -> list[np.ndarray]:
         first, _ = environment.reset(seed=1003)
@@ -325,7 +325,7 @@ def test_two_environments_at_once_show_what_each_shows_alone() -> None:
 
 @needs_sim
 def test_the_tasks_are_known_without_the_simulator() -> None:
-    from agent.simulation.environment import TASK_DESCRIPTIONS
+    from agent.simulation.metaworld import TASK_DESCRIPTIONS
 
     assert known_tasks() == list(TASK_DESCRIPTIONS)
 
@@ -334,7 +334,7 @@ def test_the_tasks_are_known_without_the_simulator() -> None:
 def test_lerobot_knows_the_environment() -> None:
     from lerobot.envs.factory import make_env
 
-    from agent.simulation.environment import PlainMetaworldConfig
+    from agent.simulation.metaworld import PlainMetaworldConfig
 
     config = PlainMetaworldConfig(task=f"{REACH},{BUTTON}", height=32, width=32)
     assert config.type == "metaworld_plain"

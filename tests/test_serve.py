@@ -39,9 +39,10 @@ import agent.serving.server
 from agent.inference import LoadedPolicy, load_policy
 from agent.serving import wire
 from agent.serving.batching import Answer, Batcher
+from agent.serving.configuration import Limits
 from agent.serving.latency import Latencies
 from agent.serving.requests import Translation
-from agent.serving.server import Limits, Server
+from agent.serving.server import Server
 
 # openpi's client connects in a way that its library will give up.
 pytestmark = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
@@ -659,15 +660,17 @@ def test_a_policy_that_does_not_return_holds_up_no_end(tmp_path):
     program = """
 import os, signal, socket, threading, time
 from types import SimpleNamespace
-import agent.serve, agent.serving.server as module
+import agent.serving.server as module
+from agent.serving.configuration import Limits
 from agent.serving.requests import Translation
+from agent.serving.startup import run
 from websockets.sync.client import connect
 module._PATIENCE_S = 0.5
 def hangs(observations, noise):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3600)
 policy = SimpleNamespace(act_each=hangs, cameras={}, renamed={}, check=lambda o: None, noise=lambda *a: 0)
-server = module.Server(policy, Translation(policy, {}), {}, None, None, module.Limits(1, 1.0, 1.0, 60.0))
+server = module.Server(policy, Translation(policy, {}), {}, None, None, Limits(1, 1.0, 1.0, 60.0))
 listener = socket.create_server(("127.0.0.1", 0))
 def ask():
     client = connect(f"ws://127.0.0.1:{listener.getsockname()[1]}")
@@ -675,7 +678,7 @@ def ask():
     client.send(b"\\x80")
     client.recv()
 threading.Thread(target=ask, daemon=True).start()
-agent.serve.run(server, listener)
+run(server, listener)
 print("not here: the policy's thread is waited for")
 """
     process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)

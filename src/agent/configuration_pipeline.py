@@ -1,5 +1,4 @@
-"""The training config: every key of ``config/train/*.yaml``, how the keys agree with the model JSON, and the
-numbers that follow from them."""
+"""Defines the training config: every key of ``config/train/*.yaml``, and how the keys agree with those of the model JSON."""
 
 from __future__ import annotations
 

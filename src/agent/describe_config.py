@@ -1,4 +1,4 @@
-"""Every config key with type, default and meaning, read from the dataclasses.
+"""Describes every config key with type, default and meaning, read from the dataclasses.
 
 ``uv run python -m agent.describe_config > docs/configuration.md`` writes the page; ``--help`` shows the same.
 """
@@ -19,6 +19,7 @@ from typing import Any
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.models.base import ModelConfig
 from agent.models.registry import PlaceholderConfig
+from agent.spelling import literal
 
 _INTRODUCTION = """# Configuration
 
@@ -42,7 +43,7 @@ over the YAML, which wins over the defaults below.
 
 @dataclass(frozen=True)
 class Entry:
-    """One key."""
+    """One config key."""
 
     name: str
     kind: str
@@ -52,7 +53,7 @@ class Entry:
 
 @functools.cache
 def field_texts(kind: type) -> dict[str, str]:
-    """Field name → the text literal below it in the class, base classes included."""
+    """Maps each field name to the text literal below it in the class, base classes included."""
     texts: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):
@@ -66,7 +67,7 @@ def field_texts(kind: type) -> dict[str, str]:
 
 
 def entries(kind: Any, prefix: str = "") -> Iterator[Entry]:
-    """All keys of a config class, nested ones after their parent."""
+    """Yields all keys of a config class, nested ones after their parent."""
     hints, texts = typing.get_type_hints(kind), field_texts(kind)
     for field in dataclasses.fields(kind):
         name, hint = f"{prefix}{field.name}", hints[field.name]
@@ -78,14 +79,14 @@ def entries(kind: Any, prefix: str = "") -> Iterator[Entry]:
 
 
 def _inner_dataclass(hint: Any) -> Any:
-    """The config class that a hint holds, at whatever depth; None if it holds none."""
+    """Finds the config class that a type hint holds, at whatever depth; None if it holds none."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return hint
     return next((inner for arg in typing.get_args(hint) if (inner := _inner_dataclass(arg)) is not None), None)
 
 
 def _container(hint: Any) -> Any:
-    """list, dict or None: what holds the config class in a hint, which may be optional."""
+    """Says whether a list, a dict or nothing (None) holds the config class in a type hint, which may be optional."""
     origin = typing.get_origin(hint)
     if origin in (list, dict):
         return origin
@@ -107,11 +108,7 @@ def _default(field: dataclasses.Field) -> str:
         return "required"
     if dataclasses.is_dataclass(value):
         return ""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if _hashable(value) else str(value)
-
-
-def _hashable(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    return literal(value)
 
 
 def _sections() -> Iterator[tuple[str, str, list[Entry]]]:
@@ -122,7 +119,7 @@ def _sections() -> Iterator[tuple[str, str, list[Entry]]]:
 
 
 def as_markdown() -> str:
-    """The page ``docs/configuration.md``."""
+    """Writes the page ``docs/configuration.md``."""
     parts = [_INTRODUCTION]
     for title, where, rows in _sections():
         parts.append(f"\n## {title}\n\n{where}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n")
@@ -132,7 +129,7 @@ def as_markdown() -> str:
 
 
 def as_help() -> str:
-    """The same for a terminal."""
+    """Writes the same for a terminal."""
     lines = []
     for title, where, rows in _sections():
         lines.append(f"{title} ({where.replace('`', '')}):")

@@ -1,4 +1,4 @@
-"""What becomes of a job whose training process has ended: done, fail, stop, requeue or hold.
+"""Decides what becomes of a job whose training process has ended: done, fail, stop, requeue or hold.
 
 ``slurms/common.sh`` asks this after every attempt::
 
@@ -44,7 +44,7 @@ class Decision:
 def decide(
     status: dict[str, Any] | None, attempts: list[dict[str, Any]], exit_code: int, problem: str = ""
 ) -> Decision:
-    """The decision for the attempt that just ended.
+    """Decides about the attempt that just ended.
 
     Args:
         status: what it wrote, ``{"state", "error_kind", "reason", "step", …}``; None if it wrote nothing.
@@ -98,7 +98,7 @@ def _describe(attempt: dict[str, Any]) -> str:
 
 
 def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """The JSON object in ``path``, or None and what is wrong with the file."""
+    """Reads the JSON object in ``path``; gives None and what is wrong where the file holds none."""
     try:
         content, problem = records.read_object(path)
     except OSError as error:
@@ -109,7 +109,7 @@ def read_object(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def read_status(path: Path, attempt: str) -> tuple[dict[str, Any] | None, str]:
-    """What ``attempt`` wrote to ``path``, or None and why there is nothing: another attempt's is left over."""
+    """Reads what ``attempt`` wrote to ``path``; gives None and why where it wrote nothing, or another attempt's is left over."""
     status, problem = read_object(path)
     if status is not None and status.get("attempt") != attempt:
         return None, f"the status is of another attempt, {status.get('attempt')!r}"
@@ -120,7 +120,7 @@ def read_status(path: Path, attempt: str) -> tuple[dict[str, Any] | None, str]:
 
 
 def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The attempts in the ``status.json`` of the run folder that the status names; none where it is not known."""
+    """Lists the attempts in the ``status.json`` of the run folder that the status names; none where it names none."""
     if not (status and isinstance(status.get("run_dir"), str) and status["run_dir"]):
         return []
     try:
@@ -136,7 +136,7 @@ def listed_attempts(status: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def with_crashes(listed: list[dict[str, Any]], attempt: str, reason: str, crashes: Path) -> list[dict[str, Any]]:
-    """The listed attempts together with those that ended before they could enter themselves in the run folder.
+    """Adds to the listed attempts those that ended before they could enter themselves in the run folder.
 
     Those are kept in ``crashes``, a file of the job. The attempt that just ended joins them if it is not listed.
 

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from agent.spelling import gib
+
 _PACKAGES = ("torch", "lerobot", "transformers", "agent")
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PROCESSOR = Path("/proc/cpuinfo")
@@ -67,7 +69,7 @@ def _gpus(world_size: int) -> str:
 
     count = min(world_size, torch.cuda.device_count())
     seen = [torch.cuda.get_device_properties(place) for place in range(count)]
-    names = [f"{one.name} ({one.total_memory / 2**30:.1f} GiB)" for one in seen]
+    names = [f"{one.name} ({gib(one.total_memory)})" for one in seen]
     return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
 
 

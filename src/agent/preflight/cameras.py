@@ -1,4 +1,4 @@
-"""Which column of the data set becomes which input of the model, and a picture of every camera as the model sees it."""
+"""Checks the inputs of the model: shows which column of a data set becomes which, and what each camera looks like then."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from agent.preflight.survey import Survey
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+    from agent.data.recorded.metadata import Metadata
+
 log = logging.getLogger(__name__)
 
 _SIDE, _LABEL, _GAP = 256, 58, 8
 
 
 def check(context: Context) -> list[Row]:
-    """One row per data set, and ``cameras.png``."""
+    """Gives a row for each data set, and writes ``cameras.png``."""
     rows, cells = [], []
     for found in context.surveys:
         name = f"map: {found.config.repo_id}"
@@ -32,7 +34,7 @@ def check(context: Context) -> list[Row]:
             rows.append(Row(name, "pass", _spelled(found, context)))
             try:
                 cells.append(_cells(found, context))
-            except RuntimeError as error:  # a frame that the sample of frames did not meet
+            except RuntimeError as error:  # the survey reads only some frames, and this one was not among them
                 rows.append(failed(name, error))
     if cells:
         count = sum(picture is not None for row in cells for _, picture in row)
@@ -50,7 +52,7 @@ def check(context: Context) -> list[Row]:
 
 
 def _spelled(found: Survey, context: Context) -> str:
-    """Camera, state and action map in words."""
+    """Says which cameras, state and action of a data set the model gets."""
     assert found.source is not None and found.metadata is not None
     source, features = found.source, found.metadata.features
     slots = list(context.model.camera_slots) or list(source.cameras)
@@ -68,8 +70,14 @@ def _spelled(found: Survey, context: Context) -> str:
     return "\n".join(lines)
 
 
+def names_of(metadata: Metadata, key: str) -> list[str]:
+    """Gives the names of a feature's dimensions, or numbers where the data set has no names."""
+    feature = metadata.features[key]
+    return dimension_names(feature, int(np.prod(feature["shape"])), "dimension")
+
+
 def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | None]]:
-    """Label and picture of each camera of the model, from the middle of a good episode."""
+    """Labels a picture of each camera of the model, taken from the middle of an episode that can be read."""
     from PIL import Image
 
     source = found.source
@@ -93,7 +101,7 @@ def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | N
 
 
 def _sheet(rows: list[list[tuple[list[str], Picture | None]]]) -> Picture:
-    """A row of labelled pictures per data set."""
+    """Puts the labelled pictures on one sheet, a row for each data set."""
     from PIL import Image, ImageDraw, ImageFont
 
     tall = max((p.height for row in rows for _, p in row if p is not None), default=_SIDE)

@@ -1,6 +1,6 @@
-"""``--check true``: everything that a minute can show before a job waits for hours; see docs/preflight.md.
+"""Runs ``--check true``: shows within a minute or two what would stop a job that waits for hours; see docs/preflight.md.
 
-Each check is a function from what all share to rows. None stops the others.
+Each check is a function that takes what all share and returns rows of a table. A check that fails stops no other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from agent.preflight import (
 )
 from agent.preflight.context import Context
 from agent.preflight.pace import MFU
-from agent.preflight.report import NotChecked, Row, failed, table, worst, write
+from agent.preflight.report import NotChecked, Row, failed, table, unchecked, worst, write
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -68,7 +68,7 @@ def check(config: TrainPipelineConfig, launch: Launch) -> int:
         return 0
     if not config.debug:
         logging.getLogger("agent").setLevel(logging.ERROR)  # the table says it
-    # A SLURM script asks whether to requeue: a check never is, and if it is killed this is what stands.
+    # A SLURM script asks whether to requeue. A check never is; this stands if it is killed before it says how it ended.
     report_attempt("failed", reason="the check was ended", error_kind="config", run_dir=str(config.run_dir))
     context = Context(config, launch)
     rows: list[Row] = []
@@ -108,7 +108,7 @@ def _rows(name: str, function: Check, context: Context) -> list[Row]:
     try:
         return function(context)
     except NotChecked as error:
-        return [Row(name, "warn", f"not checked, because {error}", "put right what fails above, and check again")]
+        return [unchecked(name, error)]
     except ValueError as error:
         return [failed(name, error)]
     except Exception as error:  # the others are still worth having; this one fails

@@ -1,10 +1,10 @@
-"""The training config: keys that have no effect, and values that are allowed and hardly ever meant."""
+"""Checks the training config for keys without effect, and for values that are allowed but hardly ever meant."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def check(context: Context) -> list[Row]:
-    """Unknown keys and values that cannot be are refused before this; what is left is what a person would frown at."""
+    """Warns of what a careful reader would question; unknown keys and impossible values were refused before."""
     config = context.config
     unused = [f"{key} has no effect, because {why}" for key, why in _unused(context)]
     rows = [Row("config: keys", "warn", text, "take it out, or change what it depends on") for text in unused] or [
@@ -29,12 +29,12 @@ def check(context: Context) -> list[Row]:
 
 
 def validates(config: TrainPipelineConfig) -> bool:
-    """Whether there will be validations."""
+    """Says whether the run will validate."""
     return bool(config.eval_freq and (config.data.val.datasets or config.data.val.fraction))
 
 
-def _given(config: Any) -> int:
-    """How many values are not the defaults, all levels counted."""
+def _given(config: TrainPipelineConfig) -> int:
+    """Counts the values that differ from their defaults, those of nested configs too."""
     count = 0
     for item in fields(config):
         value, default = getattr(config, item.name), _default(item)
@@ -45,12 +45,12 @@ def _given(config: Any) -> int:
     return count
 
 
-def _default(item: Any) -> Any:
+def _default(item: Field) -> Any:
     return item.default_factory() if item.default_factory is not MISSING else item.default
 
 
 def _unused(context: Context) -> Iterator[tuple[str, str]]:
-    """Key that was set, and why nothing reads it."""
+    """Yields each key that was set without effect, and the reason."""
     config, data = context.config, context.config.data
     changed = {item.name for item in fields(config) if getattr(config, item.name) != _default(item)}
     if config.n_updates is not None and "n_epochs" in changed:
@@ -85,7 +85,7 @@ def _unused(context: Context) -> Iterator[tuple[str, str]]:
 
 
 def _odd(context: Context) -> Iterator[tuple[str, str]]:
-    """What is unusual, and what to write instead."""
+    """Yields what is unusual, and what to write instead."""
     config, model = context.config, context.model
     for key, value, low, high in (
         ("model_cfg.optimizer_lr", model.optimizer_lr, 1e-7, 2e-3),
@@ -115,7 +115,7 @@ def _odd(context: Context) -> Iterator[tuple[str, str]]:
 
 
 def _simulated(simulation: SimulationConfig) -> Iterator[tuple[str, str]]:
-    """What would keep the evaluation in simulation from being started."""
+    """Yields what would keep the evaluation in simulation from starting."""
     if simulation.start != "by_hand" and not Path(simulation.script).is_file():
         yield (
             f"eval_cfg.start is {simulation.start}, and there is no {simulation.script} in {Path.cwd()}",

@@ -1,4 +1,4 @@
-"""What the checks share: the config, what the job will get, and the data, each looked at once."""
+"""Holds what the checks share: the config, what the job will get, and the data. Each is looked at once."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ if TYPE_CHECKING:
     from agent.parallel.launch import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-STAND_IN = (
-    REPOSITORY / "demo" / "tokenizer"
-)  # for one that is not here, so that what needs no words is checked all the same
+STAND_IN = REPOSITORY / "demo" / "tokenizer"
+"""Takes the place of a tokenizer that is not here, so that what needs no words is checked all the same."""
 
 
 @dataclass
 class Rehearsal:
-    """What was measured by a real update."""
+    """The measurements of a real update."""
 
     device: str
     samples: int
-    """Of a micro-batch."""
+    """How many samples a micro-batch had."""
     micro_batch_s: float
 
 
 @dataclass
 class Context:
-    """Everything that a check may ask."""
+    """Answers everything that a check may ask."""
 
     config: TrainPipelineConfig
     launch: Launch
     started: float = field(default_factory=time.time)
     rehearsal: Rehearsal | None = None
-    """Set by the check that makes an update."""
+    """The check that makes an update sets it."""
     waiting: float = 0.0
-    """Part of the time that training would wait for data read as fast as here; set by the check of the loader."""
+    """Fraction of the time that training would wait for data read as fast as here; the check of the loader sets it."""
 
     @property
     def model(self) -> Any:
@@ -59,7 +58,7 @@ class Context:
 
     @cached_property
     def folder(self) -> Path:
-        """``check`` in the run folder.
+        """The folder ``check`` in the run folder, made if it is not there.
 
         Raises:
             NotChecked: if it cannot be made.
@@ -75,14 +74,14 @@ class Context:
 
     @cached_property
     def store(self) -> CheckpointStore:
-        """The run's own checkpoints; only looked at."""
+        """The run's own checkpoints, which are only looked at."""
         from agent.checkpoints.store import CheckpointStore
 
         return CheckpointStore(self.config.run_dir, self.config.keep_checkpoints, self.config.keep_training_states)
 
     @cached_property
     def own(self) -> tuple[list[Path], dict[Path, str]]:
-        """What the run might continue from, the newest first; and what is damaged, as the sizes of its files tell."""
+        """The checkpoints to continue from, the newest first; and those whose files have wrong sizes, with what is damaged."""
         from agent.checkpoints.manifest import check_sizes
 
         damages = {path: check_sizes(path) for path in self.store.candidates()}
@@ -93,13 +92,13 @@ class Context:
 
     @cached_property
     def job(self) -> Job | None:
-        """What the job gets, as far as SLURM or the script of the run's name say."""
+        """What the job will get, as far as SLURM or the script with the run's name says it."""
         assert self.config.name is not None
         return find_job(self.config.name, [Path.cwd(), REPOSITORY], time.time())
 
     @cached_property
     def visible_gpus(self) -> list[str]:
-        """Device names of the GPUs of this machine that the config allows."""
+        """The device names of this machine's GPUs; none if the config asks for the CPU."""
         import torch
 
         if self.model.device == "cpu":
@@ -113,7 +112,7 @@ class Context:
 
     @cached_property
     def gpus(self) -> tuple[int, str]:
-        """How many GPUs, hence processes, the job will have, and who says so."""
+        """How many GPUs the job will have, with one process each, and who says so."""
         if self.launch.under_torchrun:
             return self.launch.world_size, "torchrun"
         asked = [(self.job.gpus, self.job.source)] if self.job is not None and self.job.gpus else []
@@ -123,7 +122,7 @@ class Context:
 
     @cached_property
     def kinds(self) -> tuple[list[Gpu], str]:
-        """The kinds of GPU that the job may get, none if that is not known, and who says so."""
+        """The kinds of GPU that the job may get, and who says so; no kind if it is not known."""
         if self.config.check_gpu is not None:
             return [GPUS[self.config.check_gpu]], "check_gpu"
         words = self.job.gpu_words if self.job is not None else []
@@ -133,7 +132,7 @@ class Context:
         return (list(asked.values()), self.job.source) if asked and self.job is not None else ([], "")
 
     def _gpu_here(self) -> Gpu:
-        """The first visible GPU with the memory that it has, which can be a part of a larger one's."""
+        """The first visible GPU with its own memory: it can be a slice of a larger one."""
         import torch
 
         name, memory = self.visible_gpus[0], torch.cuda.get_device_properties(0).total_memory
@@ -144,7 +143,7 @@ class Context:
 
     @cached_property
     def surveys(self) -> list[Survey]:
-        """What is to be said of each data set, those to train on first."""
+        """The survey of each data set; those to train on come first."""
         from agent.training.config_changes import began_with
 
         known = began_with(self.own[0])
@@ -152,7 +151,7 @@ class Context:
 
     @cached_property
     def tokenizer_problem(self) -> ValueError | None:
-        """Why the tokenizer cannot be had."""
+        """Why the tokenizer cannot be loaded; None if it can."""
         try:
             needs.tokenizer(self.config).look()
         except ValueError as error:
@@ -178,10 +177,10 @@ class Context:
 
     @cached_property
     def _built(self) -> tuple[Data | None, Exception | None]:
-        """The data, and why training would refuse them; both where it is only for the paraphrases."""
+        """The data, and why training would refuse them. Both are there if only the paraphrases are refused."""
         try:
             return self._build(), None
-        except Exception as error:  # `data_problem` gives it back, once
+        except Exception as error:  # kept, because `data_problem` shows or raises it
             problem = error
         if self.config.task_paraphrase is None or not isinstance(problem, ValueError):
             return None, problem
@@ -213,14 +212,14 @@ class Context:
         return data
 
     def require_data(self) -> None:
-        """Raises NotChecked if the data cannot be read."""
+        """Raises NotChecked if the data of the run cannot be read."""
         assert self.data is not None
 
     def data_problem(self) -> ValueError | None:
-        """Why training would refuse data sets that are each usable.
+        """Says why training would refuse the data sets together, although each of them is usable.
 
         Raises:
-            Exception: what was raised, if it is no answer to the user.
+            Exception: what was raised, if it is no mistake of the user's.
         """
         _, problem = self._built
         if isinstance(problem, ValueError):
@@ -231,13 +230,13 @@ class Context:
 
     @property
     def cameras(self) -> int:
-        """Cameras that have an image in at least one data set; all of the model's if that is not known."""
+        """How many cameras have an image in at least one data set; all of the model's if that is not known."""
         slots = {slot for found in self.surveys if found.source is not None for slot in found.source.cameras}
         return len(slots) or len([slot for slot in self.model.camera_slots if ".empty_camera_" not in slot]) or 1
 
     @property
     def language_tokens(self) -> int:
-        """Tokens of the longest instruction as a batch has them; the model's most if the data cannot be read."""
+        """How many tokens the longest instruction takes in a batch; the model's limit if the data cannot be read."""
         if self._built[0] is None or self.tokenizer_problem is not None:
             return self.model.tokenizer_max_length
         longest = max(len(self.data.reader.tokens(text)) for text in self.texts)
@@ -251,7 +250,7 @@ class Context:
         return sorted(tasks | {text for task in tasks for text in reader.paraphrases.get(task, [])})
 
     def model_size(self) -> int:
-        """The number of the model's parameters."""
+        """Counts the parameters of the model."""
         from agent.models import registry
 
         shapes = registry.adapter(self.model).shapes(self.model)

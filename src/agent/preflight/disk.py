@@ -1,24 +1,25 @@
-"""Room for all checkpoints that are kept, and for the one that is being written."""
+"""Checks that the disk has room for all checkpoints that are kept, and for the one that is being written."""
 
 from __future__ import annotations
 
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from agent.models import registry
 from agent.preflight.combinations import validates
 from agent.preflight.context import Context
-from agent.preflight.report import NotChecked, Row, amount
+from agent.preflight.report import NotChecked, Row
 from agent.preflight.schedule import plan
+from agent.spelling import amount
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
 
 
 def check(context: Context) -> list[Row]:
-    """Sizes follow from the shapes of the tensors; the disk is asked. A quota is not seen."""
+    """Compares sizes computed from the tensors' shapes with the free space of the disk; a quota does not show there."""
     config = context.config
     weights, training = checkpoint_bytes(context)
     # The best one stays too, and one more is there while it is written, before the oldest goes.
@@ -26,7 +27,7 @@ def check(context: Context) -> list[Row]:
     kept, saves = config.keep_checkpoints + best, _saves(context)
     need = min(kept + 1, saves) * weights + min((config.keep_training_states or kept) + 1, saves) * training
     place = _existing(config.run_dir)
-    used = _size(config.run_dir / "checkpoints")
+    used = size_of(config.run_dir / "checkpoints")
     free = shutil.disk_usage(place).free
     text = (
         f"a checkpoint is {amount(weights)} of weights and {amount(training)} for a resume; {_spelled(config, best, saves)} "
@@ -47,7 +48,7 @@ def check(context: Context) -> list[Row]:
 
 
 def _saves(context: Context) -> float:
-    """How many checkpoints the run makes; infinite if that is not known."""
+    """Counts the checkpoints that the run will make; infinite if that is not known."""
     config = context.config
     try:
         updates = plan(context).n_updates
@@ -63,7 +64,7 @@ def _spelled(config: TrainPipelineConfig, best: int, saves: float) -> str:
 
 
 def checkpoint_bytes(context: Context) -> tuple[int, int]:
-    """Bytes of a checkpoint's ``pretrained_model`` and of its ``training_state``."""
+    """Computes the bytes of a checkpoint's ``pretrained_model`` and of its ``training_state``."""
     import torch
 
     config = context.config
@@ -76,7 +77,7 @@ def checkpoint_bytes(context: Context) -> tuple[int, int]:
     numbers = [tensor for some in tensors.values() for tensor in some.values()]
     held = sum(tensor.numel() * tensor.element_size() for tensor in numbers)
     two_bytes = 2 * sum(tensor.numel() for tensor in numbers)
-    predictor: Any = registry.memory(context.model)
+    predictor = registry.memory(context.model)
     state = predictor.Training(
         batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision, ema=True
     )
@@ -100,5 +101,6 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Adds up the bytes of the files in a folder; 0 if there is no such folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0

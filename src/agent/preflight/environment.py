@@ -1,4 +1,4 @@
-"""Python, libraries, variables, where things are kept, and the key of wandb."""
+"""Checks what a run finds around it: Python and its libraries, variables, the run folder, and the key of wandb."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from agent.preflight.report import Row
 
 
 def check(context: Context) -> list[Row]:
-    """The environment of this process; a job's is the same where its script sources set_path.sh."""
+    """Looks at the environment of this process, which is also a job's if its script sources set_path.sh."""
     return [_software(context), _hub(context), _folder(context), _wandb(context)]
 
 
@@ -28,7 +28,7 @@ def _software(context: Context) -> Row:
 
 
 def _hub(context: Context) -> Row:
-    """Whether the job will ask the hub, which a compute node often cannot reach."""
+    """Says whether the job will ask the hub, which a compute node often cannot reach."""
     from huggingface_hub import constants
 
     # The constant is what libraries ask; within the check it is always on, so the variable is read anew.
@@ -49,7 +49,7 @@ def _hub(context: Context) -> Row:
 
 
 def _folder(context: Context) -> Row:
-    """Whether the run folder can be written, and is free."""
+    """Says whether the run folder can be written, and whether another run holds it."""
     folder = context.config.run_dir
     try:
         probe = folder / "check" / ".probe"

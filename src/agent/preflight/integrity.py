@@ -1,4 +1,4 @@
-"""The data sets: are they whole, and is every number, time stamp and instruction there."""
+"""Checks the data sets: whether their files are whole, and every number, time stamp and instruction is there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _WARNING = "WARNING: "  # how lines of the data's report begin that are more tha
 
 
 def check(context: Context) -> list[Row]:
-    """What the survey of each data set found."""
+    """Gives rows of what the survey of each data set has found."""
     return [row for found in context.surveys for row in _rows(found)]
 
 
 def check_together(context: Context) -> list[Row]:
-    """What training would refuse of all of them together, or only warns of; nothing to say where it does neither."""
+    """Says what training would refuse, or warn of, for all data sets together; gives no row if it does neither."""
     problem = context.data_problem()
     if problem is not None:
         return [failed("data: together", problem)]

@@ -1,4 +1,4 @@
-"""How fast samples are read here, against what the GPUs eat, and the number of workers to ask for."""
+"""Measures how fast samples are read here, against what the GPUs consume, and says how many workers to ask for."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _verdict(context: Context, text: str, details: dict, needed: float, each: fl
 
 
 def _measure(context: Context, workers: int) -> tuple[float, int, float]:
-    """Samples per second, samples and seconds; the first that workers have ready are not counted."""
+    """Measures samples per second over samples and seconds; those that workers have ready at the beginning do not count."""
     from agent.data.loading.loader import TrainLoader
 
     data, config = context.data, context.config

@@ -1,23 +1,22 @@
-"""Peak memory of a GPU, predicted, and the largest batch per device that fits."""
+"""Predicts the peak memory of a GPU, and the largest batch per device that fits."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from agent.models import registry
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 from agent.settings.gpus import GPUS, Gpu
+from agent.spelling import gib
 from agent.training.memory_advice import savings
 
-GIB = 1 << 30
 _MOST = 4096  # nobody asks for a larger batch, and none is looked for
 _TIGHT = 0.95  # of a GPU's memory: what needs more gets a warning
 
 
 def check(context: Context) -> list[Row]:
-    """One row per kind of GPU that the job may get, or one for all that are known."""
+    """Gives a row for each kind of GPU that the job may get, or one for all known kinds."""
     kinds, source = context.kinds
     if kinds:
         rows = [_verdict(context, gpu, source) for gpu in kinds]
@@ -38,10 +37,10 @@ def check(context: Context) -> list[Row]:
 
 
 def predicted(context: Context, batch: int, alone: int = 0) -> int:
-    """Bytes that the card must have for a batch in the job, or in ``alone`` micro-batches of a single process."""
+    """Predicts the bytes that a card must have for a batch in the job, or in ``alone`` micro-batches of one process."""
     config, gpus = context.config, 1 if alone else context.gpus[0]
     several = alone > 1 if alone else config.global_batch_size > batch * gpus
-    predictor: Any = registry.memory(context.model)
+    predictor = registry.memory(context.model)
     sharded = config.parallel == "fsdp" and gpus > 1
     training = predictor.Training(
         batch=batch,
@@ -61,7 +60,7 @@ def predicted(context: Context, batch: int, alone: int = 0) -> int:
 
 
 def largest_batch(context: Context, memory: int) -> int:
-    """The largest batch up to 4096 whose prediction fits; 0 if not even one sample does."""
+    """Finds the largest batch up to 4096 whose prediction fits; 0 if not even one sample does."""
     low, high = 0, 1
     while high <= _MOST and predicted(context, high) <= memory:
         low, high = high, high * 2
@@ -78,14 +77,14 @@ def largest_batch(context: Context, memory: int) -> int:
 
 def _needed(context: Context) -> str:
     batch = context.config.per_device_batch_size
-    return f"about {predicted(context, batch) / GIB:.1f} GiB with {batch} samples on a GPU, {context.cameras} cameras"
+    return f"about {gib(predicted(context, batch))} with {batch} samples on a GPU, {context.cameras} cameras"
 
 
 def _verdict(context: Context, gpu: Gpu, source: str) -> Row:
     config, batch = context.config, context.config.per_device_batch_size
     need, most = predicted(context, batch), largest_batch(context, gpu.memory)
     text = (
-        f"{gpu.name} ({source}) has {gpu.memory / GIB:.1f} GiB: {_needed(context)}; largest per_device_batch_size "
+        f"{gpu.name} ({source}) has {gib(gpu.memory)}: {_needed(context)}; largest per_device_batch_size "
         f"{_spelled(most)}"
     )
     details = {"gpu": gpu.name, "predicted_bytes": need, "gpu_bytes": gpu.memory, "largest_batch": most}
@@ -105,6 +104,6 @@ def _spelled(most: int) -> str:
 
 
 def _divisor(context: Context, most: int) -> int:
-    """The largest batch up to this one that divides the global batch."""
+    """Finds the largest batch up to this one that divides the global batch."""
     whole = context.config.global_batch_size // context.gpus[0] or 1
     return max(batch for batch in range(1, min(most, whole) + 1) if whole % batch == 0)

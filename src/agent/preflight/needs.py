@@ -1,16 +1,21 @@
-"""What a training needs from the hub or from this machine: where it is, whether it fits, and how it is fetched."""
+"""Lists what a training needs from the hub or from this machine; looks whether it is here and fits, and fetches it.
+
+``agent.prepare`` fetches; ``--check true`` only looks.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from dataclasses import fields
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent import hub
-from agent.preflight.found import Found, Item
+from agent.preflight.refusal import Refusal
+from agent.spelling import amount
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -33,8 +38,93 @@ _TOKENIZER_FILES = (
 log = logging.getLogger("agent.prepare")
 
 
+@dataclass
+class Found:
+    """Files on this machine that a training needs."""
+
+    folder: Path
+    files: list[Path]
+    note: str
+
+    @property
+    def size(self) -> int:
+        """How many bytes the files have."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+@dataclass
+class Item:
+    """Something that a training needs."""
+
+    kind: str
+    key: str
+    """The config key that names it."""
+    name: str
+    look: Callable[[], Found]
+    """Finds and checks it; raises ValueError if it is not here or does not fit."""
+    fetch: Callable[[], Any] | None
+    """Gets it from the hub; None if it is to be a local folder."""
+
+    def obtain(self, away: bool) -> Found:
+        """Takes what is here, else fetches it from the hub.
+
+        Args:
+            away: whether the hub was asked before and did not answer.
+
+        Raises:
+            ValueError: if it cannot be had, or does not fit.
+            HubTrouble: if it can perhaps be had later.
+        """
+        try:
+            with hub.offline():
+                return self.look()
+        except ValueError as error:
+            if self.fetch is None:
+                raise
+            if away:  # one wait for a hub that does not answer is enough
+                reason = "not here either" if isinstance(error, hub.Unreachable) else str(error).splitlines()[0]
+                raise hub.Unreachable(f"{self.key}: '{self.name}': {reason}") from None
+        log.info("fetching %s %s", self.kind, self.name)
+        self.fetch()
+        with hub.offline():
+            return self.look()
+
+
+def prepare(config: TrainPipelineConfig) -> list[str]:
+    """Fetches and checks everything, and prints what is where.
+
+    Returns:
+        What is wrong, all of it; empty if a job can start.
+    """
+    problems: list[str] = []
+    sources: list[Source] = []
+    rows = [("what", "size", "config key", "where")]
+    away = False
+    for item in items(config, sources):
+        try:
+            found = item.obtain(away)
+        except (ValueError, hub.HubTrouble) as error:
+            away = away or isinstance(error, hub.Unreachable)
+            problems.append(str(error))
+            rows.append((item.kind, "missing", item.key, item.name))
+            continue
+        for line in found.note.splitlines():
+            log.info(line)
+        rows.append((item.kind, amount(found.size), item.key, str(found.folder.resolve())))
+    if not any(row[0] == "data set" and row[1] == "missing" for row in rows):
+        try:
+            for line in check_together(config, sources):
+                log.info(line)
+        except ValueError as error:
+            problems.append(str(error))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for what, size, key, where in rows:
+        print(f"{what:<{widths[0]}}  {size:>{widths[1]}}  {key:<{widths[2]}}  {where}")
+    return problems
+
+
 def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
-    """What the config needs, in the order of a training's start; looking at a data set adds it to ``sources``."""
+    """Yields what the config needs, in the order of a training's start; a look at a data set adds it to ``sources``."""
     for key, dataset in data_sets(config):
         look = partial(_look_for_dataset, dataset, config, sources)
         download = partial(_fetch_dataset, dataset, key) if dataset.root is None else None
@@ -45,13 +135,13 @@ def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
 
 
 def data_sets(config: TrainPipelineConfig) -> Iterator[tuple[str, DatasetConfig]]:
-    """Config key and entry of each data set, those to train on first."""
+    """Yields config key and entry of each data set; those to train on come first."""
     for role, datasets in (("train", config.data.train.datasets), ("val", config.data.val.datasets)):
         yield from ((f"data.{role}.datasets.{number}", dataset) for number, dataset in enumerate(datasets))
 
 
 def tokenizer(config: TrainPipelineConfig) -> Item:
-    """The tokenizer."""
+    """Describes the tokenizer."""
     model: Any = config.model_cfg
     path = model.tokenizer_path
     repository = None if Path(path).expanduser().is_dir() or "@" in path else hub.parse(path)
@@ -60,8 +150,8 @@ def tokenizer(config: TrainPipelineConfig) -> Item:
 
 
 def weights(config: TrainPipelineConfig) -> Item | None:
-    """The weights that a new run begins with; None if it draws them."""
-    from agent.checkpoints.finding import find_weights
+    """Describes the weights that a new run begins with; None if they are drawn at random."""
+    from agent.checkpoints.weights import find_weights
 
     model: Any = config.model_cfg
     for key, reference in (
@@ -119,9 +209,10 @@ def _look_for_dataset(dataset: DatasetConfig, config: TrainPipelineConfig, sourc
 def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
     folder = hub.snapshot(repository, key, _TOKENIZER_FILES)
     if not (folder / "config.json").is_file():
-        raise ValueError(
+        raise Refusal(
             f"{key}: '{repository}' has no config.json, and without one transformers loads no tokenizer from its cache when "
-            f"there is no internet; set {key} to the folder {folder}"
+            "there is no internet",
+            f"set {key} to the folder {folder}",
         )
 
 
@@ -139,7 +230,7 @@ def _look_for_tokenizer(path: str) -> Found:
 
 
 def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[str]:
-    """What concerns the data sets and the model at once, as far as the metadata tell.
+    """Checks what concerns the data sets and the model at once, as far as the metadata tell it.
 
     Args:
         config: of the run.
@@ -170,9 +261,29 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
 
 
 def sample_spec(config: TrainPipelineConfig) -> SampleSpec:
-    """What the model wants of a sample."""
+    """Says what the model expects of a sample."""
     from agent.data.samples.transforms import SampleSpec
 
     values: dict[str, Any] = {field.name: getattr(config.model_cfg, field.name) for field in fields(SampleSpec)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return SampleSpec(**values)
+
+
+def job_environment(config: TrainPipelineConfig) -> dict[str, str]:
+    """Gives the variables with which a job finds the same files and does not ask the hub."""
+    from huggingface_hub import constants
+    from lerobot.utils.constants import HF_LEROBOT_HOME
+
+    home = os.path.abspath(constants.HF_HOME)
+    values = {"HF_HOME": home, "HF_HUB_OFFLINE": "1"}
+    for name, place, usual in (
+        ("HF_HUB_CACHE", constants.HF_HUB_CACHE, "hub"),
+        ("HF_LEROBOT_HOME", HF_LEROBOT_HOME, "lerobot"),
+    ):
+        if os.path.abspath(place) != os.path.join(home, usual):
+            values[name] = os.path.abspath(place)
+    of_one_attempt = ("VLA_ATTEMPT", "VLA_STATUS_FILE")
+    values |= {k: v for k, v in sorted(os.environ.items()) if k.startswith("VLA_") and v and k not in of_one_attempt}
+    if config.use_wandb and config.wandb.mode == "online":
+        values["WANDB_MODE"] = "offline"
+    return values

@@ -1,4 +1,4 @@
-"""Statistics: dimensions that hardly vary, and values that normalisation throws far out."""
+"""Checks the statistics: finds dimensions that hardly vary, and values that are far out after normalisation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_FRAMES = 500_000  # of a data set, evenly spaced
 
 
 def check(context: Context) -> list[Row]:
-    """State and action of every training data set, normalised as training does."""
+    """Normalises state and action of every training data set as training does, and looks at the result."""
     reader, given = context.data.reader, context.config.data.statistics == "checkpoint"
     rows = []
     for source, robot in zip(reader.sources, reader.robots, strict=True):
@@ -50,7 +50,7 @@ def check(context: Context) -> list[Row]:
 
 
 def _recorded(source: Source, robot: Robot) -> Iterator[tuple[str, str, Normalizer, np.ndarray]]:
-    """``state`` or ``action``, its key, how it is normalised, and what is, (frames, dims)."""
+    """Yields ``state`` and ``action``: the word, the key, the normaliser, and the recorded values (frames, dims)."""
     states, actions = (source.columns(key).astype(np.float32) for key in (source.config.state, source.config.action))
     every = -(-len(states) // _MOST_FRAMES)
     states, actions = states[::every], actions[::every]
@@ -64,7 +64,7 @@ def _recorded(source: Source, robot: Robot) -> Iterator[tuple[str, str, Normaliz
 def _constant(
     what: str, key: str, names: list[str], normalizer: Normalizer, raw: np.ndarray | None
 ) -> Iterator[tuple[str, str]]:
-    """``raw`` where the statistics were given, and tell nothing of these data."""
+    """Yields the dimensions that hardly vary: by the statistics, or by ``raw`` where the statistics are of other data."""
     constant = normalizer.statistics.constant if raw is None else compute_statistics(raw).constant
     if constant:
         left = " and stays unnormalised" if raw is None and normalizer.mode != "IDENTITY" else ""
@@ -76,7 +76,7 @@ def _constant(
 
 
 def _advice(what: str, key: str, mode: str, given: bool) -> str:
-    """What to do about values far out."""
+    """Says what to do about values that are far out."""
     if given:
         return "are these statistics of this robot, in its units? Else write data.statistics: dataset"
     if mode.startswith("QUANTILE"):

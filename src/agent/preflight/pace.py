@@ -1,4 +1,4 @@
-"""How long a micro-batch takes on the job's GPU: measured where that is here, else predicted from its data sheet."""
+"""Tells how long a micro-batch takes on the job's GPU: measured if that GPU is here, else predicted from its data sheet."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from agent.preflight.context import Context
 from agent.settings.gpus import Gpu
 
 MFU = 0.45
-"""Part of a GPU's matrix FLOP that a training step of a large model is taken to use. An assumption, not a measurement."""
+"""Fraction of a GPU's peak FLOP/s that a training step of a large model is assumed to reach (model FLOP utilisation)."""
 SHORTEST_S = 0.02
-"""Seconds that forward and backward pass of a micro-batch take at least, to start their kernels. Assumed."""
+"""Seconds that forward and backward pass of a micro-batch are assumed to take at least, to launch their kernels."""
 
 
 def paces(context: Context) -> list[tuple[str, float]]:
-    """Where, and seconds of a micro-batch there; empty if nothing is known.
+    """Lists each device and the seconds that a micro-batch takes there; empty if nothing is known.
 
     A measurement on the device that the job will use counts before a prediction.
     """
@@ -26,13 +26,13 @@ def paces(context: Context) -> list[tuple[str, float]]:
 
 
 def predicted(context: Context, gpu: Gpu) -> float:
-    """Seconds of a micro-batch on a GPU."""
+    """Predicts the seconds of a micro-batch on a GPU."""
     rate = gpu.bfloat16 if context.config.use_bf16 else gpu.float32
     return max(context.config.per_device_batch_size * flop(context) / (rate * MFU), SHORTEST_S)
 
 
 def flop(context: Context) -> float:
-    """FLOP of a sample's forward and backward pass, with what is computed twice."""
+    """Counts the FLOP of a sample's forward and backward pass, recomputed activations included."""
     draws = context.config.flow_samples_per_observation
     count = registry.accounting(context.model).flop_per_sample
     needed = count(context.model, context.cameras, context.language_tokens, draws)

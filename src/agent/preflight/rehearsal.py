@@ -1,6 +1,6 @@
-"""One real update on the device that is here, its checkpoint, and what comes back when that is loaded.
+"""Makes a real update on the device that is here, saves a checkpoint of it, and loads that to see whether it is the same.
 
-The run's own folder ``checkpoints`` is not looked at: all happens in ``check/rehearsal``, which is removed.
+All of this happens in ``check/rehearsal``, which is removed; the run's own ``checkpoints`` are not touched.
 """
 
 from __future__ import annotations
@@ -8,21 +8,25 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from agent.preflight import disk, round_trip
+from agent.preflight import disk, needs
 from agent.preflight.context import Context, Rehearsal
 from agent.preflight.memory import predicted
 from agent.preflight.pace import flop
-from agent.preflight.report import Row, amount, span
+from agent.preflight.report import Row
+from agent.spelling import amount, gib, span
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from agent.batch import Batch
     from agent.configuration_pipeline import TrainPipelineConfig
+    from agent.training.saving import Saver
     from agent.training.train_state import Run
 
 SMALL = 50_000_000  # parameters; a larger model is not trained on a CPU here
@@ -32,7 +36,7 @@ _NOT_FINITE = "look for the operation with --debug true; are the statistics this
 
 
 def check(context: Context) -> list[Row]:
-    """On a GPU for every model, on a CPU for a small one."""
+    """Rehearses every model on a GPU, and a small one on a CPU."""
     import torch
 
     context.require_data()
@@ -49,10 +53,9 @@ def check(context: Context) -> list[Row]:
         return [Row("update", "fail", text, "make room where the run folder is, or set VLA_LOG_DIR to a larger disk")]
     place = context.folder / "rehearsal"
     shutil.rmtree(place, ignore_errors=True)  # of a check that was killed
-    config = _config(context, device.type)
+    config = _config(context, place, device.type)
     try:
-        with _variable("VLA_LOG_DIR", str(place)):
-            return _rehearse(context, config, device)
+        return _rehearse(context, config, device)
     except torch.cuda.OutOfMemoryError as error:  # which the model alone can be too large for
         if context.config.parallel == "fsdp" and context.gpus[0] > 1:
             text = f"not made: {device} does not hold what {context.gpus[0]} GPUs share under parallel: fsdp"
@@ -68,24 +71,10 @@ def check(context: Context) -> list[Row]:
         shutil.rmtree(place, ignore_errors=True)
 
 
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    """An environment variable that has another value within."""
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _config(context: Context, device: str) -> TrainPipelineConfig:
-    """The run's config for two updates of one process."""
+def _config(context: Context, place: Path, device: str) -> TrainPipelineConfig:
+    """Changes the run's config to two updates of one process, in a folder of their own."""
     config = copy.deepcopy(context.usable)
-    config.name = "rehearsal"
+    config.name = str(place.absolute() / "rehearsal")  # an absolute name is the run's folder, wherever the others lie
     config.use_wandb, config.resume_run, config.resume_changes = False, True, True
     config.use_torch_compile, config.parallel = False, "ddp"
     config.data.train.num_workers = 0
@@ -101,8 +90,6 @@ def _config(context: Context, device: str) -> TrainPipelineConfig:
 
 
 def _weights_are_here(config: TrainPipelineConfig) -> bool:
-    from agent.preflight import needs
-
     item = needs.weights(config)
     try:
         return item is None or bool(item.look())
@@ -110,7 +97,7 @@ def _weights_are_here(config: TrainPipelineConfig) -> bool:
         return False
 
 
-def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> list[Row]:
+def _rehearse(context: Context, config: TrainPipelineConfig, device: torch.device) -> list[Row]:
     from agent.data.loading.loader import TrainLoader
     from agent.lifecycle.watchdog import Watchdog
     from agent.parallel.launch import Launch
@@ -130,24 +117,23 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: Any) -> lis
     try:
         batches = list(itertools.islice(loader, run.plan.accumulation_steps))
         row = _update(context, run, batches)
-        return [row] if row.result == "fail" else [row, round_trip.check(run, saver)]
+        return [row] if row.result == "fail" else [row, _round_trip(run, saver)]
     finally:
         saver.close()
         loader.close()
         watchdog.close()
 
 
-def _update(context: Context, run: Run, batches: list[Any]) -> Row:
-    """Two updates on the same batch, because the first allocates; the last is timed."""
+def _update(context: Context, run: Run, batches: list[Batch]) -> Row:
+    """Makes two updates on the same batch, because the first allocates memory, and times the last."""
     import torch
 
-    from agent.training.step import train_step
+    from agent.training.trainer import _Clock, train_step
 
     device = run.processes.device
     cuda = device.type == "cuda"
     run.model.train()
-    clock: Any = _NoClock()
-    losses, seconds = [], 0.0
+    clock, losses, seconds = _Clock(), [], 0.0
     for _ in range(2):
         begin = time.perf_counter()
         try:
@@ -171,20 +157,46 @@ def _update(context: Context, run: Run, batches: list[Any]) -> Row:
         peak = torch.cuda.max_memory_allocated()
         details["peak_bytes"] = peak
         expected = predicted(context, samples, alone=len(batches))
-        text += f"; {peak / 2**30:.1f} GiB at the peak, {expected / 2**30:.1f} predicted with the context"
+        text += f"; {gib(peak)} at the peak, {expected / 2**30:.1f} predicted with the context"
     if not all(map(math.isfinite, [*losses, result.grad_norm])):
         return Row("update", "fail", text, _NOT_FINITE, details)
     return Row("update", "pass", text, details=details)
 
 
-class _NoClock:
-    """Measures nothing."""
+def _round_trip(run: Run, saver: Saver) -> Row:
+    """Saves as training does, forgets, loads as a restart does, and compares every bit."""
+    import torch
 
-    def waiting_for_data(self) -> _NoClock:
-        return self
+    from agent.training import resuming
 
-    def __enter__(self) -> None:
-        return None
+    before, step, begin = _fingerprints(run), run.state.step, time.perf_counter()
+    saver.save()
+    saver.finish(must_succeed=True)
+    saved = time.perf_counter()
+    with torch.no_grad():
+        for tensor in [*run.policy.state_dict().values(), *_average(run).values()]:
+            tensor.zero_()
+    run.optimizer.state.clear()
+    found = run.checkpoints.candidates()
+    state = resuming.resume(
+        run.config, run.data, run.checkpoints, found, run.processes, run.policy, run.optimizer, run.ema
+    )
+    after = _fingerprints(run)
+    size = disk.size_of(found[0])
+    text = f"{amount(size)}, saved in {span(saved - begin)}, loaded in {span(time.perf_counter() - saved)}"
+    different = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    if different or state is None or state.step != step:
+        text += f"; {len(different)} tensors came back otherwise, {', '.join(different[:3])}"
+        return Row("save and load", "fail", text, "do not train on this disk; copy a large file to it and compare")
+    return Row("save and load", "pass", f"{text}; {len(before)} tensors the same bit for bit", details={"bytes": size})
 
-    def __exit__(self, *_: object) -> None:
-        return None
+
+def _fingerprints(run: Run) -> dict[str, int]:
+    from agent.training.replicas import fingerprints, fingerprints_of
+
+    average = {f"ema/{name}": tensor for name, tensor in _average(run).items()}
+    return fingerprints(run.policy, run.optimizer) | (fingerprints_of(average) if average else {})
+
+
+def _average(run: Run) -> dict[str, Tensor]:
+    return run.ema.tensors if run.ema is not None else {}

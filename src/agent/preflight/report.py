@@ -1,14 +1,16 @@
-"""What a preflight found: its rows, the table for people and the file for programs."""
+"""Shows what a preflight has found: rows with problem and advice, as a table for people and a file for programs."""
 
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from agent.preflight.refusal import parted
+from agent.safe_files import write_text
 
 Result = Literal["pass", "warn", "fail"]
 
@@ -18,14 +20,14 @@ _NAME = 26  # characters of a name, in the table
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at."""
+    """One finding of the preflight."""
 
     name: str
     result: Result
     text: str
     """What was found."""
     change: str = ""
-    """What to change; never empty for a fail."""
+    """What to change; empty for a pass only."""
     details: dict[str, Any] = field(default_factory=dict)
     """Numbers for ``report.json``."""
 
@@ -37,31 +39,31 @@ class NotChecked(Exception):
     """Something could not be looked at, because of what another row reports as wrong."""
 
 
-# What to write stands behind a semicolon, the end of a sentence (no "3. " or "… "), a line, or a colon and an order.
-_ADVICE = re.compile(r"; |(?<=[^.\d])\. |\.?\n|: (?=(?:write|set|give|choose|name) )")
-
-
 def failed(name: str, error: Exception | str, otherwise: str = "correct that, and check again") -> Row:
-    """A fail from a message of this program, whose first sentence says what is wrong and the others what to write.
+    """Makes a fail of an error or a message of this program.
 
     Args:
         name: of the row.
-        error: the message.
-        otherwise: what to change where the message does not say it.
+        error: what was raised or said.
+        otherwise: what to change where the error does not say it.
     """
-    message = str(error).strip()
-    text, *change = _ADVICE.split(message, maxsplit=1)
-    return Row(name, "fail", text, change[0].strip() if change else otherwise)
+    problem, advice = parted(error)
+    return Row(name, "fail", problem, advice or otherwise)
+
+
+def unchecked(name: str, error: NotChecked, where: str = " above") -> Row:
+    """Warns that something was not looked at; ``where`` says in which rows the cause stands, as seen from this one."""
+    return Row(name, "warn", f"not checked, because {error}", f"put right what fails{where}, and check again")
 
 
 def worst(rows: Sequence[Row]) -> Result:
-    """``fail`` if one row is that, else ``warn`` if one is, else ``pass``."""
+    """Gives ``fail`` if a row fails, else ``warn`` if a row warns, else ``pass``."""
     results = {row.result for row in rows}
     return "fail" if "fail" in results else "warn" if "warn" in results else "pass"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each row, and under it what to change."""
+    """Writes a line for each row, and under it what to change."""
     width = min(max(len(row.name) for row in rows), _NAME)
     lines = []
     for row in rows:
@@ -76,7 +78,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _wrapped(head: str, text: str) -> list[str]:
-    """The text beside its head; the lines of a text that has several stay lines, and those of a table stay whole."""
+    """Wraps a text beside its head. Its own lines stay lines; an indented line, which is of a table, stays whole."""
     lines: list[str] = []
     for part in text.splitlines():
         if part.startswith("  "):
@@ -87,24 +89,6 @@ def _wrapped(head: str, text: str) -> list[str]:
 
 
 def write(path: Path, rows: Sequence[Row], facts: dict[str, Any]) -> None:
-    """``report.json``: the result, the facts that the predictions rest on, and every row."""
+    """Writes ``report.json``: the result, the facts that the predictions rest on, and every row."""
     content = {"result": worst(rows), **facts, "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def amount(size: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
-def span(seconds: float) -> str:
-    """A time for people."""
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} days"
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""Batch arithmetic, epochs, the learning rate's course, and instructions that are cut."""
+"""Checks what follows from the config's numbers: batches, epochs, the learning rate, and instructions that are cut."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from copy import deepcopy
 
 from agent.optim.learning_rate import LearningRate
 from agent.preflight.context import Context
-from agent.preflight.report import NotChecked, Row, failed
+from agent.preflight.report import NotChecked, Row, failed, unchecked
 from agent.settings.plan import Plan, accumulation_steps, make_plan
 from agent.training.config_changes import settle
 
 
 def check(context: Context) -> list[Row]:
-    """What follows from the numbers of the config, with the GPUs that the job will have."""
+    """Computes with the number of GPUs that the job will have."""
     return [*_batch(context), *_course(context), *_tokens(context)]
 
 
 def plan(context: Context) -> Plan:
-    """The run's numbers.
+    """Makes the plan of the run's batches and updates.
 
     Raises:
         NotChecked: if the frames are not known or the batch does not divide.
@@ -46,7 +46,7 @@ def _course(context: Context) -> list[Row]:
     try:
         numbers = plan(context)
     except NotChecked as error:
-        return [Row("schedule", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+        return [unchecked("schedule", error, "")]
     config, model = context.config, context.model
     epochs = numbers.n_updates / numbers.updates_per_epoch
     text = (
@@ -97,7 +97,7 @@ def _tokens(context: Context) -> list[Row]:
             raise NotChecked("the tokenizer is not here")
         tokens, texts = context.data.reader.tokens, context.texts
     except NotChecked as error:
-        return [Row("instructions", "warn", f"not checked, because {error}", "put right what fails, and check again")]
+        return [unchecked("instructions", error, "")]
     most = context.model.tokenizer_max_length
     if not tokens.too_long:
         longest = max(len(tokens(text)) for text in texts)

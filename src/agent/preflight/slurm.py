@@ -1,4 +1,4 @@
-"""What the job will get: from SLURM's variables within one, else from the script of the run's name."""
+"""Finds out what the job will get: from SLURM's variables within a job, else from the script with the run's name."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from agent.preflight.refusal import Refusal
+
 SCRIPTS = Path("slurms") / "train_scripts"
 
 
 @dataclass
 class Job:
-    """What is known of a job; None for what is not."""
+    """What is known of a job; None stands for what is not known."""
 
     source: str
-    """Where this is from, for people."""
+    """Where this was read, in words for the user."""
     limit_s: float | None = None
     """Seconds that it may run, or that are left."""
     warning_s: float = 0.0
@@ -29,7 +31,7 @@ class Job:
 
 
 def find_job(name: str, folders: list[Path], now: float) -> Job | None:
-    """The job of a run.
+    """Finds the job of a run.
 
     Args:
         name: of the run, and of its script; within a job the job's name counts first.
@@ -87,7 +89,7 @@ _SHORT = {"t": "time", "C": "constraint", "c": "cpus-per-task", "G": "gpus", "n"
 
 
 def _options(path: Path) -> dict[str, str]:
-    """The ``#SBATCH`` lines of a script: long name → value. Like sbatch it looks no further than the first command."""
+    """Reads the ``#SBATCH`` lines of a script, long name → value; like sbatch, up to the first command."""
     options: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.strip() and not line.startswith("#"):
@@ -97,7 +99,7 @@ def _options(path: Path) -> dict[str, str]:
         try:
             words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
         except ValueError as error:
-            raise ValueError(f"{path}: the line `{line}` cannot be read ({error}); close its quotation") from error
+            raise Refusal(f"{path}: the line `{line}` cannot be read ({error})", "close its quotation") from error
         for place, word in enumerate(words):
             following = words[place + 1] if place + 1 < len(words) else ""
             if word == "--no-requeue":
@@ -111,7 +113,7 @@ def _options(path: Path) -> dict[str, str]:
 
 
 def seconds_of(limit: str) -> float | None:
-    """SLURM's time: ``minutes``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M``, ``D-H:M:S``; None for no limit, as 0 has it."""
+    """Reads SLURM's time, ``minutes``, ``M:S``, ``H:M:S``, ``D-H``, ``D-H:M`` or ``D-H:M:S``; None for 0, which is no limit."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit.strip())
     if match is None:
         return None

@@ -1,4 +1,4 @@
-"""What the run would begin with: its own checkpoint, else weights, whose coverage is accounted for; and the tokenizer."""
+"""Checks what the run would begin with: its own checkpoint, else weights that cover the model; and the tokenizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from agent.checkpoints.store import TRAINING
 from agent.lifecycle.records import read_metrics, read_status
 from agent.preflight import needs
 from agent.preflight.context import Context
+from agent.preflight.refusal import parted
 from agent.preflight.report import NotChecked, Row, failed
 from agent.preflight.schedule import plan
 from agent.tracking.jsonl import JsonLines
@@ -28,13 +29,13 @@ def check(context: Context) -> list[Row]:
 
 
 def own_step(context: Context) -> int | None:
-    """The update after which the run would continue; None if it would begin."""
+    """Gives the update after which the run would continue; None if it would begin anew."""
     whole, _ = context.own
     return int(whole[0].name.removeprefix("step_")) if whole else None
 
 
 def _own(context: Context) -> list[Row]:
-    """Whether the run would begin or continue, as training decides it."""
+    """Says whether the run would begin or continue, by the rules of training."""
     whole, damaged = context.own
     there = [*context.store.candidates(), *context.store.unusable()]
     if not there:
@@ -63,7 +64,7 @@ def _own(context: Context) -> list[Row]:
 
 
 def _damaged_records(run_dir: Path) -> list[str]:
-    """What the start would set aside of what the run has told of itself; each file with what is wrong."""
+    """Lists the records of the run that are damaged, which a start would set aside, each with what is wrong."""
     status, metrics = run_dir / "status.json", run_dir / "metrics.jsonl"
     lines = read_metrics(metrics)
     told = [f"{status}: {problem}" for problem in read_status(status)[1]]
@@ -100,7 +101,7 @@ def _resume(context: Context, checkpoint: Path) -> Row:
 
 
 def _owes_a_validation(run_dir: Path, checkpoint: Path) -> bool:
-    """As ``metrics_line.forget_reported`` decides it when the run starts."""
+    """Says whether the last start was stopped before a validation that is still due, as training decides it at a start."""
     state = json.loads(Folder(checkpoint / TRAINING).text("state.json"))
     return state.get("unreported") is not None and not JsonLines(run_dir / "metrics.jsonl").has(state["step"])
 
@@ -116,13 +117,12 @@ def _weights(context: Context) -> list[Row]:
 
 
 def _look(item: needs.Item) -> Row:
-    """A row of something that is here or not; a look never downloads."""
+    """Gives a row for something that a training needs; a look never downloads."""
     try:
         found = item.look()
     except hub.Unreachable as error:
         text = f"{item.key}: '{item.name}' is not on this machine"
-        _, _, advice = str(error).partition("\n")
-        return Row(item.kind, "fail", text, advice.removeprefix("It is not in the cache of this machine. "))
+        return Row(item.kind, "fail", text, parted(error)[1].removeprefix("It is not in the cache of this machine. "))
     except ValueError as error:
         return failed(item.kind, error, f"copy or download it again, or write another {item.key}")
     return Row(item.kind, "pass", found.note, details={"folder": str(found.folder), "bytes": found.size})

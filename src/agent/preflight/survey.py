@@ -1,6 +1,6 @@
-"""One data set looked through as a whole: all metadata, every file, all numbers, and a sample of frames.
+"""Looks through a data set as a whole: all metadata, every file, all numbers, and a sample of its frames.
 
-Training refuses a data set at the first thing that is wrong. Here everything that is wrong is collected, by episode.
+Training refuses a data set at the first mistake. Here all mistakes are collected, by episode.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.stretches import mapped_videos, picture_problems
 from agent.data.source import Source, open_source
 from agent.preflight import needs
+from agent.preflight.refusal import Refusal
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
@@ -39,30 +40,30 @@ _EVEN = 1e-4  # seconds that a frame's time may be off
 
 @dataclass
 class Survey:
-    """What is to be said of a data set."""
+    """What was found in a data set."""
 
     key: str
-    """Its config key."""
+    """The config key of its entry."""
     config: DatasetConfig
     problem: Exception | None = None
     """Why it cannot be used at all."""
     mismatch: ValueError | None = None
-    """What of it does not fit the model."""
+    """Why it does not fit the model."""
     metadata: Metadata | None = None
     chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """The episodes that the config selects."""
     bad: dict[int, str] = field(default_factory=dict)
-    """Episode that cannot be used → why."""
+    """Number of an episode that cannot be used → why."""
     uneven: dict[int, str] = field(default_factory=dict)
-    """Episode whose time stamps are not even → how."""
+    """Number of an episode with uneven time stamps → how they are uneven."""
     dark: list[str] = field(default_factory=list)
-    """Frames of which a picture has one colour."""
+    """Frames with a picture of a single colour."""
     sizes: dict[str, str] = field(default_factory=dict)
-    """Camera whose pictures are not of the size that the metadata say → how."""
+    """Camera whose pictures do not have the size that the metadata say → which sizes."""
     source: Source | None = None
-    """Of the good episodes; its cameras are known unless there is a mismatch."""
+    """The data set with its good episodes; its cameras are known unless there is a mismatch."""
     files: tuple[int, int] = (0, 0)
-    """Looked through, and not for lack of time."""
+    """How many files were looked at, and how many were left out for lack of time."""
     frames_read: int = 0
 
     @property
@@ -71,14 +72,14 @@ class Survey:
         return np.setdiff1d(self.chosen, list(self.bad))
 
     def name(self) -> str:
-        """For people."""
+        """Names the data set in a message."""
         return f"{self.key} ({self.config.repo_id})"
 
 
 def survey(
     key: str, dataset: DatasetConfig, config: TrainPipelineConfig, began_with: Mapping[str, str | None] | None = None
 ) -> Survey:
-    """Looks through one data set; nothing is downloaded. ``began_with``: of the run so far, see ``WantedStore``."""
+    """Looks through one data set and downloads nothing. ``began_with`` is of the run so far, see ``WantedStore``."""
     patience = _SECONDS / (len(config.data.train.datasets) + len(config.data.val.datasets))
     found = Survey(key, dataset)
     try:
@@ -101,7 +102,7 @@ def survey(
         log.exception("%s could not be looked through", found.name())
         told = f"{type(error).__name__}: {error}"
         found.source = None
-        found.problem = ValueError(f"{found.name()} could not be looked through ({told}); is it whole? Copy it again")
+        found.problem = Refusal(f"{found.name()} could not be looked through ({told})", "is it whole? Copy it again")
     return found
 
 
@@ -121,7 +122,7 @@ def _look_at_files(found: Survey, metadata: Metadata, videos: bool, patience: fl
 
 
 def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | None) -> None:
-    """State, action, time stamps and instructions of every frame; where videos are read, whether each has its picture there."""
+    """Looks at state, action, time stamp and instruction of every frame, and at its place in videos that are read."""
     good = found.good
     if not len(good):
         return
@@ -131,9 +132,9 @@ def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | Non
     for key in keys:
         has, said_to = table[key].shape[1], int(np.prod(metadata.features[key]["shape"]))
         if has != said_to:
-            raise ValueError(
-                f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json; copy "
-                "the data set again, or correct the shape there"
+            raise Refusal(
+                f"{found.key}: {key} has {has} dimensions in the data and {said_to} in {metadata.root}/meta/info.json",
+                "copy the data set again, or correct the shape there",
             )
     if tolerance_s is not None:  # first, because a start says it in these words
         cameras = mapped_videos(metadata, found.config.cameras)
@@ -161,7 +162,7 @@ def _look_at_numbers(found: Survey, metadata: Metadata, tolerance_s: float | Non
 
 
 def _columns(found: Survey, metadata: Metadata, names: tuple[str, ...]) -> ColumnTable:
-    """The columns of the good episodes; a damaged file costs those that it holds."""
+    """Reads columns of the good episodes; a damaged file makes the episodes in it bad ones."""
     table = ColumnTable(metadata, found.good, names)
     try:
         table.load()
@@ -192,13 +193,12 @@ def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> No
 
 def _require_some(found: Survey) -> None:
     if not len(found.good):
-        raise ValueError(
-            f"{found.key}: none of the {len(found.chosen)} episodes can be used. The first: {found.bad[min(found.bad)]}"
-        )
+        problem = f"{found.key}: none of the {len(found.chosen)} episodes can be used"
+        raise Refusal(problem, f"The first: {found.bad[min(found.bad)]}", joint=". ")
 
 
 def _look_at_frames(found: Survey, source: Source, patience: float) -> None:
-    """Reads frames spread over the data set and its episodes."""
+    """Reads frames that are spread over the data set and its episodes."""
     end = time.monotonic() + patience
     lengths = source.metadata.episodes["length"][source.episodes]
     begins = np.cumsum(lengths) - lengths

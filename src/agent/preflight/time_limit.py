@@ -1,4 +1,4 @@
-"""How long the run takes, against SLURM's time limit: how often the job will requeue itself."""
+"""Predicts how long the run takes, and how often SLURM's time limit will make the job requeue itself."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 
 from agent.preflight.context import Context
 from agent.preflight.pace import paces
-from agent.preflight.report import Row, span
+from agent.preflight.report import Row
 from agent.preflight.schedule import plan
 from agent.preflight.slurm import SCRIPTS
 from agent.preflight.start import own_step
+from agent.spelling import span
 
 _SEEN = 0.05  # of the time spent waiting is worth a word
 _START_S = 180.0  # from a job's start to its first update: imports, data sets, weights. An allowance.
 
 
 def check(context: Context) -> list[Row]:
-    """Validations and checkpoints are not counted, nor the wait in the queue."""
+    """Counts the updates alone: no validations or checkpoints, and no wait in the queue."""
     numbers, known = plan(context), paces(context)
     left = max(numbers.n_updates - (own_step(context) or 0), 0)
     if not known:

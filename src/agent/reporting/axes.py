@@ -1,4 +1,4 @@
-"""Axes of charts: values to pixels, round ticks, short numbers."""
+"""Computes the axes of charts: values to pixels, round ticks, short numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 _WIDTHS = dict.fromkeys(".,ijl'|: ", 0.33) | dict.fromkeys("-_frt", 0.45) | dict.fromkeys("mwMW…", 1.0)
-"""Of a character, as part of the font's size."""
+"""Width of a character as a fraction of the font's size."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: axes with ticks, lines, dots, hover titles. No script, no request, colours by CSS classes."""
+"""Draws charts as inline SVG: axes with ticks, lines, dots, hover titles; no script, no request, colours by CSS class."""
 
 from __future__ import annotations
 
@@ -80,11 +80,12 @@ def line_chart(
     pieces = [column for _, columns in drawn for column in columns if column is not None]
     assert pieces, f"nothing to draw in {title}"
     low, high = min(c.low for c in pieces), max(c.high for c in pieces)
-    y_axis = Axis(*value_range(low, high, from_zero, log), *_up(frame), log=log)
+    y_axis = Axis(*value_range(low, high, from_zero, log), frame.height - frame.bottom, frame.top, log=log)
     # A label takes some 24 pixels down with the space around it.
     y_ticks = y_axis.ticks(max(2, int((frame.height - frame.bottom - frame.top) / 26)))
     frame = replace(frame, left=max(frame.left, *(text_width(tick_text(tick)) + 8 for tick in y_ticks)))
-    x_axis = Axis(*widened(min(c.first for c in pieces), max(c.last for c in pieces), 0.0), *_across(frame))
+    first, last = min(c.first for c in pieces), max(c.last for c in pieces)
+    x_axis = Axis(*widened(first, last, 0.0), frame.left, frame.width - frame.right)
     parts = [f"<title>{escape(title)}</title>", _grid(x_axis, y_axis, y_ticks, frame, x_label)]
     parts += _marks(marks, x_axis, frame)
     parts += [_curve(line, columns, x_axis, y_axis) for line, columns in drawn]
@@ -114,10 +115,9 @@ def dot_chart(
     parts = [f"<title>{escape(title)}</title>"]
     for tick in axis.ticks(6):
         x = f"{axis.at(tick):.1f}"
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{tick_text(tick)}</text>')
+        parts += [_straight("grid", x, x, top, bottom), _label(x, bottom + 15, tick_text(tick))]
     x = f"{axis.at(line_at):.1f}"
-    parts.append(f'<line class="limit" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>')
+    parts.append(_straight("limit", x, x, top, bottom))
     for number, (name, row) in enumerate(rows):
         y = top + row_height * number + (24 if above else 10)
         place = f'class="over" x="0" y="{y - 12}"' if above else f'x="{left - 8}" y="{y + 4}" text-anchor="end"'
@@ -152,32 +152,28 @@ def _svg(width: int, height: int, title: str, inside: str) -> str:
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">{inside}</svg>'
 
 
-def _across(frame: Frame) -> tuple[float, float]:
-    return frame.left, frame.width - frame.right
+def _straight(style: str, x1: object, x2: object, y1: object, y2: object) -> str:
+    return f'<line class="{style}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>'
 
 
-def _up(frame: Frame) -> tuple[float, float]:
-    return frame.height - frame.bottom, frame.top
+def _label(x: str, y: object, text: str, anchor: str = "middle") -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>'
 
 
 def _grid(x_axis: Axis, y_axis: Axis, y_ticks: Sequence[float], frame: Frame, x_label: str) -> str:
-    floor, wall = frame.height - frame.bottom, frame.width - frame.right
+    left, floor, wall = f"{frame.left:g}", frame.height - frame.bottom, frame.width - frame.right
     # A label takes some 34 pixels across with the space around it.
     x_ticks = x_axis.ticks(max(2, int((wall - frame.left) / 50)))
     parts = []
     for tick in y_ticks:
         y = y_axis.at(tick)
-        parts.append(f'<line class="grid" x1="{frame.left:g}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{frame.left - 6:g}" y="{y + 4:.1f}" text-anchor="end">{tick_text(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{frame.left:g}" x2="{wall}" y1="{floor}" y2="{floor}"/>')
-    for tick in x_ticks:
-        if not tick.is_integer():  # there is no update 1.5
-            continue
-        x = x_axis.at(tick)
-        parts.append(f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{tick_text(tick)}</text>')
+        parts.append(_straight("grid", left, wall, f"{y:.1f}", f"{y:.1f}"))
+        parts.append(_label(f"{frame.left - 6:g}", f"{y + 4:.1f}", tick_text(tick), "end"))
+    parts.append(_straight("axis", left, wall, floor, floor))
+    whole = [tick for tick in x_ticks if tick.is_integer()]  # there is no update 1.5
+    parts += [_label(f"{x_axis.at(tick):.1f}", floor + 17, tick_text(tick)) for tick in whole]
     if x_label:
-        middle = (frame.left + wall) / 2
-        parts.append(f'<text x="{middle:g}" y="{frame.height - 4}" text-anchor="middle">{escape(x_label)}</text>')
+        parts.append(_label(f"{(frame.left + wall) / 2:g}", frame.height - 4, escape(x_label)))
     return "".join(parts)
 
 

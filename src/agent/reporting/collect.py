@@ -1,4 +1,4 @@
-"""What a run folder tells: ``metrics.jsonl``, ``status.json``, ``config.yaml`` and the validation's arrays."""
+"""Reads a run folder for the report: ``metrics.jsonl``, ``status.json``, ``config.yaml`` and the arrays of validations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Series:
         return [value for value in self.values if not math.isnan(value)]
 
     def lowest(self) -> tuple[int, float] | None:
-        """(update, value) of the least value; the first of equal ones."""
+        """Finds (update, value) of the least value, the first of equal ones; None without a number."""
         found = [(value, step) for step, value in zip(self.steps, self.values, strict=True) if not math.isnan(value)]
         return (min(found)[1], min(found)[0]) if found else None
 
@@ -168,7 +168,7 @@ def _state(status: dict[str, Any]) -> str:
 
 
 def _read_evaluations(folder: Path, series: dict[str, Series], last_step: int, problems: list[str]) -> list[Evaluation]:
-    """The best and the last, or the last alone."""
+    """Reads the best and the last evaluation, or the last alone if that is the best."""
     # A later file is of updates that a crash undid.
     files = {int(path.stem[5:]): path for path in folder.glob("step_*.json") if path.stem[5:].isdecimal()}
     steps = sorted(step for step in files if step <= last_step)

@@ -1,4 +1,4 @@
-"""The sections of what a run ran on and with: hardware, versions, config."""
+"""Writes the sections about what a run ran on and with: hardware, versions, config."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 from agent.reporting.collect import RunRecord
 from agent.reporting.markup import NOTHING, details, missing, paragraph, section, table
+from agent.spelling import literal, ranges
 
 _CONFIG_CHARACTERS = 200_000
 
 
 def hardware(runs: Sequence[RunRecord]) -> str:
-    """Machine and versions of every attempt, equal ones together."""
+    """Writes machine and versions of every attempt, with equal ones together."""
     heads, columns = [""], []
     for run in runs:
         groups: list[tuple[dict[str, Any], list[int]]] = []
@@ -23,7 +24,7 @@ def hardware(runs: Sequence[RunRecord]) -> str:
             groups.append((facts, [place])) if alike is None else alike.append(place)
         for facts, places in groups[-12:]:
             name = [run.label] if len(runs) > 1 else []
-            which = [f"attempts {_ranges(places)}"] if len(groups) > 1 else []
+            which = [f"attempts {ranges(places, '–')}"] if len(groups) > 1 else []
             heads.append(", ".join(name + which) or "value")
             columns.append(facts)
     if not columns:
@@ -37,19 +38,8 @@ def hardware(runs: Sequence[RunRecord]) -> str:
     return section("hardware", "Hardware", *parts)
 
 
-def _ranges(places: Sequence[int]) -> str:
-    """[1, 2, 3, 5] → ``1–3, 5``."""
-    found: list[list[int]] = []
-    for place in places:
-        if found and place == found[-1][1] + 1:
-            found[-1][1] = place
-        else:
-            found.append([place, place])
-    return ", ".join(str(first) if first == last else f"{first}–{last}" for first, last in found)
-
-
 def settings(runs: Sequence[RunRecord]) -> str:
-    """Where the configs differ, and each in full."""
+    """Writes where the configs differ, and each config in full."""
     parts = []
     if len(runs) > 1:
         flat = [dict(flattened(run.config)) for run in runs]
@@ -74,7 +64,7 @@ def settings(runs: Sequence[RunRecord]) -> str:
 
 
 def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """A nested config as (dotted key, value) pairs; the items of a list have numbers."""
+    """Yields a nested config as (dotted key, value) pairs; the items of a list have numbers."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     empty = True
     for key, item in items:
@@ -87,8 +77,4 @@ def flattened(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 def _plain(value: Any) -> str:
     if value is None:
         return NOTHING
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return ", ".join(map(_plain, value))
-    return str(value)
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else literal(value)

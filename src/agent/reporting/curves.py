@@ -1,4 +1,4 @@
-"""The section of training curves: one chart for each number, one line for each run."""
+"""Writes the section of training curves: a chart for each number, with a line for each run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from agent.reporting.charts import Frame, Line, legend, line_chart, wants_log
 from agent.reporting.collect import RunRecord, Series
@@ -38,7 +39,7 @@ BASELINES = {
     "start": ("starting checkpoint", "base-start dashed"),
 }
 AVERAGED = "c2"
-"""Style of the averaged weights where there is one run."""
+"""The style of the averaged weights where there is one run."""
 
 
 def style_of(place: int) -> str:
@@ -47,7 +48,7 @@ def style_of(place: int) -> str:
 
 
 def training(runs: Sequence[RunRecord]) -> str:
-    """Loss, learning rate, gradient norm, throughput, data wait, memory."""
+    """Draws loss, learning rate, gradient norm, throughput, data wait and memory."""
     charts = [_chart(kind, runs) for kind in TRAINING]
     long = [run for run in runs if run.lines > frame_for(runs).columns]
     notes = [
@@ -61,12 +62,12 @@ def training(runs: Sequence[RunRecord]) -> str:
 
 
 def frame_for(runs: Sequence[RunRecord]) -> Frame:
-    """Curves of many runs get fewer columns each, so that the page stays small."""
+    """Gives the curves of many runs fewer columns each, so that the page stays small."""
     return Frame(columns=max(60, min(340, 1500 // len(runs))))
 
 
 def validation_charts(runs: Sequence[RunRecord]) -> str:
-    """Loss, action error beside the baselines and fractions within thresholds, over the updates."""
+    """Draws loss, action error beside the baselines, and fractions within thresholds, over the updates."""
     if not any(key.startswith("val/") for run in runs for key in run.series):
         if any(run.evaluations for run in runs):
             due = runs[0].config.get("eval_freq")
@@ -94,7 +95,7 @@ def validation_charts(runs: Sequence[RunRecord]) -> str:
 
 
 def as_number(threshold: str) -> float:
-    """What thresholds are sorted by."""
+    """Gives the number by which thresholds are sorted."""
     try:
         return float(threshold)
     except ValueError:
@@ -145,7 +146,7 @@ def _figure(
 
 
 def _in_words(title: str, lines: Sequence[Line]) -> str:
-    """What a screen reader says in place of the chart."""
+    """Says in words what the chart shows, for a screen reader."""
     said = []
     for line in lines[:8]:
         numbers = [(x, y) for x, y in line.points if not math.isnan(y)]
@@ -156,27 +157,34 @@ def _in_words(title: str, lines: Sequence[Line]) -> str:
 
 
 def _restarts(run: RunRecord) -> list[tuple[float, str]]:
-    found = [
+    return [
         (float(attempt["first_step"]), f"attempt {place} begins after update {attempt['first_step']}")
         for place, attempt in enumerate(run.attempts, start=1)
         if place > 1 and "first_step" in attempt
     ]
-    return found
 
 
 def _validation_loss(runs: Sequence[RunRecord]) -> str:
-    lines = []
-    for place, run in enumerate(runs):
-        if (series := run.series.get("val/loss")) is None:
-            continue
-        lines.append(Line(run.label if len(runs) > 1 else "validation", series.points, style_of(place)))
-        if (averaged := run.series.get("val/ema_loss")) is not None:
-            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
-        if len(runs) == 1 and "loss" in run.series:
-            label = "training, mean since the evaluation before"
-            lines.append(Line(label, _means_between(run.series["loss"], series), "base-mean dashed"))
+    lines, series = _policy_lines(runs, "loss", "validation"), runs[0].series
+    if len(runs) == 1 and "loss" in series and "val/loss" in series:
+        means = _means_between(series["loss"], series["val/loss"])
+        lines.append(Line("training, mean since the evaluation before", means, "base-mean dashed"))
     return _figure("Validation loss", "", lines, runs, log=wants_log(lines))
+
+
+def _policy_lines(runs: Sequence[RunRecord], key: str, alone: str) -> list[Line]:
+    """Gives a curve for the weights of each run, and one for their average; ``alone`` is the label of a single run."""
+    several, lines = len(runs) > 1, []
+    for place, run in enumerate(runs):
+        label, style = averaged(run, several), f"c{place % 8} dotted" if several else AVERAGED
+        shown = ((f"val/{key}", run.label if several else alone, style_of(place)), (f"val/ema_{key}", label, style))
+        lines += [Line(said, run.series[name].points, look) for name, said, look in shown if name in run.series]
+    return lines
+
+
+def averaged(run: RunRecord, several: bool) -> str:
+    """Labels the averaged weights of a run."""
+    return f"{run.label}, averaged weights" if several else "averaged weights"
 
 
 def _means_between(loss: Series, evaluations: Series) -> list[tuple[float, float]]:
@@ -184,19 +192,13 @@ def _means_between(loss: Series, evaluations: Series) -> list[tuple[float, float
     for step in evaluations.steps:
         end = bisect_left(loss.steps, step + 1)
         numbers = [value for value in loss.values[begin:end] if not math.isnan(value)]
-        found.append((float(step), math.fsum(numbers) / len(numbers) if numbers else math.nan))
+        found.append((float(step), fmean(numbers) if numbers else math.nan))
         begin = end
     return found
 
 
 def _action_error(runs: Sequence[RunRecord]) -> str:
-    lines = []
-    for place, run in enumerate(runs):
-        if (series := run.series.get("val/action_l1")) is not None:
-            lines.append(Line(run.label if len(runs) > 1 else "policy", series.points, style_of(place)))
-        if (averaged := run.series.get("val/ema_action_l1")) is not None:
-            label = f"{run.label}, averaged weights" if len(runs) > 1 else "averaged weights"
-            lines.append(Line(label, averaged.points, f"c{place % 8} dotted" if len(runs) > 1 else AVERAGED))
+    lines = _policy_lines(runs, "action_l1", "policy")
     for key, (label, style) in BASELINES.items():
         # Equal in runs on the same validation set; where they differ, the tables tell them apart.
         found = [run.series[f"val/baseline_{key}_l1"] for run in runs if f"val/baseline_{key}_l1" in run.series]

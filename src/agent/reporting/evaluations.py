@@ -1,4 +1,4 @@
-"""The arrays of one validation, from ``validation/step_….json``, which ``agent.validation.record`` writes.
+"""Reads the arrays of one validation from ``validation/step_….json``, which ``agent.validation.record`` writes.
 
 The file can be of any age and from anywhere, so everything about it is checked; null is read as NaN.
 """
@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Reads one file.
+    """Reads and checks one file.
 
     Raises:
         ValueError: if it is not what a validation writes; names the file and the key.

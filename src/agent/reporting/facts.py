@@ -1,11 +1,11 @@
-"""The sections of numbers: how the run ended, and its restarts with what they cost."""
+"""Writes the sections of numbers: how a run ended, and what its restarts cost."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from operator import itemgetter
+from statistics import fmean, median
 from typing import Any
 
 from agent.lifecycle import history
@@ -14,20 +14,21 @@ from agent.reporting.markup import (
     NOTHING,
     duration,
     missing,
-    moment,
     number,
     paragraph,
     percent,
     section,
     table,
 )
+from agent.spelling import moment
 
 _MOST_ATTEMPTS = 150
 _DRAWS = "flow_samples_per_observation"
+_LAST = itemgetter(-1)
 
 
 def tiles(run: RunRecord) -> str:
-    """The few numbers that one looks for first."""
+    """Writes the few numbers that a reader looks for first."""
     best, mean = _series(run, "val/action_l1").lowest(), _series(run, "val/baseline_mean_l1").numbers
     lowest = "never finite" if "val/action_l1" in run.series else "no validation"
     error = best[1] if best else None
@@ -35,19 +36,16 @@ def tiles(run: RunRecord) -> str:
     if best and mean and mean[-1]:
         lowest += f"; {best[1] / mean[-1]:.2g} × the mean action's"
     elif "val/action_l1" not in run.series and run.evaluations:
-        error, lowest = (
-            run.evaluations[-1].policy.action_l1,
-            "of the starting weights; in training none was validated yet",
-        )
+        error = run.evaluations[-1].policy.action_l1
+        lowest = "of the starting weights; in training none was validated yet"
     of = f"of {run.planned:,}" if run.planned else ""
-    memory = _series(run, "memory_gb").numbers
     shown = [
         ("Updates", number(run.last_step), of),
-        ("Training loss", number(_last(run, "loss")), "at the last logged update"),
+        ("Training loss", number(_of(run, "loss", _LAST)), "at the last logged update"),
         ("Action error", number(error), lowest),
-        ("Throughput", number(_median(run, "samples_per_s")), "samples/s, median"),
-        ("Waiting for data", percent(_mean(run, "data_wait")), "of the updates' time, mean"),
-        ("Peak memory", number(max(memory) if memory else None, "GB"), "of a process"),
+        ("Throughput", number(_of(run, "samples_per_s", median)), "samples/s, median"),
+        ("Waiting for data", percent(_of(run, "data_wait", fmean)), "of the updates' time, mean"),
+        ("Peak memory", number(_of(run, "memory_gb", max), "GB"), "of a process"),
         ("Effective time", percent(run.status.get("ettr")), "on updates that count, of all since the start"),
         (
             "Restarts",
@@ -63,25 +61,25 @@ def tiles(run: RunRecord) -> str:
 
 
 def numbers(runs: Sequence[RunRecord]) -> str:
-    """The final numbers, a column for each run."""
+    """Writes the final numbers, in a column for each run."""
     rows: list[tuple[str, list[str]]] = [
         ("state", [run.state for run in runs]),
         ("updates", [f"{run.last_step:,}" + (f" of {run.planned:,}" if run.planned else "") for run in runs]),
-        ("training loss, last logged", [number(_last(run, "loss")) for run in runs]),
-        ("training loss, mean of the last tenth", [number(_last_tenth(run)) for run in runs]),
+        ("training loss, last logged", [number(_of(run, "loss", _LAST)) for run in runs]),
+        ("training loss, mean of the last tenth", [number(_of(run, "loss", _last_tenth)) for run in runs]),
         ("lowest val/action_l1", [number(_best(run)[1]) for run in runs]),
         ("at update", [number(_best(run)[0]) for run in runs]),
     ]
     keys = list(dict.fromkeys(key for run in runs for key in run.series if key.startswith("val/")))
-    rows += [(f"{key}, last", [number(_last(run, key)) for run in runs]) for key in keys]
+    rows += [(f"{key}, last", [number(_of(run, key, _LAST)) for run in runs]) for key in keys]
     rows += [
-        ("throughput, median, samples/s", [number(_median(run, "samples_per_s")) for run in runs]),
-        ("seconds of an update, median", [number(_median(run, "step_s")) for run in runs]),
-        ("waiting for data, mean", [percent(_mean(run, "data_wait")) for run in runs]),
-        ("peak memory, GB", [number(max(_series(run, "memory_gb").numbers, default=None)) for run in runs]),
-        ("samples seen", [number(_last(run, "samples_seen")) for run in runs]),
+        ("throughput, median, samples/s", [number(_of(run, "samples_per_s", median)) for run in runs]),
+        ("seconds of an update, median", [number(_of(run, "step_s", median)) for run in runs]),
+        ("waiting for data, mean", [percent(_of(run, "data_wait", fmean)) for run in runs]),
+        ("peak memory, GB", [number(_of(run, "memory_gb", max)) for run in runs]),
+        ("samples seen", [number(_of(run, "samples_seen", _LAST)) for run in runs]),
         ("draws of noise and time of each", [str(run.config.get(_DRAWS, NOTHING)) for run in runs]),
-        ("epochs", [number(_last(run, "epoch")) for run in runs]),
+        ("epochs", [number(_of(run, "epoch", _LAST)) for run in runs]),
         ("from first start to last sign", [duration(_lifetime(run)) for run in runs]),
         ("effective-training-time ratio (ETTR)", [percent(run.status.get("ettr")) for run in runs]),
         ("restarts", [number(run.status.get("restarts")) for run in runs]),
@@ -92,7 +90,7 @@ def numbers(runs: Sequence[RunRecord]) -> str:
 
 
 def restarts(runs: Sequence[RunRecord]) -> str:
-    """The attempts of each run, why each ended and what it cost."""
+    """Writes the attempts of each run, why each ended and what it cost."""
     return section("restarts", "Restarts and what they cost", *(_attempts(run, len(runs)) for run in runs))
 
 
@@ -144,29 +142,18 @@ def _end(attempt: dict[str, Any], state_of_run: str) -> str:
     return f"{ended}: {reason}" if reason else ended
 
 
+def _of(run: RunRecord, key: str, what: Callable[[list[float]], float]) -> float | None:
+    """Computes a value such as the mean of a series; None if the series has no numbers."""
+    found = _series(run, key).numbers
+    return what(found) if found else None
+
+
 def _series(run: RunRecord, key: str) -> Series:
     return run.series.get(key, Series())
 
 
-def _last(run: RunRecord, key: str) -> float | None:
-    found = _series(run, key).numbers
-    return found[-1] if found else None
-
-
-def _mean(run: RunRecord, key: str) -> float | None:
-    found = _series(run, key).numbers
-    return math.fsum(found) / len(found) if found else None
-
-
-def _median(run: RunRecord, key: str) -> float | None:
-    found = _series(run, key).numbers
-    return statistics.median(found) if found else None
-
-
-def _last_tenth(run: RunRecord) -> float | None:
-    found = _series(run, "loss").numbers
-    last = found[-max(1, len(found) // 10) :]
-    return math.fsum(last) / len(last) if last else None
+def _last_tenth(numbers: list[float]) -> float:
+    return fmean(numbers[-max(1, len(numbers) // 10) :])
 
 
 def _best(run: RunRecord) -> tuple[int | None, float | None]:

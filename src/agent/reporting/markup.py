@@ -1,56 +1,38 @@
-"""Text and tables of the page. Everything that a run wrote is escaped here."""
+"""Makes the HTML of the page: paragraphs, figures, tables. Everything that a run wrote is escaped here."""
 
 from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Sequence
 from html import escape
 
+from agent import spelling
+
 NOTHING = "–"
-"""Where a table has no value."""
+"""Stands where a table has no value."""
 
 
 def number(value: float | None, unit: str = "") -> str:
-    """Four significant digits, thousands apart."""
+    """Writes a number with four significant digits and its thousands apart."""
     if value is None or math.isnan(value):
         return NOTHING
-    size = abs(value)
-    if size >= 1000:
-        text = f"{value:,.0f}"
-    else:
-        text = f"{value:.4g}"
+    text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{text} {unit}".rstrip()
 
 
 def percent(part: float | None) -> str:
-    """0.125 → ``12.5 %``."""
+    """Writes a fraction in percent: 0.125 → ``12.5 %``."""
     return NOTHING if part is None or math.isnan(part) else f"{100 * part:.1f} %"
 
 
 def duration(seconds: float | None) -> str:
-    """``8.2 s``, ``3 min 20 s``, ``5 h 03 min``, ``2 d 4 h``."""
-    if seconds is None:
-        return NOTHING
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    whole = round(seconds)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes // 1440} d {minutes // 60 % 24} h"
-
-
-def moment(seconds: float | None) -> str:
-    """Unix seconds → date and time, in UTC."""
-    return NOTHING if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    """Writes a measured time in two units."""
+    return NOTHING if seconds is None else spelling.duration(seconds)
 
 
 def breakable(text: str) -> str:
-    """Text whose long names may break after their parts, not within a word."""
+    """Escapes a text and lets its long names break after their parts, not within a word."""
     return re.sub(r"([/._])", r"\1<wbr>", escape(text))
 
 
@@ -60,7 +42,7 @@ def paragraph(text: str, style: str = "") -> str:
 
 
 def missing(text: str) -> str:
-    """What a section says that has nothing to show."""
+    """Says in place of a figure why there is nothing to show."""
     return paragraph(text, "missing")
 
 
@@ -78,7 +60,7 @@ def figure(caption: str, drawing: str, *, unit: str = "", note: str = "", below:
 
 
 def details(title: str, inside: str, *, opened: bool = False) -> str:
-    """Something to fold out."""
+    """A part that the reader folds out."""
     return f"<details{' open' if opened else ''}><summary>{breakable(title)}</summary>{inside}</details>"
 
 
@@ -116,7 +98,7 @@ def table(
 
 
 def _folded(text: str) -> str:
-    """A long text, of a traceback for instance, shows its last line and folds out."""
+    """Escapes a text; a long one, such as a traceback, shows its last line and folds out."""
     lines = text.strip().splitlines() or [""]
     if len(lines) == 1 and len(text) <= 300:
         return escape(text)

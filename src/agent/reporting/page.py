@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else."""
+"""Renders the page of a report: one HTML file that needs nothing else."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from agent.reporting import conditions, curves, facts, validation
 from agent.reporting.collect import RunRecord
 from agent.reporting.markup import breakable, missing, paragraph
+from agent.spelling import moment
 
 # Nothing may be loaded and no script may run, whatever a run's texts hold.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -25,7 +26,7 @@ _NAVIGATION = {
 
 
 def render(runs: Sequence[RunRecord]) -> str:
-    """One run's report, or several runs compared.
+    """Renders the report of one run, or the comparison of several.
 
     Args:
         runs: at least one; their labels are made different from each other.
@@ -49,7 +50,7 @@ def render(runs: Sequence[RunRecord]) -> str:
     whole = "".join(sections)
     order = sorted(_NAVIGATION, key=lambda name: whole.index(f'<section id="{name}"'))
     links = "".join(f'<li><a href="#{name}">{_NAVIGATION[name]}</a></li>' for name in order)
-    made = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    made = moment(time.time(), "%Y-%m-%d %H:%M:%S UTC")
     style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -77,7 +78,7 @@ def _about(run: RunRecord, label: str = "") -> str:
     name = f"<b>{breakable(label)}</b> " if label else ""
     parts = [f'<p class="state">{name}<span class="badge {known}">{escape(state)}</span> at update {step:,}{of}']
     if "updated" in run.status and isinstance(run.status["updated"], int | float):
-        when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.status["updated"]))
+        when = moment(run.status["updated"], "%Y-%m-%d %H:%M UTC")
         parts.append(f", {when}")
     parts.append("</p>")
     if run.about_state:

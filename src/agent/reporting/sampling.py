@@ -1,10 +1,11 @@
-"""Long curves made short without hiding a spike."""
+"""Shortens long curves without hiding a spike."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,14 @@ class Column:
     low: float
     high: float
     count: int
-    """Points with a number."""
+    """How many points have a number."""
     first: float
-    """x of the first of them."""
+    """The x of the first of them."""
     last: float
 
 
 def columns_of(points: Sequence[tuple[float, float]], most: int) -> list[Column | None]:
-    """Points → at most ``most`` columns of equal width, or each point its own where there are no more than that.
+    """Draws points together into at most ``most`` columns of equal width; where there are no more points, each has its own.
 
     Args:
         points: (x, y) with increasing x; y is NaN where there is no number.
@@ -47,5 +48,4 @@ def _column(stretch: list[tuple[float, float]]) -> Column | None:
         return None
     values = [y for _, y in numbers]
     first, last = numbers[0][0], numbers[-1][0]
-    mean = math.fsum(values) / len(values)
-    return Column((first + last) / 2, mean, min(values), max(values), len(values), first, last)
+    return Column((first + last) / 2, fmean(values), min(values), max(values), len(values), first, last)

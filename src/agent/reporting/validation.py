@@ -1,15 +1,16 @@
-"""The sections of the validation: error by dimension and by step of the chunk, and chunks of held-out episodes."""
+"""Writes the sections of the validation: errors by dimension and by step of the chunk, and chunks of held-out episodes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 from agent.reporting.charts import SMALL, Line, dot_chart, legend, line_chart
 from agent.reporting.collect import RunRecord
-from agent.reporting.curves import AVERAGED, BASELINES, as_number, style_of, validation_charts
+from agent.reporting.curves import AVERAGED, BASELINES, as_number, averaged, style_of, validation_charts
 from agent.reporting.evaluations import Chunk, Evaluation
 from agent.reporting.markup import NOTHING, details, figure, missing, number, paragraph, percent, section, table
 from agent.validation.record import Errors
@@ -22,7 +23,7 @@ Shown = tuple[RunRecord, Evaluation, str]
 
 
 def validation(runs: Sequence[RunRecord]) -> str:
-    """Curves of the validation, then the last one in detail."""
+    """Draws the curves of the validation, then the last one in detail."""
     return section("validation", "Validation", validation_charts(runs), _detail(runs))
 
 
@@ -56,17 +57,17 @@ class _Column(NamedTuple):
     style: str
     error: Errors
     mean: Errors | None
-    """That of the mean training action on the same validation set."""
+    """The error of the mean training action on the same validation set."""
 
 
 def _columns(shown: Sequence[Shown], total: int) -> list[_Column]:
-    """Of the policies first, then of the baselines."""
+    """Lists the errors of the policies, then those of the baselines."""
     found = []
     for run, evaluation, style in shown:
         mean = evaluation.baselines.get("mean")
         found.append(_Column(run.label if total > 1 else "policy", style, evaluation.policy, mean))
         if evaluation.ema is not None:
-            label = f"{run.label}, averaged weights" if total > 1 else "averaged weights"
+            label = averaged(run, several=total > 1)
             found.append(_Column(label, f"{style} hollow" if total > 1 else AVERAGED, evaluation.ema, mean))
         if total == 1 and len(run.evaluations) > 1:
             best = run.evaluations[0]
@@ -129,7 +130,11 @@ def _step_chart(shown: Sequence[Shown], total: int) -> str:
     if not columns:
         return ""
     lines = [
-        Line(label, [(float(place), value) for place, value in enumerate(error.per_step_l1, start=1)], _dashed(style))
+        Line(
+            label,
+            [(float(step), l1) for step, l1 in enumerate(error.per_step_l1, 1)],
+            style.replace("hollow", "dashed"),
+        )
         for label, style, error in columns
     ]
     caption = f"Error by step of the chunk {_where(shown)}"
@@ -137,10 +142,6 @@ def _step_chart(shown: Sequence[Shown], total: int) -> str:
     said = f"{caption}, steps 1 to {length}, mean over all dimensions"
     drawing = line_chart(said, lines, x_label="step of the chunk", from_zero=True)
     return figure(caption, drawing, below=legend([(line.label, line.style) for line in lines]))
-
-
-def _dashed(style: str) -> str:
-    return style.replace("hollow", "dashed")
 
 
 def _by_dataset(shown: Shown, total: int) -> str:
@@ -171,7 +172,7 @@ def _cell(errors: Errors | None, dimension: int) -> str:
 
 
 def chunks(runs: Sequence[RunRecord]) -> str:
-    """Predicted over recorded actions, a small chart for each dimension."""
+    """Draws predicted over recorded actions, a small chart for each dimension."""
     shown = [
         (run, {_key(chunk): chunk for chunk in run.evaluations[-1].chunks}, style_of(place))
         for place, run in enumerate(runs)
@@ -220,14 +221,14 @@ def _overlay(shown: Sequence[tuple[RunRecord, Chunk, str]], *, opened: bool, tot
 
 
 def _gap(recorded: Line, predicted: Line) -> float:
-    """Mean distance of two curves where both have a number."""
+    """Computes the mean distance of two curves where both have a number."""
     gaps = [abs(y - real) for (_, real), (_, y) in zip(recorded.points, predicted.points, strict=True)]
     numbers = [gap for gap in gaps if not math.isnan(gap)]
-    return math.fsum(numbers) / len(numbers) if numbers else math.nan
+    return fmean(numbers) if numbers else math.nan
 
 
 def _dimension(rows: Sequence[Sequence[float]], valid: Sequence[bool], dimension: int) -> list[tuple[float, float]]:
-    """The chunk's steps before the episode's end."""
+    """Picks one dimension of the chunk's steps before the episode's end."""
     return [
         (float(place), row[dimension])
         for place, (row, real) in enumerate(zip(rows, valid, strict=True), start=1)

@@ -1,8 +1,7 @@
-"""What a client is told whose keys are not the policy's: what is wrong, and the options of the server that put it right."""
+"""Tells a client whose keys do not fit the policy what is wrong, and with which options of the server they would."""
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +10,13 @@ import numpy as np
 
 from agent.deployment.observations import TASK, UnfitKeys
 from agent.deployment.processors import STATE
+from agent.spelling import nearest
 
 
 def told_to_client(
     unfit: UnfitKeys, observation: Mapping[str, Any], said: Mapping[str, str], dropped: Sequence[str], state_dim: int
 ) -> str:
-    """The refusal.
+    """Writes the refusal.
 
     Args:
         unfit: what the check found.
@@ -45,7 +45,7 @@ def told_to_client(
 
 
 def _options(missing: Sequence[str], unknown: Mapping[str, Any], state_dim: int) -> tuple[str, bool]:
-    """The options that would make the request fit, and whether there is no choice in it."""
+    """Finds the options that would make the request fit, and whether they are the only ones."""
     left, options, certain = dict(unknown), [], True
     for ours in missing:
         theirs = _fitting(ours, left, state_dim)
@@ -63,14 +63,14 @@ def _options(missing: Sequence[str], unknown: Mapping[str, Any], state_dim: int)
 
 
 def _alike(ours: str, theirs: Sequence[str]) -> str:
-    """The key whose last part is most like that of the policy's; the client's first where none is."""
+    """Finds the client's key whose last part resembles the policy's most; the first one if none does."""
     short = {key.replace("/", ".").rpartition(".")[2]: key for key in reversed(theirs)}
-    near = difflib.get_close_matches(ours.rpartition(".")[2], short, n=1)
-    return short[near[0]] if near else theirs[0]
+    near = nearest(ours.rpartition(".")[2], short)
+    return theirs[0] if near is None else short[near]
 
 
 def _fitting(ours: str, unknown: Mapping[str, Any], state_dim: int) -> list[str]:
-    """The unknown keys whose values can be this one of the policy's; for the state, those that make it up together."""
+    """Finds the unknown keys with values that fit this key of the policy; for the state, keys that make it up together."""
     if ours == TASK:
         return [key for key, value in unknown.items() if isinstance(value, str)]
     if ours != STATE:
@@ -81,7 +81,7 @@ def _fitting(ours: str, unknown: Mapping[str, Any], state_dim: int) -> list[str]
 
 
 def _size(value: Any) -> int:
-    """How many numbers a vector or a number has; 0 for anything else."""
+    """Counts the numbers in a vector or a number; 0 for anything else."""
     if isinstance(value, int | float | np.number) and not isinstance(value, bool):
         return 1
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""Requests of several clients, answered by one call of the policy."""
+"""Gathers the requests of several clients, so that one call of the policy answers them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Act = Callable[[Sequence[dict[str, Any]], Sequence[np.ndarray]], Sequence[np.nda
 
 @dataclass(frozen=True)
 class Answer:
-    """An action chunk, and what it took."""
+    """An action chunk, and how long it took."""
 
     actions: np.ndarray
     """(T, a) float32."""
@@ -39,7 +39,7 @@ class _Waiting:
 
 
 class Batcher:
-    """Has one thread work on one batch at a time.
+    """Has one thread work through batches, one at a time.
 
     While a batch is in the policy, the next one gathers. Afterwards it waits for at most ``window_s`` for more, and not at
     all once every client has a request in it, so that a single client never waits.
@@ -61,7 +61,7 @@ class Batcher:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
     async def infer(self, observation: dict[str, Any], noise: np.ndarray, is_gone: Callable[[], bool]) -> Answer | None:
-        """The policy's answer to a checked observation; None if ``is_gone`` when its turn comes.
+        """Waits for the policy's answer to a checked observation; None if ``is_gone`` when its turn comes.
 
         Raises:
             Exception: whatever the policy raised on this observation.
@@ -119,7 +119,7 @@ class Batcher:
         return not waiting.answer.done()
 
     def _one_by_one_if_need_be(self, batch: list[_Waiting]) -> Sequence[np.ndarray | Exception]:
-        """In the thread: the actions for each; what raises together is tried alone, so that one cannot fail another."""
+        """Computes the actions in the thread. A batch that raises is tried one by one, so that no request fails another."""
         try:
             return self._act([w.observation for w in batch], [w.noise for w in batch])
         except Exception as error:  # the clients get it, and the log

@@ -1,4 +1,4 @@
-"""From a client's keys to the policy's: the model's feature names, openpi's short ones, or what the command line says."""
+"""Translates a client's keys into the policy's: feature names of the model, openpi's short ones, or the command line's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEEPEST = 10
 
 
 class Translation:
-    """Which key of a request is which of the policy's.
+    """Knows which key of a request is which key of the policy.
 
     A slash and a dot are the same, and a map within the request is as good as a slash. ``observation.images.top`` may be
     called ``observation/images/top``, ``observation/top``, ``images/top`` or ``top``; the state ``observation/state`` or
@@ -85,7 +85,7 @@ class Translation:
         self._parts, self._parts_said = tuple(_dotted(part) for part in theirs.split(",")), theirs
 
     def observation(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The observation in a request, checked.
+        """Reads the observation in a request and checks it.
 
         Raises:
             ValueError: in the client's words.
@@ -121,7 +121,7 @@ class Translation:
         return observation
 
     def _joined(self, parts: Mapping[str, tuple[str, Any]]) -> np.ndarray:
-        """The state (state_dim,) whose parts a client sends apart."""
+        """Joins the state (state_dim,) whose parts a client sends under several keys."""
         if absent := [part for part in self._parts if part not in parts]:
             raise ValueError(
                 f"the request has no {', '.join(absent)}; {STATE} is put together from {self._parts_said} (--rename)"
@@ -130,7 +130,7 @@ class Translation:
 
 
 def _numbers(theirs: str, value: Any) -> np.ndarray:
-    """A part of the state, (n,) also of a single number."""
+    """Reads a part of the state as (n,), a single number too."""
     wanted = f"expected a part of {STATE}: numbers, shape (n,), or one number"
     try:
         values = np.atleast_1d(np.asarray(value))
@@ -143,7 +143,7 @@ def _numbers(theirs: str, value: Any) -> np.ndarray:
 
 
 def _in_their_words(text: str, said: Mapping[str, str]) -> str:
-    """A message that begins with keys of the policy, with the client's names for them."""
+    """Writes a message that begins with keys of the policy with the client's names for them."""
     keys, colon, rest = text.partition(":")
     named = [f"{said[key]} ({key})" if said.get(key, key) != key else key for key in keys.split(", ")]
     return f"{', '.join(named)}{colon}{rest}"

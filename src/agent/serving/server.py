@@ -1,4 +1,4 @@
-"""The websocket side: connections, tokens, health, and an orderly end. openpi's protocol, as its client speaks it.
+"""Speaks with clients over websockets, in the protocol of openpi's client: connections, tokens, health, an orderly end.
 
 The server sends its metadata first. Then each request, a binary message, gets one answer: a binary message with
 ``actions`` and ``server_timing``, or a text that says what was wrong with the request. The connection stays open after
@@ -15,7 +15,6 @@ import secrets
 import signal
 import socket
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import websockets.asyncio.server as websocket_server
@@ -24,10 +23,12 @@ from websockets.protocol import State
 
 from agent.serving import wire
 from agent.serving.batching import Batcher
+from agent.serving.configuration import Limits
 from agent.serving.latency import Latencies
 from agent.serving.requests import Translation
 
 if TYPE_CHECKING:
+    import numpy as np
     from websockets.http11 import Request, Response
 
     from agent.inference import LoadedPolicy
@@ -39,16 +40,6 @@ _PATIENCE_S = 8.0  # at the end, with requests under way and with clients: `dock
 _OPENING_S = 10.0  # a client may take for its handshake
 _CLOSING_S = 10.0  # and for closing its connection
 _TAKING_S = 30.0  # and for reading what it is sent
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How the server treats its clients."""
-
-    max_batch: int
-    window_ms: float
-    max_message_mb: float
-    log_every_s: float
 
 
 class Server:
@@ -124,7 +115,7 @@ class Server:
         return clean
 
     async def _end(self, server: websocket_server.Server) -> bool:
-        """Whether all that was under way has come to its end."""
+        """Ends what is under way, and says whether all of it came to its end in time."""
         log.info("stopping, requests under way: %d", len(self._at_work))
         self._stopping = True  # whoever is at work closes its connection afterwards
         server.close(close_connections=False)
@@ -144,7 +135,7 @@ class Server:
         return True
 
     def _admit(self, connection: websocket_server.ServerConnection, request: Request) -> Response | None:
-        """Health for anyone, the rest for who has the token."""
+        """Answers health checks of anyone, and admits clients that have the token."""
         if request.path == "/healthz":
             return connection.respond(http.HTTPStatus.OK, "OK\n")
         if self._token is None:
@@ -208,7 +199,7 @@ class Server:
         self,
         connection: websocket_server.ServerConnection,
         observation: dict[str, Any],
-        noise: Any,
+        noise: np.ndarray,
         start: float,
         before_ms: float | None,
     ) -> float | None:
@@ -238,7 +229,7 @@ class Server:
         log.log(level, "%s: %s: %s", _name(connection), outcome, why)
 
     async def _send(self, connection: websocket_server.ServerConnection, message: str | bytes) -> None:
-        """Sends; who takes nothing for long is dropped, for a ping or a close would wait behind what it does not read.
+        """Sends a message; drops a client that reads nothing for long: a ping or a close would wait behind the message.
 
         Raises:
             ConnectionClosed: if the client has gone, or is dropped.

@@ -1,8 +1,7 @@
-"""openpi's messages: msgpack in which numpy arrays are maps of bytes, type and shape."""
+"""Packs and unpacks openpi's messages: msgpack in which numpy arrays are maps of bytes, type and shape."""
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from typing import Any
@@ -22,12 +21,12 @@ _LONGEST_TYPE = 16  # characters of an array's type
 
 
 def pack(message: dict[str, Any]) -> bytes:
-    """A message with numpy arrays and numbers in it, as openpi's client unpacks it."""
-    return _packer()(message)
+    """Packs a message with numpy arrays and numbers in it, as openpi's client unpacks it."""
+    return msgpack.packb(message, default=_described)
 
 
 def unpack(frame: bytes) -> dict[str, Any]:
-    """A client's message. Its arrays are views of the frame: nothing is copied, and nothing can be written to.
+    """Unpacks a client's message. Its arrays are views of the frame: nothing is copied, and nothing can be written to.
 
     Raises:
         ValueError: if the frame is not a msgpack map, or an array in it is not what it says.
@@ -62,7 +61,7 @@ _INSTEAD = "; pictures and long vectors are sent as numpy arrays"
 
 
 class _Refused(ValueError):
-    """A message that is msgpack and is not taken."""
+    """A message of valid msgpack that is refused."""
 
 
 class _Count:
@@ -89,11 +88,6 @@ class _Count:
         return _array(entry)
 
 
-@functools.lru_cache(maxsize=1)
-def _packer() -> Any:
-    return functools.partial(msgpack.packb, default=_described)
-
-
 def _described(value: Any) -> Any:
     if isinstance(value, np.ndarray) and value.dtype.kind in _KINDS:
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
@@ -103,7 +97,7 @@ def _described(value: Any) -> Any:
 
 
 def _array(entry: dict[Any, Any]) -> Any:
-    """The array or number that a map stands for, or the map itself."""
+    """Gives the array or number that a map stands for, or the map itself."""
     if b"__ndarray__" not in entry and b"__npgeneric__" not in entry:
         return entry
     try:

@@ -1,9 +1,8 @@
-"""The check of a raw config tree against the config classes: every key and every type, all mistakes at once."""
+"""Checks a raw config tree against the config classes: every key and every type, and finds all mistakes at once."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import draccus
 
 from agent.settings import older_keys, other_models
+from agent.spelling import literal, nearest
 
 UNKNOWN = "unknown key"
 MISSING = "missing; it has no default"
@@ -31,7 +31,7 @@ class Mistake(NamedTuple):
 
 
 def check_tree(value: Any, kind: Any, path: tuple[str, ...] = ()) -> list[Mistake]:
-    """Every mistake in a raw tree against a (data)class."""
+    """Finds every mistake in a raw tree against a (data)class."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return []
@@ -114,7 +114,7 @@ def _check_sequence(value: Any, origin: Any, arguments: tuple, path: tuple[str, 
 
 
 def _number(text: Any) -> Any:
-    """What YAML would read, so far as it is a number; else the same."""
+    """Reads a text as YAML would if it is a number; else gives it back without blanks around it."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -162,26 +162,22 @@ def _expected(what: str, value: Any, path: tuple[str, ...], instead: str = "") -
 
 
 def _no_choice(value: Any, choices: tuple) -> str:
-    near = difflib.get_close_matches(str(value).lower(), map(str, choices), n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    near = nearest(str(value).lower(), map(str, choices))
+    hint = f"; did you mean '{near}'?" if near else ""
     return f"{_show(value)} is not one of {', '.join(map(str, choices))}{hint}"
 
 
 def _show(value: Any) -> str:
-    if _is_word(value):
-        return {None: "nothing (null)", True: "true", False: "false"}[value]
+    if value is None or isinstance(value, bool):
+        return "nothing (null)" if value is None else literal(value)
     text = repr(value)
     if len(text) > 100 and isinstance(value, dict):  # an included file, for instance
         return f"a mapping with the keys {', '.join(map(str, list(value)[:4]))}, …"
     return text if len(text) <= 100 else f"{text[:80]}…"
 
 
-def _is_word(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
-
-
 def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
-    """``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
+    """Writes ``key: what is wrong``, with what replaces an older key, or the nearest valid key for an unknown one."""
     key, value = mistake.key, _value_at(tree, mistake.path)
     if mistake.text == UNKNOWN and (instead := older_keys.instead(key, value)) is not None:
         return f"{key}: {instead}"
@@ -191,10 +187,13 @@ def explain(mistake: Mistake, kind: Any, tree: Any) -> str:
     *parents, last = mistake.path
     valid = list(_valid_keys(kind, tree))
     siblings = [key[-1] for key in valid if key[:-1] == tuple(parents)]
+
+    def sibling(cutoff: float) -> list[list[str]]:
+        found = nearest(last, siblings, cutoff)
+        return [] if found is None else [[*parents, found]]
+
     # Nearest first: a slip of the pen here, the very key elsewhere (`num_workers` at the top), a resemblance.
-    near = [[*parents, name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
-    near = near or [list(key) for key in valid if key[-1] == last][:2]
-    near = near or [[*parents, name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.5)]
+    near = sibling(0.75) or [list(key) for key in valid if key[-1] == last][:2] or sibling(0.5)
     meant = "' or '".join(".".join(key) for key in near)
     return f"{key}: {UNKNOWN}; " + (f"did you mean '{meant}'?" if near else f"valid keys: {', '.join(siblings)}")
 
@@ -209,7 +208,7 @@ def _value_at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _valid_keys(kind: Any, value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Every key that a config of this class may have, in the lists and of the model type that ``value`` has."""
+    """Yields every key that a config of this class may have, for the list entries and model type that ``value`` has."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         for candidate in arguments:

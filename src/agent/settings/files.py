@@ -1,8 +1,7 @@
-"""Reading config files: YAML and JSON with ``!include`` and ``${VARIABLES}``, and in which line a key is set."""
+"""Reads config files, YAML and JSON with ``!include`` and ``${VARIABLES}``, and finds the line in which a key is set."""
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ import yaml
 from draccus.parsers.yaml_loader import SafeLoaderWithInclusion
 
 from agent.settings.check import Mistake
+from agent.spelling import nearest
 
 
 class ConfigError(ValueError):
@@ -74,8 +74,11 @@ def _included_path(including: Path, name: str) -> Path:
 
 
 def _unknown_tag(loader: _Loader, node: Any) -> Any:
-    near = difflib.get_close_matches(node.tag, ["!include"])
-    hint = "did you mean !include?" if near else "the only one is !include; put a text that begins so in quotes"
+    hint = (
+        "did you mean !include?"
+        if nearest(node.tag, ["!include"])
+        else "the only one is !include; put a text that begins so in quotes"
+    )
     raise ConfigError(f"{loader.name}:{node.start_mark.line + 1}: {node.tag} is not a tag that is known; {hint}")
 
 
@@ -85,7 +88,7 @@ _Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), lis
 
 
 def read_file(path: Path, including: tuple[Path, ...] = ()) -> Any:
-    """The contents of a YAML or JSON file with its includes."""
+    """Reads a YAML or JSON file with its includes."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -123,10 +126,10 @@ def _similar_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir() and folder.parent.is_dir():  # `models` for `model`
         folders = [p.name for p in folder.parent.iterdir() if p.is_dir()]
-        folder = folder.with_name((difflib.get_close_matches(folder.name, folders, n=1) or [folder.name])[0])
+        folder = folder.with_name(nearest(folder.name, folders) or folder.name)
     names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {folder / near[0]}?" if near else ""
+    near = nearest(path.name, names)
+    return f"; did you mean {folder / near}?" if near else ""
 
 
 _VARIABLE = re.compile(r"\$\{(\w+)(:-([^${}]*))?\}")
@@ -134,7 +137,7 @@ _BARE_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
 
 
 def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] = ()) -> Any:
-    """``${VAR}`` and ``${VAR:-default}`` in every text, from the environment; unset ones are added to ``mistakes``."""
+    """Replaces ``${VAR}`` and ``${VAR:-default}`` in every text; adds variables that are not set to ``mistakes``."""
     if isinstance(tree, dict):
         return {k: expand_variables(v, mistakes, (*path, str(k))) for k, v in tree.items()}
     if isinstance(tree, list):
@@ -162,7 +165,7 @@ def expand_variables(tree: Any, mistakes: list[Mistake], path: tuple[str, ...] =
 
 
 def file_sources(file: Path, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], str]:
-    """Way to a key → ``file:line: `` where it is set, through all includes and merges."""
+    """Maps the path of a key to ``file:line: `` where it is set, through all includes and merges."""
     sources: dict[tuple[str, ...], str] = {}
 
     def walk(node: Any, path: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What the GPUs that people train on can do, from their makers' data sheets."""
+"""Knows what the GPUs that people train on can do, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _OF_ITS_NAME = 0.9  # GiB of a slice by the number in its name, at least: 9.5 of
 
 
 def recognised(text: str) -> list[Gpu]:
-    """The GPUs that a device's name or a cluster's word may mean; several where it leaves the memory open.
+    """Finds the GPUs that a device's name or a cluster's word may mean; several where it leaves the memory open.
 
     A slice of one, such as ``a100_3g.20gb``, has its share of memory and arithmetic.
     """

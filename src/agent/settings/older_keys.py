@@ -1,4 +1,4 @@
-"""Keys of the training YAMLs that this code's predecessors read, and what to write instead of each.
+"""Knows the keys of training YAMLs that this code's predecessors read, and what to write instead of each.
 
 They are refused, not translated: most have no counterpart of the same meaning, and a file that is converted once says
 what it does. Hydra's and the predecessors' own names are in one table, by dotted key; ``*`` stands for one part.
@@ -10,12 +10,7 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
-
-def _spelled(value: Any) -> str:
-    """As a YAML file has it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+from agent.spelling import literal
 
 
 def _datasets(mixture: Any) -> str:
@@ -27,7 +22,7 @@ def _datasets(mixture: Any) -> str:
 
 def _chunk(horizon: Any) -> str:
     write = "model_cfg.chunk_size says; remove the line"
-    return write if horizon is None else f"write model_cfg.chunk_size: {_spelled(horizon)}"
+    return write if horizon is None else f"write model_cfg.chunk_size: {literal(horizon)}"
 
 
 _SIZES = "sizes are the model config's: write model_cfg.paligemma_variant, action_expert_variant and vision_variant"
@@ -86,7 +81,7 @@ INSTEAD: dict[str, str | Callable[[Any], str]] = {
     "device": "write model_cfg.device: {value}, or remove the line: the GPU is used if there is one",
     "use_amp": "use_bf16 alone decides the precision; remove the line",
     "log_dir": "`export VLA_LOG_DIR=…` (set_path.sh); the run's folder is ${{VLA_LOG_DIR}}/<name>. Remove the line",
-    "train_vlm": lambda train: f"write freeze_vlm: {_spelled(not train)}",
+    "train_vlm": lambda train: f"write freeze_vlm: {literal(not train)}",
     "pretrained_model_path": "write model_cfg.paligemma_pretrained_path: {value}",
     "load_pretrained_weights": "model_cfg.paligemma_pretrained_path decides, null for fresh weights; remove the line",
     "resume_checkpoint_path": (
@@ -98,10 +93,8 @@ INSTEAD: dict[str, str | Callable[[Any], str]] = {
     "save_model_start": "checkpoints are saved from the beginning, and keep_checkpoints of them kept; remove the line",
     "wandb.api_key": "a key does not belong in a file; remove the line, and run `wandb login` or `export WANDB_API_KEY=…`",
     **dict.fromkeys(("wandb.run", "wandb.name"), "the run on wandb has the run's name; write `name` at the top"),
-    **dict.fromkeys(
-        ("wandb.disable", "wandb.disabled"), lambda off: f"write use_wandb: {_spelled(not off)} at the top"
-    ),
-    **dict.fromkeys(("wandb.enable", "wandb.enabled"), lambda on: f"write use_wandb: {_spelled(bool(on))} at the top"),
+    **dict.fromkeys(("wandb.disable", "wandb.disabled"), lambda off: f"write use_wandb: {literal(not off)} at the top"),
+    **dict.fromkeys(("wandb.enable", "wandb.enabled"), lambda on: f"write use_wandb: {literal(bool(on))} at the top"),
     "wandb.id": "write wandb.run_id: {value}",
     **dict.fromkeys(("wandb.group", "wandb.tags", "wandb.notes"), "set it on wandb's page of the run; remove the line"),
     "wandb.log_freq": "write log_freq: {value} at the top",
@@ -159,21 +152,21 @@ MISSING = {"data": "write data: {train: {datasets: !include ../data/bridge.yaml}
 
 
 def instead(key: str, value: Any) -> str | None:
-    """Whose key this is, and what to write instead with this value; None for a key that no predecessor had."""
+    """Says whose key this is and what to write instead with this value; None for a key that no predecessor had."""
     if key in LEROBOT:
-        return f"a key of LeRobot's; {LEROBOT[key].format(value=_spelled(value))}"
+        return f"a key of LeRobot's; {LEROBOT[key].format(value=literal(value))}"
     found = next((INSTEAD[pattern] for pattern in INSTEAD if fnmatchcase(key, pattern)), None)
     if found is None:
         return None
     if not callable(found):
-        text = found.format(value=_spelled(value), part=key.split(".")[1] if "." in key else "")
+        text = found.format(value=literal(value), part=key.split(".")[1] if "." in key else "")
     else:
         text = found(value)
     return f"a key of older configs; {text}"
 
 
 def instead_of_value(key: str, value: Any) -> str | None:
-    """What to write instead of an older value of a key that still exists."""
+    """Says what to write instead of an older value of a key that still exists; None for other values."""
     if value is None or isinstance(value, bool):
         return VALUES.get((key, value))
     return None

@@ -1,13 +1,14 @@
-"""Policies that other programs of this field have and this one does not: what a config's ``type`` says then.
+"""Knows the policies that other programs have and this one does not, to answer a config with such a ``type``.
 
 Without such a list `pi0fast` would be taken for a misspelled `pi0`, which is another model.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
+
+from agent.spelling import nearest
 
 # Name of the type, letters and digits alone → what it is. LeRobot 0.6.1's policies and reward models, names that it had
 # before, and the models of INT-ACT and openpi.
@@ -41,7 +42,7 @@ _OTHERS = {
 
 
 def unknown_type(name: str, choices: Iterable[str]) -> str:
-    """What to say of a ``type`` that is none of the choices, beginning after the name.
+    """Says what a ``type`` is that is none of the choices; the text continues after the name.
 
     Args:
         name: as the config has it.
@@ -51,16 +52,16 @@ def unknown_type(name: str, choices: Iterable[str]) -> str:
     plain = _plain(name)
     if plain not in here and plain in _OTHERS:
         return f"is {_OTHERS[plain]}: another model, which cannot be trained here; pi0 can"
-    near = difflib.get_close_matches(plain, [*here, *(other for other in _OTHERS if other not in here)], n=1)
-    if not near:
+    near = nearest(plain, [*here, *(other for other in _OTHERS if other not in here)])
+    if near is None:
         return f"is not known; write one of {', '.join(here.values())}"
-    if near[0] in here:
-        return f"is not known; did you mean '{here[near[0]]}'?"
-    return f"is not known; the nearest name is that of {_OTHERS[near[0]]}: another model, which cannot be trained here; pi0 can"
+    if near in here:
+        return f"is not known; did you mean '{here[near]}'?"
+    return f"is not known; the nearest name is that of {_OTHERS[near]}: another model, which cannot be trained here; pi0 can"
 
 
 def title(name: str) -> str:
-    """What a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
+    """Gives what a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
     return f" ({_OTHERS[_plain(name)]})" if _plain(name) in _OTHERS else ""
 
 

@@ -1,5 +1,5 @@
-"""Reading a config strictly: files, command-line overrides, older vintages of model configs, and a check of every key
-and type before draccus builds the dataclasses.
+"""Reads a config strictly: files, overrides of the command line and model configs of older versions, with a check of every
+key and type before draccus builds the dataclasses.
 
 draccus alone stops at the first mistake and names neither the file nor the nearest valid key; here all mistakes go
 into one message, each with the line that made it.
@@ -70,7 +70,7 @@ def apply_override(tree: dict[str, Any], key: str, value: Any) -> tuple[str, ...
 
 
 def _first_key(node: Any, parts: list[str]) -> tuple[str, list[str]]:
-    """The next key of a dotted name, and the rest. A key may hold dots itself, as ``observation.state`` does."""
+    """Splits a dotted name into its first key and the rest. A key may hold dots itself, as ``observation.state`` does."""
     for length in range(len(parts), 1, -1):
         if isinstance(node, dict) and ".".join(parts[:length]) in node:
             return ".".join(parts[:length]), parts[length:]
@@ -96,12 +96,12 @@ def _add_override(sources: dict[tuple[str, ...], str], path: tuple[str, ...]) ->
 
 
 def _where(path: tuple[str, ...], sources: dict[tuple[str, ...], str]) -> str:
-    """Where a key is set, or the nearest one above it."""
+    """Says where a key is set, or the nearest one above it."""
     return next((sources[path[:n]] for n in range(len(path), 0, -1) if path[:n] in sources), "")
 
 
 def _locate(text: str, sources: dict[tuple[str, ...], str]) -> str:
-    """A message of a config class, which begins with a key, with the whole key and where it is set, if that is clear."""
+    """Completes a config class's message, which begins with a key, with the whole key and where it is set if that is clear."""
     name = re.match(r"[\w.]*", text)[0].rstrip(".")  # type: ignore[index]
     found = [(path, where) for path, where in sources.items() if f".{'.'.join(path)}".endswith(f".{name}")]
     if not name or len(found) != 1:
@@ -110,11 +110,11 @@ def _locate(text: str, sources: dict[tuple[str, ...], str]) -> str:
     return f"{where}{'.'.join(path)}{text[len(name) :]}"
 
 
-# ── model configs of older vintages ─────────────────────────────────────────────────────────────────────────────
+# ── model configs of older versions ─────────────────────────────────────────────────────────────────────────────
 
 
 def _model_class(config_class: type, tree: dict[str, Any], key: str) -> type[ModelConfig] | None:
-    """The class that a key's ``type`` chooses; None for a key that holds no model, or one that the check refuses."""
+    """Finds the class that a key's ``type`` chooses; None for a key that holds no model, or one that the check refuses."""
     kind, value = typing.get_type_hints(config_class).get(key), tree.get(key)
     if not (isinstance(kind, type) and issubclass(kind, ModelConfig) and isinstance(value, dict)):
         return None
@@ -122,7 +122,7 @@ def _model_class(config_class: type, tree: dict[str, Any], key: str) -> type[Mod
 
 
 def _twin(config_class: type, tree: dict[str, Any], path: tuple[str, ...]) -> tuple[str, str] | None:
-    """The way to the key of another vintage that means the same as the one at ``path``, if there is such a name."""
+    """Finds the key of another version that means the same as the one at ``path``; None if there is none."""
     model = _model_class(config_class, tree, path[0])
     if model is None or len(path) == 1:
         return None
@@ -131,7 +131,7 @@ def _twin(config_class: type, tree: dict[str, Any], path: tuple[str, ...]) -> tu
 
 
 def _read_models(config_class: type, tree: dict[str, Any]) -> dict[str, Reading]:
-    """Puts every model config under today's keys, in place; key of the model → its reading."""
+    """Rewrites every model config to today's keys, in place; returns key of the model → its reading."""
     readings = {}
     for key in tree:
         if (model := _model_class(config_class, tree, key)) is not None:
@@ -141,7 +141,7 @@ def _read_models(config_class: type, tree: dict[str, Any]) -> dict[str, Reading]
 
 
 def _follow_renaming(sources: dict[tuple[str, ...], str], key: str, names: dict[str, str]) -> None:
-    """Gives today's keys of a model the places of the older ones that they were read from."""
+    """Gives today's keys of a model the lines of the older keys that they were read from."""
     for old, new in names.items():
         if (key, old) in sources:
             for known in [path for path in sources if path[:2] == (key, new)]:
@@ -154,7 +154,7 @@ def _follow_renaming(sources: dict[tuple[str, ...], str], key: str, names: dict[
 
 
 def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> ConfigClass:
-    """The config object. What there is to say about a model config of an older vintage is in its ``notes``.
+    """Reads, checks and builds the config. What the user should know of an older model config is in its ``notes``.
 
     Raises:
         ConfigError: with every mistake, each with file, key and what to write instead.
@@ -202,7 +202,7 @@ def load(config_class: type[ConfigClass], path: Path, arguments: list[str]) -> C
 
 
 def _check(config_class: type, tree: dict[str, Any]) -> tuple[dict[str, Any], list[Mistake], dict[str, Reading]]:
-    """The tree with variables filled in and models under today's keys; every mistake in it; the models' readings."""
+    """Fills in variables, rewrites models to today's keys, and finds every mistake; returns tree, mistakes and readings."""
     unset: list[Mistake] = []
     tree = expand_variables(tree, unset)
     readings = _read_models(config_class, tree)
@@ -217,7 +217,7 @@ def _check(config_class: type, tree: dict[str, Any]) -> tuple[dict[str, Any], li
 
 
 def cannot_use(path: Path, mistakes: list[str]) -> ConfigError:
-    """The one message for all mistakes in a config."""
+    """Writes one message for all mistakes in a config."""
     if len(mistakes) == 1:
         return ConfigError(f"{path} cannot be used: {mistakes[0]}")
     return ConfigError("\n  ".join([f"{path} cannot be used:", *mistakes]))

@@ -1,8 +1,7 @@
-"""The training config's ``eval_cfg``: which checkpoints are evaluated in simulation, and who starts that."""
+"""Defines the training config's ``eval_cfg``: which checkpoints are evaluated in simulation, and who starts that."""
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,14 +10,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-MOST_STEPS = 500  # Meta-World ends an episode there
+from agent.spelling import nearest
+
+MOST_STEPS = 500  # where Meta-World ends an episode
 DEMONSTRATION_SEEDS = 100_000
-"""Environment seeds from here on are those of the demonstrations: evaluation stays below."""
+"""The demonstrations were recorded with environment seeds from here on; evaluation uses lower ones."""
 
 
 @cache
 def known_tasks() -> list[str]:
-    """Meta-World's tasks, from the list in LeRobot, whose module would import the simulator."""
+    """Lists Meta-World's tasks from a file of LeRobot, because its module would import the simulator."""
     lerobot = find_spec("lerobot")
     assert lerobot is not None and lerobot.origin is not None
     file = Path(lerobot.origin).parent / "envs" / "metaworld_config.json"
@@ -26,7 +27,7 @@ def known_tasks() -> list[str]:
 
 
 def check_episodes(option: str, tasks: Sequence[str], episodes: int, seed: int, known: Sequence[str]) -> None:
-    """Whether these episodes can be played.
+    """Refuses episodes that cannot be played.
 
     Args:
         option: what comes before the name of a setting in a message.
@@ -38,8 +39,8 @@ def check_episodes(option: str, tasks: Sequence[str], episodes: int, seed: int, 
     """
     for task in tasks:
         if task not in known:
-            near = difflib.get_close_matches(task, known, n=1, cutoff=0.3)
-            hint = f"; the nearest name is {near[0]}" if near else ""
+            near = nearest(task, known, cutoff=0.3)
+            hint = f"; the nearest name is {near}" if near else ""
             raise ValueError(f"{option}tasks: Meta-World has no task {task!r}{hint}")
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"{option}tasks names a task twice; raise {option}episodes instead")

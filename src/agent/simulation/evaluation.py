@@ -1,4 +1,4 @@
-"""The evaluation of one checkpoint: what is missing of its episodes, played and kept."""
+"""Evaluates one checkpoint: plays the episodes that its results lack, and keeps how each of them ended."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from agent.simulation.video import write_video
 
 log = logging.getLogger(__name__)
 DEFAULT_SEED = 1000
-"""Where lerobot-eval begins, too."""
+"""The seed with which lerobot-eval begins, too."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be played."""
+    """The episodes that are to be played."""
 
     tasks: tuple[str, ...]
     episodes: int = 20
@@ -49,7 +49,7 @@ class Request:
 
 
 def digest_of(pretrained: Path) -> str:
-    """A fingerprint of weights, config and processors of a ``pretrained_model``."""
+    """Computes a fingerprint of weights, config and processors of a ``pretrained_model``."""
     digest = hashlib.blake2b(digest_size=16)
     for path in Folder(pretrained).matching("*"):
         if path.suffix in (".safetensors", ".json") and path.name != "train_config.json":
@@ -88,7 +88,7 @@ def evaluate(
     # The number of threads changes how sums are rounded, and a robot's path after some steps.
     torch.set_num_threads(1)
     policy = load_policy(checkpoint, device=device, tokenizer=tokenizer, statistics=statistics)
-    height, width = check_policy(policy, policy.pretrained)
+    height, width = check_policy(policy)
     settings = {
         "checkpoint": digest_of(policy.pretrained),
         "seed": request.seed,
@@ -108,7 +108,7 @@ def evaluate(
 
 def play_missing(request: Request, results: ResultsFolder, actor: Actor, height: int, width: int) -> None:
     """Plays the episodes that the results lack, and those whose video is asked for and not there."""
-    from agent.simulation.environment import PlainMetaworldEnv
+    from agent.simulation.metaworld import PlainMetaworldEnv
 
     def video_of(task: str, episode: int) -> Path | None:
         path = request.video(task, episode, results.path)

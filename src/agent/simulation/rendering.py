@@ -1,4 +1,4 @@
-"""What a camera of Meta-World sees: one way of rendering, for recording demonstrations and for evaluating policies.
+"""Renders what a camera of Meta-World sees, in one way for recording demonstrations and for evaluating policies.
 
 A policy knows the pictures that it was trained on. Shadows take nine tenths of the time and are off in both.
 """
@@ -16,7 +16,7 @@ BLANK_STD = 4.0  # grey levels; a rendered frame has 40 and more, one that was n
 
 
 def choose_backend() -> None:
-    """Rendering without a display, unless the user chose otherwise. MuJoCo reads the variable when it is imported."""
+    """Lets MuJoCo render without a display, unless the user chose otherwise; it reads the variable when it is imported."""
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 
@@ -56,7 +56,7 @@ def check_not_blank(image: np.ndarray) -> None:
 
 
 def settle(env: Any) -> np.ndarray:
-    """The observation right after a reset of Meta-World's ``env``, with the scene as it is.
+    """Gives the observation after a reset of Meta-World's ``env``, with the scene as it is now.
 
     The reset moves goals and objects in the model without computing where that puts them, so that the first picture
     would show the layout of the draw before.
@@ -90,7 +90,7 @@ class Camera:
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
 
     def image(self) -> np.ndarray:
-        """What the camera sees now, (H, W, 3) uint8.
+        """Renders what the camera sees now, (H, W, 3) uint8.
 
         Raises:
             RuntimeError: if the picture is blank.

@@ -1,4 +1,4 @@
-"""What an evaluation in simulation leaves: one line per episode, and the summary with its intervals."""
+"""Keeps the results of an evaluation in simulation: a line for each episode, and a summary with confidence intervals."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from agent.safe_files import lock, write_text
 log = logging.getLogger(__name__)
 EPISODES, SETTINGS, SUMMARY = "episodes.jsonl", "settings.json", "results.json"
 Z95 = 1.959963984540054
-"""The 97.5% quantile of the normal distribution."""
+"""The 97.5% quantile of the standard normal distribution."""
 
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """How an episode ended; all but ``seconds`` follow from checkpoint, settings, task and number."""
+    """How an episode ended; all but ``seconds`` follows from checkpoint, settings, task and number."""
 
     task: str
     episode: int
     environment_seed: int
     success: bool
     steps: int
-    """Until the success, or all that were allowed."""
+    """Steps until the success, or all that were allowed."""
     reward: float
-    """Meta-World's, summed over the steps."""
+    """Meta-World's reward, summed over the steps."""
     seconds: float
 
 
 def wilson(successes: int, episodes: int) -> tuple[float, float]:
-    """The 95% interval of a success rate (Wilson, 1927): right also near 0 and 1, where mean ± deviation is not."""
+    """Computes the 95% interval of a success rate (Wilson, 1927); unlike mean ± deviation it holds near 0 and 1."""
     assert 0 <= successes <= episodes and episodes > 0, (successes, episodes)
     rate, z2 = successes / episodes, Z95**2
     middle = (rate + z2 / (2 * episodes)) / (1 + z2 / episodes)
@@ -115,7 +115,7 @@ class ResultsFolder:
             os.fsync(stream.fileno())
 
     def summarize(self, tasks: Sequence[str], episodes: int) -> dict[str, Any]:
-        """Writes ``results.json`` on everything that is done, and returns its contents.
+        """Writes ``results.json`` about all episodes that were played, and returns its contents.
 
         Args:
             tasks: that come first; earlier ones of this folder follow.
@@ -149,16 +149,16 @@ class ResultsFolder:
         return summary
 
     def _unbroken(self, task: str) -> int:
-        """How many episodes of a task are done, from the first on without a gap."""
+        """Counts the episodes of a task that were played, from the first on without a gap."""
         return next(number for number in itertools.count() if (task, number) not in self.done)
 
     def close(self) -> None:
-        """Lets others write."""
+        """Gives the folder's lock back."""
         os.close(self._lock)
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary for people."""
+    """Writes the summary as a table for people."""
     width = max(len(row["task"]) for row in summary["tasks"])
     lines = [f"{'task':<{width}}  successes     rate   95% interval     steps to success"]
     for row in summary["tasks"]:

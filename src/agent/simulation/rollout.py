@@ -1,34 +1,36 @@
-"""One episode after the other: a policy in a simulated environment, the same outcome in any order."""
+"""Plays episodes: a policy acts in a simulated environment, with the same outcome in any order of the episodes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from agent.simulation.results import EpisodeResult
+
+if TYPE_CHECKING:
+    from agent.inference import LoadedPolicy
+    from agent.simulation.metaworld import PlainMetaworldEnv
 
 CAMERA, STATE = "observation.image", "observation.state"
 STATE_DIM, ACTION_DIM = 4, 4
 
 
 class Actor(Protocol):
-    """What acts in an episode: a policy of this project, or another one beside it."""
+    """Anything that acts in an episode: a policy of this project, or another one for comparison."""
 
     def begin(self, task: str, episode: int) -> None:
-        """A new episode begins."""
-        ...
+        """Called when a new episode begins."""
 
     def act(self, observation: Mapping[str, Any], step: int) -> np.ndarray:
-        """The action (4,) for an observation with ``observation.image``, ``observation.state`` and ``task``."""
-        ...
+        """Chooses the action (4,) for an observation with ``observation.image``, ``observation.state`` and ``task``."""
 
 
 class PolicyActor:
-    """A saved policy. The noise of a prediction is a function of (seed, task, episode, step) alone.
+    """An actor with a saved policy; the noise of a prediction is a function of (seed, task, episode, step) alone.
 
     Args:
         policy: of ``agent.inference.load_policy``.
@@ -36,17 +38,15 @@ class PolicyActor:
         action_steps: actions of a chunk to execute before the next prediction.
     """
 
-    def __init__(self, policy: Any, seed: int, action_steps: int) -> None:
+    def __init__(self, policy: LoadedPolicy, seed: int, action_steps: int) -> None:
         self._policy, self._seed, self._action_steps = policy, seed, action_steps
         self.begin("", 0)
 
     def begin(self, task: str, episode: int) -> None:
-        """See ``Actor``."""
         self._purpose = f"simulation/{task}/{episode}"
         self._chunk: list[np.ndarray] = []
 
     def act(self, observation: Mapping[str, Any], step: int) -> np.ndarray:
-        """See ``Actor``."""
         if not self._chunk:
             # One observation at a time: in a batch rounding would depend on the others, and episodes on their number.
             (actions,) = self._policy.act([observation], [self._policy.noise(self._seed, self._purpose, step)])
@@ -54,8 +54,8 @@ class PolicyActor:
         return self._chunk.pop(0)
 
 
-def check_policy(policy: Any, pretrained: Any) -> tuple[int, int]:
-    """Whether a policy can act in Meta-World; returns the height and width of the pictures it was trained on.
+def check_policy(policy: LoadedPolicy) -> tuple[int, int]:
+    """Refuses a policy that cannot act in Meta-World; returns height and width of the pictures that it was trained on.
 
     Raises:
         ValueError: says what the environment has and what the policy wants.
@@ -70,7 +70,7 @@ def check_policy(policy: Any, pretrained: Any) -> tuple[int, int]:
             problems.append(f"{key}: the environment's has {has} dimensions, the policy's {wants}")
     if problems:
         raise ValueError(
-            f"--checkpoint: {pretrained} does not fit Meta-World: {'; '.join(problems)}. Train on data recorded there "
+            f"--checkpoint: {policy.pretrained} does not fit Meta-World: {'; '.join(problems)}. Train on data recorded there "
             f"(docs/simulation.md), with `cameras: {{{CAMERA}: KEY}}` in the data set's entry if its camera has another key"
         )
     _, height, width = policy.cameras[CAMERA]
@@ -87,12 +87,19 @@ class Episode:
 
 
 def play(
-    environment: Any, actor: Actor, task: str, episode: int, *, seed: int, max_steps: int, keep_images: bool
+    environment: PlainMetaworldEnv,
+    actor: Actor,
+    task: str,
+    episode: int,
+    *,
+    seed: int,
+    max_steps: int,
+    keep_images: bool,
 ) -> Episode:
     """Plays one episode until it succeeds or ``max_steps`` are over.
 
     Args:
-        environment: a ``PlainMetaworldEnv`` of the task.
+        environment: of the task.
         actor: chooses the actions, which are clipped to [-1, 1].
         task: Meta-World's name of it.
         episode: its number; the environment's seed is ``seed + episode``.

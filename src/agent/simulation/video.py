@@ -1,4 +1,4 @@
-"""A film of an episode, as mp4."""
+"""Writes the film of an episode as mp4."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SMALLEST_SIDE = 384  # what policies see is too small to look at
 
 
 def write_video(path: Path, images: Sequence[np.ndarray], fps: int) -> None:
-    """Writes pictures (H, W, 3) uint8, small ones enlarged pixel by pixel; the file is there whole or not at all."""
+    """Writes pictures (H, W, 3) uint8 and enlarges small ones pixel by pixel; the file is there whole or not at all."""
     from fractions import Fraction
 
     import av

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, evaluated as its ``eval_cfg`` says while it trains, or afterwards."""
+"""Evaluates the checkpoints of a run as its ``eval_cfg`` says, while the run trains or afterwards."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def watch(
 
 
 def read_config(run_dir: Path) -> SimulationConfig:
-    """The ``eval_cfg`` of a run.
+    """Reads the ``eval_cfg`` of a run.
 
     Raises:
         ValueError: if there is none.
@@ -96,7 +96,7 @@ def read_config(run_dir: Path) -> SimulationConfig:
 
 
 def chosen(run_dir: Path, every: int, last: bool) -> list[Path]:
-    """The complete checkpoints at multiples of ``every``, and with ``last`` the newest one, ascending."""
+    """Lists the complete checkpoints at multiples of ``every`` in ascending order, with ``last`` also the newest."""
     steps = {
         int(match[1]): path
         for path in (run_dir / "checkpoints").glob("step_*")
@@ -107,7 +107,7 @@ def chosen(run_dir: Path, every: int, last: bool) -> list[Path]:
 
 
 def removed_before(run_dir: Path, every: int) -> list[int]:
-    """Updates whose checkpoints were to be evaluated, are not there any more and have left no results."""
+    """Lists the updates whose checkpoints should have been evaluated, are gone and have left no results."""
     newest = max((int(path.name.removeprefix("step_")) for path in chosen(run_dir, 1, last=True)), default=0)
     names = {step: f"step_{step:08d}" for step in range(every, newest, every)}
     return [
@@ -118,7 +118,7 @@ def removed_before(run_dir: Path, every: int) -> list[int]:
 
 
 def is_training(run_dir: Path) -> bool:
-    """Whether more checkpoints may come: the run says that it runs, and is alive or was a short time ago."""
+    """Says whether more checkpoints may come: the run's status is running, and it is alive or was a short time ago."""
     try:
         status, _ = read_status(run_dir / "status.json")
     except OSError:
@@ -131,7 +131,7 @@ def is_training(run_dir: Path) -> bool:
 
 
 def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None, tokenizer: str | None) -> bool:
-    """Whether it worked; one that does not is no reason to give up the others."""
+    """Evaluates a checkpoint and says whether that worked; a failure is logged, and the others go on."""
     try:
         if is_complete(out, request, checkpoint):
             return True
@@ -147,7 +147,7 @@ def _evaluate(checkpoint: Path, request: Request, out: Path, device: str | None,
 
 
 def is_complete(out: Path, request: Request, checkpoint: Path) -> bool:
-    """Whether the results cover the request, and are of this checkpoint: a run that went back has saved another one."""
+    """Says whether the results cover the request and are of this checkpoint: a run that went back has saved another."""
     summary = _summary(out)
     if summary is None:
         return False
@@ -162,7 +162,7 @@ def is_complete(out: Path, request: Request, checkpoint: Path) -> bool:
 
 
 def write_curve(folder: Path, request: Request) -> None:
-    """``success.jsonl``: a line per checkpoint and task, by update, of what was played like this.
+    """Writes ``success.jsonl``: a line for each checkpoint and task, by update, of what was played with these settings.
 
     Averaged weights, ``step_…_ema``, are not in it.
     """
@@ -181,7 +181,7 @@ def _is_like(summary: dict[str, Any], request: Request) -> bool:
 
 
 def _summary(out: Path) -> dict[str, Any] | None:
-    """The results in a folder; None where there are none, or none of the right form, which the log says."""
+    """Reads the results in a folder; None if there are none or they have another form, which the log says."""
     content, problem = read_object(out / SUMMARY)
     if content is not None:
         tasks = content.get("tasks")

@@ -1,4 +1,4 @@
-"""LeRobot's Meta-World environment, rendered as the demonstrations are and deterministic for a seed.
+"""Wraps LeRobot's Meta-World environment, so that it renders as the demonstrations do and follows from its seed.
 
 Importing this module registers ``metaworld_plain`` with LeRobot's own tools, too::
 
@@ -40,7 +40,7 @@ class PlainMetaworldEnv(MetaworldEnv):
             self._camera = Camera(self._env, self.observation_height, self.observation_width)
 
     def render(self) -> np.ndarray:
-        """The picture (H, W, 3) uint8."""
+        """Renders the picture (H, W, 3) uint8."""
         self._ensure_env()
         assert self._camera is not None
         return self._camera.image()
@@ -49,7 +49,7 @@ class PlainMetaworldEnv(MetaworldEnv):
         return {"pixels": self.render(), "agent_pos": np.asarray(raw_obs[:4])}
 
     def reset(self, seed: int | None = None, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The start that belongs to the seed, whatever was simulated before.
+        """Begins an episode, which depends on the seed alone and not on what was simulated before.
 
         Meta-World first lets the arm come to rest, and only then moves goal and objects: the arm rests beside those of
         the draw before. The second reset finds those of its own seed.
@@ -70,7 +70,7 @@ class PlainMetaworldEnv(MetaworldEnv):
 @EnvConfig.register_subclass("metaworld_plain")
 @dataclass
 class PlainMetaworldConfig(MetaworldConfig):
-    """The same for LeRobot's tools: one environment per task of ``task``, separated by commas."""
+    """Offers the environment to LeRobot's tools, one for each task of ``task``, which are separated by commas."""
 
     task: str = "reach-v3"
     height: int = 128
@@ -81,7 +81,7 @@ class PlainMetaworldConfig(MetaworldConfig):
         self.features["pixels/top"] = PolicyFeature(type=FeatureType.VISUAL, shape=(self.height, self.width, 3))
 
     def create_envs(self, n_envs: int, use_async_envs: bool = False) -> dict[str, dict[int, Any]]:
-        """Task → {0: vector environment}."""
+        """Makes the environments: task → {0: vector environment}."""
         vector = gymnasium.vector.AsyncVectorEnv if use_async_envs and n_envs > 1 else gymnasium.vector.SyncVectorEnv
         tasks = [task.strip() for task in self.task.split(",")]
 
