@@ -215,7 +215,7 @@ def _test_in_fork(folder: Path, files: list[str], output: Path) -> int:
     sys.path[:0] = [str(folder / "src"), str(folder / "tests")]
     sys.dont_write_bytecode = True
     sys.modules["__main__"] = ModuleType("__main__")  # this file is of no interest to the processes that a test starts
-    import forked
+    from support import forked
 
     forked.ForkServer.__init__ = _fork_server  # type: ignore[method-assign]
     options = ["-x", "-n0", "-p", "no:cacheprovider", f"--basetemp={folder.with_suffix('.tmp')}", "-rfE"]
@@ -224,7 +224,7 @@ def _test_in_fork(folder: Path, files: list[str], output: Path) -> int:
 
 def _fork_server(self: Any) -> None:
     """The tests' server of runs, without importing everything anew."""
-    import forked
+    from support import forked
 
     requests, answers = os.pipe(), os.pipe()
     pid = os.fork()

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import ForkServer, fork_server
-from launching import Workplace
+from support.forked import ForkServer, fork_server
+from support.launching import Workplace
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer
-from launching import REPOSITORY, Workplace
-from make_dataset import write_dataset
-from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
+from support.datasets import write_dataset
+from support.forked import ForkServer
+from support.launching import REPOSITORY, Workplace
+from support.samples import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
 from torchvision.transforms.v2 import RandomResizedCrop, functional
 
 from agent.configuration_pipeline import ConfigError, load_config

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checking import check
-from forked import ForkServer
-from launching import Workplace
-from make_dataset import write_dataset
+from support.checking import check
+from support.datasets import write_dataset
+from support.forked import ForkServer
+from support.launching import Workplace
 
 from agent.configuration_pipeline import load_config
 from agent.data.frames.store import WantedStore

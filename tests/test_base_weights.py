@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
-from test_training import what_was_computed
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.records import what_was_computed
 
 from agent.models.pi0 import adapter
 

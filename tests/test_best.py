@@ -12,10 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from forked import ForkServer
-from launching import Workplace
 from safetensors.torch import load_file, save_file
-from stores import save
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.stores import save
 
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from stores import newest, save
+from support.stores import newest, save
 
 from agent.checkpoints import manifest
 from agent.checkpoints.manifest import MANIFEST, Verification, verify

@@ -15,11 +15,12 @@ import time
 from pathlib import Path
 
 import pytest
-import save_in_ranks as ranks
 import torch
 from safetensors.torch import load_file
-from save_in_ranks import OPTIMIZER, STATE, WEIGHTS
-from stores import newest
+from support import save_in_ranks as ranks
+from support.launching import with_support
+from support.save_in_ranks import OPTIMIZER, STATE, WEIGHTS
+from support.stores import newest
 
 from agent.checkpoints import manifest, tensor_file
 from agent.checkpoints import store as checkpoint
@@ -28,8 +29,6 @@ from agent.checkpoints.manifest import MANIFEST, verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter, Outcome, share
 from agent.parallel.processes import Launch, Processes
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -297,8 +296,8 @@ def test_a_small_disk_that_fills_up(small_disk, alone, monkeypatch):
 
 def run_ranks(scenario: str, folder: Path, *arguments: str) -> list[dict]:
     """What each of two ranks reports of a scenario in save_in_ranks.py."""
-    command = [sys.executable, str(HERE / "save_in_ranks.py"), scenario, str(folder), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    command = [sys.executable, "-m", "support.save_in_ranks", scenario, str(folder), *arguments]
+    process = subprocess.run(command, env=with_support(), capture_output=True, text=True, timeout=280)
     assert process.returncode == 0, process.stdout + process.stderr
     return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
 

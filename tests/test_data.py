@@ -9,42 +9,33 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from make_dataset import DEFAULT_TASKS, frame_image, write_dataset, write_tokenizer
+from support.datasets import DEFAULT_TASKS, frame_image, write_dataset, write_tokenizer
+from support.launching import with_support
+from support.samples import (
+    FRONT,
+    SPEC,
+    WRIST,
+    broken_draw,
+    built,
+    by_number,
+    dataset_config,
+    lives,
+    micro_batches,
+    opened,
+    worker_processes,
+)
 
 from agent.data import source as source_module
-from agent.data.build import build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig, validation_batches
+from agent.data.loading.loader import TrainLoader, ValDataConfig, validation_batches
 from agent.data.recorded.episodes import hold_out
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
 from agent.data.samples.transforms import SampleSpec, load_paraphrases, pad_vector, paraphrase, resize_with_pad
 from agent.data.source import DatasetConfig, choose_video_backend, open_source
-from agent.reproducibility import stream
-
-FRONT, WRIST = "observation.images.front", "observation.images.wrist"
-SPEC = SampleSpec(
-    chunk_size=4,
-    max_state_dim=16,
-    max_action_dim=10,
-    image_resolution=(48, 48),
-    tokenizer_max_length=16,
-    camera_slots=(FRONT,),
-    state_dim=7,
-    action_dim=7,
-)
-MODES = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
-
-
-def draw(seed, purpose, k):
-    generator = stream(seed, purpose, k)
-    return generator.standard_normal((4, 10)).astype(np.float32), float(generator.random())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,28 +70,6 @@ def pictures(folder):
 @pytest.fixture(scope="module")
 def tokenizer(folder):
     return str(write_tokenizer(folder / "tokenizer"))
-
-
-def dataset_config(root, **settings):
-    return DatasetConfig(repo_id="test/data", root=str(root), **settings)
-
-
-def opened(root, **settings):
-    source = open_source(dataset_config(root, **settings), SPEC.chunk_size, None, 1e-4)
-    source.cameras = {FRONT: FRONT}
-    return source
-
-
-def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", **settings):
-    arguments = {
-        "seed": 5,
-        "draw": partial(draw, 5, "noise"),
-        "validation_draw": partial(draw, 5, "validation"),
-        "normalization_mapping": MODES,
-        "tokenizer_path": tokenizer,
-    }
-    config = DataConfig(TrainDataConfig(list(configs), num_workers=0, frame_store=frame_store), val or ValDataConfig())
-    return build_data(config, spec, **{**arguments, **settings})
 
 
 @pytest.fixture(scope="module")
@@ -757,40 +726,6 @@ def test_statistics_are_those_of_the_training_frames(video, tokenizer):
     assert data.validation.sources[0].episodes.tolist() == held.tolist()
 
 
-def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, workers=0):
-    loader = TrainLoader(
-        data.reader,
-        data.mixture,
-        global_batch=16,
-        per_device_batch=batch,
-        rank=rank,
-        world=world,
-        first_sample=first_sample,
-        num_workers=workers,
-    )
-    batches = [next(loader) for _ in range(count)]
-    loader.close()
-    return batches
-
-
-def by_number(batches):
-    """Everything a batch says of each sample."""
-    return {
-        int(k): (
-            batch.provenance[row].tolist(),
-            batch.observation.images[FRONT][row].numpy().tobytes(),
-            batch.observation.state[row].tolist(),
-            batch.observation.tokens[row][batch.observation.token_mask[row]].tolist(),
-            batch.actions.values[row].tolist(),
-            batch.actions.is_pad[row].tolist(),
-            batch.noise[row].tolist(),
-            float(batch.time[row]),
-        )
-        for batch in batches
-        for row, k in enumerate(batch.sample_index)
-    }
-
-
 def test_the_stream_does_not_depend_on_the_split(data):
     whole = by_number(micro_batches(data, 3, batch=16))
     assert sorted(whole) == list(range(48))
@@ -869,10 +804,6 @@ def test_errors_in_workers_keep_their_message(data, monkeypatch):
         micro_batches(data, 1, batch=4, workers=1)
 
 
-def broken_draw(k):
-    raise RuntimeError(f"no noise for sample {k}")
-
-
 def test_signals_spare_workers_and_a_killed_one_is_reported(data):
     loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=1)
     next(loader)
@@ -911,8 +842,8 @@ def test_a_killed_fork_server_is_reported(data):
 
 
 def test_workers_end_with_a_killed_trainer(video, tokenizer, tmp_path):
-    code = f"import test_data; test_data.wait_with_workers({str(video)!r}, {tokenizer!r})"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "HF_DATASETS_CACHE": str(tmp_path)}
+    code = f"from support import samples; samples.wait_with_workers({str(video)!r}, {tokenizer!r})"
+    environment = with_support(HF_DATASETS_CACHE=str(tmp_path))
     trainer = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
     processes = [int(number) for number in trainer.stdout.readline().split()]
     assert len(processes) == 3
@@ -922,25 +853,3 @@ def test_workers_end_with_a_killed_trainer(video, tokenizer, tmp_path):
     while any(lives(process) for process in processes):
         assert time.monotonic() < give_up, "the fork server or a worker lives on"
         time.sleep(0.1)
-
-
-def lives(process):
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def wait_with_workers(video, tokenizer):
-    """In a process of its own: prints the fork server and its workers, and waits to be killed."""
-    data = built(dataset_config(video), tokenizer=tokenizer)
-    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=2)
-    next(loader)
-    print(forkserver._forkserver._forkserver_pid, *worker_processes(), flush=True)
-    time.sleep(100)
-
-
-def worker_processes():
-    """The children of the fork server, which is a child of this process."""
-    server = forkserver._forkserver._forkserver_pid
-    return [int(number) for number in Path(f"/proc/{server}/task/{server}/children").read_text().split()]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
 from safetensors.torch import load_file
+from support.forked import ForkServer
+from support.launching import Workplace
 
 TWO = ("--per_device_batch_size", "2")
 SHORT = ("--n_updates", "12", "--save_model_freq", "4", "--eval_freq", "6")
@@ -173,7 +173,7 @@ def test_a_skipped_update_is_not_taken_in(place: Workplace, server: ForkServer) 
     own = ("--n_updates", "5", "--save_model_freq", "1", "--keep_checkpoints", "5", "--eval_freq", "3")
     finish(
         place, server, "skips", *EMA, *own, "--skip_nonfinite", "1",
-        hook=("hooks", "infinite_gradient"), BREAK_AT="[3]",
+        hook=("support.hooks", "infinite_gradient"), BREAK_AT="[3]",
     )  # fmt: skip
     assert place.metrics("skips")[-1]["skipped_updates"] == 1
     averages = [weights(place, "skips", step, "pretrained_model_ema") for step in range(1, 6)]

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from launching import MODEL, REPOSITORY, Workplace
+from support.launching import MODEL, REPOSITORY, Workplace
 
 from agent import evaluate_sim
 from agent.checkpoints.manifest import seal

@@ -25,9 +25,9 @@ import draccus
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from launching import Workplace
 from safetensors.torch import load_file, save_file
-from test_pi0_adapter import reference
+from support.launching import Workplace
+from support.small_model import reference
 
 from agent import export
 from agent.checkpoints import weights

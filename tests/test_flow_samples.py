@@ -10,27 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
-from test_pi0_model import CAMERAS, TIME, lively_model, make_batch, relative
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.small_model import CAMERAS, TIME, K, lively_model, make_batch, relative, several_pairs
 
 from agent.batch import Batch
 from agent.checkpoints.manifest import MANIFEST, seal
 from agent.models.flow_matching import draw, draw_several
 from agent.models.pi0.model import PI0
 from agent.parallel.wrap import recompute
-
-K = 3
-
-
-def several_pairs(batch: Batch, k: int = K) -> Batch:
-    """The batch with K draws per sample; the first is the one it had."""
-    g = torch.Generator().manual_seed(9)
-    noise = torch.randn(len(batch), k - 1, *batch.noise.shape[1:], generator=g)
-    time = torch.rand(len(batch), k - 1, generator=g) * 0.999 + 0.001
-    return replace(
-        batch, noise=torch.cat((batch.noise[:, None], noise), 1), time=torch.cat((batch.time[:, None], time), 1)
-    )
 
 
 def pair(batch: Batch, j: int) -> Batch:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import REPOSITORY, Workplace
-from make_dataset import write_dataset
-from test_data import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
+from support.datasets import write_dataset
+from support.launching import REPOSITORY, Workplace
+from support.samples import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
 
 from agent.configuration_pipeline import load_config
 from agent.data import prepare

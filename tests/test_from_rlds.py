@@ -16,11 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from launching import MODEL, REPOSITORY, RUN, kill_alone
-from make_dataset import frame_image
-from make_rlds import EPISODES, SIZE, episode_length, instruction, numbers
+from support.datasets import frame_image
+from support.launching import MODEL, REPOSITORY, RUN, kill_alone, with_support
+from support.rlds import EPISODES, SIZE, episode_length, instruction, numbers
 
 NEEDED = ("tensorflow_datasets", "tensorflow", "google_crc32c")
 MISSING = [name for name in NEEDED if find_spec(name) is None]
@@ -34,8 +32,8 @@ CONVERT = [sys.executable, "-m", "agent.data.from_rlds"]
 @pytest.fixture(scope="module")
 def trees(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rlds")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, str(Path(__file__).parent / "make_rlds.py"), str(folder)]
+    environment = with_support(CUDA_VISIBLE_DEVICES="", TF_CPP_MIN_LOG_LEVEL="3")
+    command = [sys.executable, "-m", "support.rlds", str(folder)]
     written = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert written.returncode == 0, written.stderr[-3000:]
     return folder

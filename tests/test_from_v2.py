@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from launching import MODEL, REPOSITORY, RUN, kill_alone
-from make_dataset import DEFAULT_TASKS, frame_image
+from support.datasets import DEFAULT_TASKS, frame_image
+from support.launching import MODEL, REPOSITORY, RUN, kill_alone
 
 from agent.data.source import DatasetConfig, open_source
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from stores import write_pretrained
-from test_lerobot_checkpoint import (
+from support.lerobot import (
     ACTION_DIM,
     CAMERAS,
     CHUNK,
@@ -33,6 +32,7 @@ from test_lerobot_checkpoint import (
     their_actions,
     written,
 )
+from support.stores import write_pretrained
 
 from agent.data.normalization.normalizer import compute_statistics, to_lerobot_stats
 from agent.inference import LoadedPolicy, load_policy

@@ -15,60 +15,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from launching import REPOSITORY
-from make_dataset import write_dataset
-from make_large_dataset import CAMERA, write_large_dataset
+from support.datasets import write_dataset
+from support.large_dataset import CAMERA, start, write_large_dataset
+from support.launching import with_support
 
 from agent.data.normalization.normalizer import STATISTIC_NAMES
 from agent.data.source import DatasetConfig, open_source
 
 
-def draw(k: int) -> tuple[np.ndarray, float]:
-    return np.zeros((4, 8), np.float32), 0.5
-
-
-def most_memory() -> int:
-    """Most bytes that this process had at once; getrusage counts those of the process that started it, too."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-def start(*roots: tuple[Path | str, float | None]) -> dict:
-    """From the config of the data to the first batch of 32 samples: what it took and what it gave."""
-    begin = time.perf_counter()
-    from agent.data.build import build_data
-    from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader
-    from agent.data.samples.transforms import SampleSpec
-
-    datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]
-    data = build_data(
-        DataConfig(TrainDataConfig(datasets, num_workers=0)),
-        SampleSpec(4, 8, 8, (32, 32), 16, (CAMERA,), 7, 7),
-        seed=0,
-        draw=draw,
-        validation_draw=draw,
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"},
-    )
-    batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
-    statistics = [data.robots[0].state_statistics, data.robots[0].action_statistics]
-    return {
-        "seconds": time.perf_counter() - begin,
-        "bytes": most_memory(),
-        "statistics": [{name: value.tolist() for name, value in part.to_dict().items()} for part in statistics],
-        "fingerprint": data.fingerprint,
-        "provenance": batch.provenance.tolist(),
-        "actions": batch.actions.values.tolist(),
-        "images": int(batch.observation.images[CAMERA].sum()),
-    }
-
-
 def start_apart(root: Path) -> dict:
     """The same in a process of its own, whose memory is this alone; the seconds count from the first import."""
-    program = f"import json, test_large_data; print(json.dumps(test_large_data.start(({str(root)!r}, None))))"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    program = f"import json; from support.large_dataset import start; print(json.dumps(start(({str(root)!r}, None))))"
+    environment = with_support()
     begin = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -78,9 +36,10 @@ def start_apart(root: Path) -> dict:
 def bytes_of_libraries() -> int:
     """Most memory of a process that does nothing but import what reads such data."""
     program = (
-        "import torch, pyarrow.parquet, torchcodec.decoders, test_large_data; print(test_large_data.most_memory())"
+        "import torch, pyarrow.parquet, torchcodec.decoders; from support.large_dataset import most_memory; "
+        "print(most_memory())"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = with_support()
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout)
 

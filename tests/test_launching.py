@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launching import Workplace
+from support.launching import Workplace
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:

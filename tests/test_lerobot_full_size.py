@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory
 import psutil
 import pytest
 import torch
-from stores import write_pretrained
-from test_lerobot_checkpoint import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
+from support.lerobot import CAMERAS, Recording, make_config, make_statistics, our_actions, their_actions
+from support.stores import write_pretrained
 
 from agent.data.normalization.normalizer import to_lerobot_stats
 from agent.models.pi0.configuration import FeatureSpec

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
 from safetensors.torch import load_file, save_file
-from test_training import what_was_computed
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.records import what_was_computed
 from torch import Tensor, nn
 
 from agent.optim import low_memory_adamw
@@ -266,7 +266,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 def finished(server: ForkServer, place: Workplace, name: str, *overrides: str, ranks: int = 2) -> list[dict[str, Any]]:
     output = server.start(
-        place, name, *overrides, ranks=ranks, hook=("hooks", "record"), **recorded(place, name)
+        place, name, *overrides, ranks=ranks, hook=("support.hooks", "record"), **recorded(place, name)
     ).wait()
     assert place.status(name)["state"] == "finished", output
     return place.metrics(name)
@@ -293,7 +293,9 @@ def test_all_ranks_hold_the_same_and_a_killed_run_goes_on_bit_for_bit(
     expected = dict(digests(place, through, 0))
     assert digests(place, through, 1) == digests(place, through, 0)
     for kill_at in (6, 13, None):
-        run = server.start(place, "killed", *BOTH, ranks=2, hook=("hooks", "record"), **recorded(place, "killed"))
+        run = server.start(
+            place, "killed", *BOTH, ranks=2, hook=("support.hooks", "record"), **recorded(place, "killed")
+        )
         if kill_at is not None:
             run.wait_for_step(kill_at)
             run.kill_all()

@@ -5,7 +5,6 @@ Run: pytest tests/test_metrics.py   (about fifteen seconds: wandb's own processe
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pty
@@ -18,19 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from PIL import Image
+from support.launching import with_support
+from support.records import offline_records, record, wandb_process
 
 from agent import progress
 from agent.tracking.metrics import JsonLines, Metrics
 from agent.tracking.wandb_sink import WandbConfig
-
-
-def record(step: int, attempt: int = 1, **more: float) -> dict[str, float]:
-    """One logged update; ``attempt`` tells a repeated update from the first one."""
-    fixed = {"lr": 1e-4, "grad_norm": 0.5, "step_s": 2.0, "samples_per_s": 8.0, "data_wait": 0.125, "memory_gb": 1.0}
-    return {"step": step, "loss": 1 / step, **fixed, "attempt": attempt, "eta_s": 3725.0, **more}
 
 
 def lines(path: Path) -> list[dict]:
@@ -151,26 +145,6 @@ def start(run_dir: Path, after: int, steps: range, attempt: int, end: str, **mor
     return said.splitlines()[0]
 
 
-def wandb_processes(run_dir: Path) -> list[psutil.Process]:
-    """wandb's own process for a run, and its parent."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            parent = process.parent() if process.name() == "wandb-core" else None
-            if parent is not None and str(run_dir) in parent.cmdline():
-                return [process, parent]
-    return []
-
-
-def wandb_process(run_dir: Path) -> psutil.Process:
-    """wandb's own process for a run, once there is one and it has the run."""
-    for _ in range(2400):
-        found = wandb_processes(run_dir)
-        if found and list(run_dir.glob("wandb/offline-run-*/*.wandb")):
-            return found[0]
-        time.sleep(0.05)
-    raise AssertionError("wandb has no process")
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
 def test_wandbs_process_ends_or_hangs_and_the_run_goes_on_and_is_whole(tmp_path: Path, number: signal.Signals) -> None:
     hangs = number == signal.SIGSTOP
@@ -193,26 +167,6 @@ def test_wandbs_process_ends_or_hangs_and_the_run_goes_on_and_is_whole(tmp_path:
     assert not others and len(list(tmp_path.glob("wandb/superseded/*"))) == 1
     steps = [entry["_step"] for entry in offline_records(newest)[1]]
     assert steps == list(range(1, 9 if hangs else 7))
-
-
-def offline_records(folder: Path) -> tuple[str, list[dict]]:
-    """Run id and history of an offline folder, by wandb's own reader."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    (file,) = folder.glob("*.wandb")
-    store, ids, history = DataStore(), [], []
-    store.open_for_scan(str(file))
-    while (data := store.scan_data()) is not None:
-        entry = wandb_internal_pb2.Record()
-        entry.ParseFromString(data)
-        if entry.WhichOneof("record_type") == "run":
-            ids.append(entry.run.run_id)
-        elif entry.WhichOneof("record_type") == "history":
-            items = entry.history.item
-            history.append({".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
-    assert len(set(ids)) == 1
-    return ids[0], history
 
 
 @pytest.mark.parametrize(
@@ -346,8 +300,8 @@ import logging, sys
 from pathlib import Path
 from agent.tracking.metrics import Metrics, setup_logging
 from agent.progress import followed
-sys.path.insert(0, sys.argv[2])
-from test_metrics import record
+from support.launching import with_support
+from support.records import record
 setup_logging(0, debug=False)
 run_dir = Path(sys.argv[1])
 metrics = Metrics(run_dir, 12)
@@ -365,12 +319,12 @@ metrics.end()
 
 
 def command(run_dir: Path) -> list[str]:
-    return [sys.executable, "-c", SHOW, str(run_dir), str(Path(__file__).parent)]
+    return [sys.executable, "-c", SHOW, str(run_dir)]
 
 
 def test_a_file_gets_plain_lines(tmp_path):
     with open(tmp_path / "job.out", "w") as stdout, open(tmp_path / "job.err", "w") as stderr:
-        subprocess.run(command(tmp_path), stdout=stdout, stderr=stderr, check=True, timeout=120)
+        subprocess.run(command(tmp_path), env=with_support(), stdout=stdout, stderr=stderr, check=True, timeout=120)
     said = (tmp_path / "job.out").read_text()
     assert (tmp_path / "job.err").read_text() == "" and "\r" not in said and "\x1b" not in said
     first, _, second = said.splitlines()
@@ -387,7 +341,8 @@ def on_terminal(arguments: list[str]) -> str:
 
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))
-    process = subprocess.Popen(arguments, stdin=terminal, stdout=terminal, stderr=terminal, close_fds=True)
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    process = subprocess.Popen(arguments, env=with_support(), close_fds=True, **streams)
     os.close(terminal)
     shown, deadline = b"", time.monotonic() + 120
     while time.monotonic() < deadline and select.select([controller], [], [], 120)[0]:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from forked import ForkServer
-from launching import Workplace
+from support.forked import ForkServer
+from support.launching import Workplace
 
 from agent.data.normalization.normalizer import (
     MODES,
@@ -165,7 +165,7 @@ def test_a_run_keeps_the_rule_that_it_began_with(server: ForkServer, place: Work
         ]
 
     arguments = scaled(shutil.copytree(place.folder / "data", tmp_path / "data"))
-    server.start(place, "begun", *arguments, "--n_updates", "2", hook=("hooks", "first_narrow_rule")).wait()
+    server.start(place, "begun", *arguments, "--n_updates", "2", hook=("support.hooks", "first_narrow_rule")).wait()
     rule, deviation = found("begun")
     assert rule == 1 and (deviation == 1).all()
     longer = ("--n_updates", "3", "--resume_changes", "true")

@@ -14,11 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
-from test_pi0_model import lively_model, make_batch
-from test_reliability import recorded, records, samples_of_updates
-from test_training import what_was_computed
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.records import recorded, records, samples_of_updates, what_was_computed
+from support.small_model import lively_model, make_batch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from agent.checkpoints import tensor_reader
@@ -41,7 +40,7 @@ def ddp(place: Workplace, server: ForkServer) -> str:
 @pytest.fixture(scope="module")
 def fsdp(place: Workplace, server: ForkServer) -> str:
     """The same, each with a half of the model."""
-    run = server.start(place, "fsdp", *FSDP, ranks=2, hook=("hooks", "record"), **recorded(place, "fsdp"))
+    run = server.start(place, "fsdp", *FSDP, ranks=2, hook=("support.hooks", "record"), **recorded(place, "fsdp"))
     output = run.wait()
     assert place.status("fsdp")["state"] == "finished", output
     assert "parameters split over 2 processes" in output and "check_replicas_every has no effect" in output
@@ -73,7 +72,7 @@ def test_gradients_have_no_memory_beside_the_buckets(place: Workplace, server: F
     target = place.folder / "blocks"
     options = ("--n_updates", "2", "--eval_freq", "0")
     run = server.start(
-        place, "buckets", *options, ranks=2, hook=("hooks", "count_blocks_of_gradients"), BLOCKS=str(target)
+        place, "buckets", *options, ranks=2, hook=("support.hooks", "count_blocks_of_gradients"), BLOCKS=str(target)
     )
     output = run.wait()
     assert place.status("buckets")["state"] == "finished", output
@@ -105,7 +104,9 @@ def test_fsdp_writes_the_files_that_ddp_writes(place: Workplace, ddp: str, fsdp:
 
 def test_fsdp_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, fsdp: str, server: ForkServer) -> None:
     for kill_at in (6, 13, None):
-        run = server.start(place, "killed", *FSDP, ranks=2, hook=("hooks", "record"), **recorded(place, "killed"))
+        run = server.start(
+            place, "killed", *FSDP, ranks=2, hook=("support.hooks", "record"), **recorded(place, "killed")
+        )
         if kill_at is None:
             output = run.wait()
         else:
@@ -127,7 +128,7 @@ def test_a_run_moves_between_ddp_and_fsdp_and_world_sizes(
     stages = [((), 2, 5), (FSDP, 4, 10), ((), 1, 14), (FSDP, 2, None)]
     for options, ranks, until in stages:
         run = server.start(
-            place, "moved", *FOUR, *options, ranks=ranks, hook=("hooks", "record"), **recorded(place, "moved")
+            place, "moved", *FOUR, *options, ranks=ranks, hook=("support.hooks", "record"), **recorded(place, "moved")
         )
         if until is not None:
             run.wait_for_step(until)
@@ -266,7 +267,7 @@ def test_without_a_compiler_the_run_is_eager_and_says_why_once(
         "no-compiler",
         *COMPILED,
         ranks=2,
-        hook=("hooks", "no_compiler"),
+        hook=("support.hooks", "no_compiler"),
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
     )
     output = run.wait()
@@ -281,7 +282,7 @@ def test_when_one_rank_cannot_compile_none_does(
     place: Workplace, ddp: str, fsdp: str, server: ForkServer, options: tuple[str, ...]
 ) -> None:
     name = "broken-" + "-".join(options).strip("-")
-    hook = ("hooks", "compile_on_rank_0_alone")
+    hook = ("support.hooks", "compile_on_rank_0_alone")
     output = server.start(place, name, *COMPILED, *options, ranks=2, hook=hook).wait()
     assert place.status(name)["state"] == "finished", output
     assert output.count(WARNING) == 1
@@ -292,7 +293,7 @@ def test_when_one_rank_cannot_compile_none_does(
 
 
 def test_a_compiled_block_is_one_graph_whatever_ddps_buckets_are(place: Workplace, server: ForkServer) -> None:
-    hook = ("hooks", "small_buckets")
+    hook = ("support.hooks", "small_buckets")
     output = server.start(place, "small-buckets", *COMPILED, "--n_updates", "1", ranks=2, hook=hook).wait()
     assert place.status("small-buckets")["state"] == "finished" and WARNING not in output, output
     counts = [int(number) for number in re.findall(r"traced (\d+) graphs", output)]
@@ -347,7 +348,9 @@ def test_a_second_start_compiles_nothing_anew(
     for _ in range(2):
         shutil.rmtree(place.folder / "runs" / name, ignore_errors=True)
         compiler = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(quick)}
-        run = server.start(place, name, *COMPILED, *options, ranks=2, hook=("hooks", "report_compilations"), **compiler)
+        run = server.start(
+            place, name, *COMPILED, *options, ranks=2, hook=("support.hooks", "report_compilations"), **compiler
+        )
         output = run.wait(timeout=900)
         assert place.status(name)["state"] == "finished" and WARNING not in output, output
         reports.append([json.loads(found) for found in re.findall(r"^compiled (.*)$", output, re.MULTILINE)])

@@ -12,6 +12,7 @@ from pathlib import Path
 import draccus
 import pytest
 import torch
+from support.small_model import reference
 
 from agent.checkpoints import tensor_file
 from agent.models.base import ModelConfig
@@ -19,21 +20,11 @@ from agent.models.pi0 import adapter
 from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
 from agent.models.pi0.model import PI0
 
-DATA = Path(__file__).parent / "data"
 HEADS = {
     "model.paligemma_with_expert.paligemma.lm_head.weight",
     "model.paligemma_with_expert.gemma_expert.lm_head.weight",
 }
 TINY = {"depth": 2, "mlp_dim": 24, "heads": 2, "kv_heads": 1, "head_dim": 8, "vocab_size": 20}
-
-
-def reference(name: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor's name and shape from a table whose layers are written once, with a count."""
-    out = {}
-    for pattern, entry in json.loads((DATA / name).read_text())["tensors"].items():
-        for i in range(entry["count"]):
-            out[pattern.replace("{i}", str(i))] = tuple(entry["shape"])
-    return out
 
 
 def tiny_config() -> PI0Config:

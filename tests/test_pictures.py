@@ -5,15 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from make_dataset import write_dataset
+from support.datasets import write_dataset
 
 from agent.data.build import build_data
 from agent.data.frames.store import WantedStore

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checking import check, contents, rewrite
-from forked import ForkServer
-from launching import Workplace
-from make_dataset import write_dataset
+from support.checking import check, contents, rewrite
+from support.datasets import write_dataset
+from support.forked import ForkServer
+from support.launching import Workplace
 
 from agent.preflight.report import Row, failed, table
 

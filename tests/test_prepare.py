@@ -26,10 +26,10 @@ from typing import Any
 
 import pytest
 import torch
-from launching import MODEL, REPOSITORY, Workplace
-from make_dataset import write_tokenizer
-from mock_hub import MockHub, Refusal, commit_of, mock_hub
 from safetensors.torch import load_file, save_file
+from support.datasets import write_tokenizer
+from support.hub import MockHub, Refusal, commit_of, mock_hub
+from support.launching import MODEL, REPOSITORY, Workplace
 
 from agent.configuration_pipeline import load_config
 from agent.models.pi0 import adapter

@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forked import ForkServer
-from launching import REPOSITORY, Workplace
-from make_dataset import write_dataset
-from stores import write_pretrained
-from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for its own
+from support.datasets import write_dataset
+from support.forked import ForkServer
+from support.launching import REPOSITORY, Workplace
+from support.lerobot import (  # ``small``: sizes that LeRobot takes for its own
     ACTION_DIM,
     CHUNK,
     SIZE,
@@ -28,6 +27,7 @@ from test_lerobot_checkpoint import (  # ``small``: sizes that LeRobot takes for
     small,  # noqa: F401
     their_actions,
 )
+from support.stores import write_pretrained
 
 from agent import export
 from agent.data.build import Data, RelativeActions, build_data

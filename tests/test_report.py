@@ -16,9 +16,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from forked import ForkServer
-from launching import Workplace
-from run_folders import RunFolderSpec, attempt, write_run
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.run_folders import RunFolderSpec, attempt, write_run
 
 from agent.report import main
 from agent.reporting.axes import linear_ticks, log_ticks, text_width, tick_text

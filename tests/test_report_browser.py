@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import Browser, chromium
 from PIL import Image
-from run_folders import RunFolderSpec, attempt, write_run
+from support.browser import Browser, chromium
+from support.run_folders import RunFolderSpec, attempt, write_run
 
 from agent.report import main
 

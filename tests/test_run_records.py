@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_folders import RunFolderSpec, write_run
+from support.run_folders import RunFolderSpec, write_run
 
 from agent.deployment.model_card import last_validation
 from agent.lifecycle.records import read_metrics, read_status

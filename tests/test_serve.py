@@ -29,9 +29,9 @@ import msgpack
 import numpy as np
 import pytest
 import websockets.asyncio.client
-from launching import REPOSITORY, Workplace
 from openpi_client import msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from support.launching import REPOSITORY, Workplace
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 

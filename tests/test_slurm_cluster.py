@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 import pytest
-from test_metrics import offline_records
+from support.records import offline_records
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "sinfo")

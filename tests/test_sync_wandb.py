@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_metrics import offline_records
+from support.records import offline_records
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from forked import ForkServer
-from launching import Workplace
-from test_flow_samples import several_pairs
-from test_pi0_model import make_batch, small_config
+from support.forked import ForkServer
+from support.launching import Workplace
+from support.small_model import make_batch, several_pairs, small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +29,14 @@ def waits(place: Workplace, server: ForkServer, name: str, *overrides: str, rank
     target = place.folder / name
     short = ("--n_updates", "2", "--eval_freq", "0", "--per_device_batch_size", "2")
     run = server.start(
-        place, name, *short, *overrides, ranks=ranks, hook=("hooks", "count_waits"), WAITS=str(target), **environment
+        place,
+        name,
+        *short,
+        *overrides,
+        ranks=ranks,
+        hook=("support.hooks", "count_waits"),
+        WAITS=str(target),
+        **environment,
     )
     output = run.wait()
     assert place.status(name)["state"] == "finished", output

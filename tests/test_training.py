@@ -13,14 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launching import RUN, Workplace, kill_all
-from make_dataset import write_dataset
+from support.datasets import write_dataset
+from support.launching import RUN, Workplace, kill_all
+from support.records import TIMES, what_was_computed
 
 from agent.checkpoints.manifest import MANIFEST, seal
 from agent.checkpoints.store import TRAINING
 
 WORKERS = ("--data.train.num_workers", "1")  # elsewhere the samples are read in the training process: a faster start
-TIMES = ("step_s", "samples_per_s", "data_wait", "data_wait_max", "memory_gb", "eta_s")
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,6 @@ def through(place: Workplace) -> str:
     code, output = place.run("--name", "through", *WORKERS, processes=2)
     assert code == 0, output
     return "through"
-
-
-def what_was_computed(lines: list[dict]) -> list[dict]:
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
 def test_a_run_leaves_what_the_design_says(place: Workplace, through: str) -> None:

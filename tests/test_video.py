@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import make_large_dataset
 import numpy as np
 import pytest
 import torch
-from make_large_dataset import write_large_dataset
+from support import large_dataset
+from support.large_dataset import write_large_dataset
 
 from agent.data.loading.worker_pool import WorkerPool
 from agent.data.recorded import mp4, video
@@ -138,9 +138,9 @@ RATE, SECONDS = 15, 2_150
 def write_long(root: Path, episodes: int, videos: Path | None = None) -> Path:
     """Episodes in one video; every picture is one step lighter than the one before. ``videos`` are those to take."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(make_large_dataset, "FPS", RATE)
+        patch.setattr(large_dataset, "FPS", RATE)
         if videos is not None:
-            patch.setattr(make_large_dataset, "_write_videos", lambda root, _: os.symlink(videos, root / "videos"))
+            patch.setattr(large_dataset, "_write_videos", lambda root, _: os.symlink(videos, root / "videos"))
         return write_large_dataset(root, episodes, RATE * SECONDS)
 
 
@@ -154,7 +154,7 @@ def long(tmp_path_factory) -> dict[int, Path]:
 
 def opened(root: Path, backend: str) -> Source:
     source = open_source(DatasetConfig("test/long", str(root)), 4, backend, 1e-4)
-    source.cameras = {make_large_dataset.CAMERA: make_large_dataset.CAMERA}
+    source.cameras = {large_dataset.CAMERA: large_dataset.CAMERA}
     return source
 
 
@@ -164,7 +164,7 @@ def test_time_stamps_late_in_a_file(long, episodes, backend):
     """Single precision, in which the rows have them, has steps of 0.0001 s from 1,024 s on and 0.0002 s from 2,048 s."""
     source = opened(long[episodes], backend)
     for position in (0, *range(21_150, 21_700, 11), *range(30_800, 31_400, 11), len(source) - 1):
-        picture = source.read(position).images[make_large_dataset.CAMERA].double().mean()
+        picture = source.read(position).images[large_dataset.CAMERA].double().mean()
         assert abs(float(picture) - position % 200) < 3, position
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from launching import Workplace
-from test_data import FRONT
+from support.launching import Workplace
+from support.samples import FRONT
 
 from agent.configuration_pipeline import load_config
 from agent.data.frames.store import WantedStore

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import yaml
-from launching import MODEL, RUN, Workplace
 from safetensors.torch import load_file, save_file
+from support.launching import MODEL, RUN, Workplace
 
 from agent.configuration_pipeline import TrainPipelineConfig, dump, load_config
 from agent.describe_config import entries

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_pi0_adapter import reference
+from support.small_model import reference
 
 from agent.batch import ActionChunk, Batch, Observation
 from agent.checkpoints import tensor_file

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from make_dataset import write_dataset
+from support.datasets import write_dataset
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "src" / "agent" / "run.py"
 
 MODEL = {
@@ -35,6 +35,12 @@ MODEL = {
     "optimizer_lr": 1e-3,
     "scheduler_warmup_steps": 2,
 }  # fmt: skip
+
+
+def with_support(**more: str) -> dict[str, str]:
+    """The environment of a process that imports ``support`` as these tests do."""
+    path = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
 
 
 @dataclass

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from forked import ForkServer
-from launching import Workplace
+
+from support.forked import ForkServer
+from support.launching import Workplace
 
 
 @dataclass
@@ -39,7 +40,7 @@ def check(
     """A check in a process that has torch imported already."""
     status = place.folder / f"{name}-{time.monotonic_ns()}.json"
     told = {"VLA_STATUS_FILE": str(status), "VLA_ATTEMPT": "1"}
-    first = ("hooks", hook) if hook is not None else None
+    first = ("support.hooks", hook) if hook is not None else None
     output = server.start(place, name, "--check", "true", *overrides, hook=first, **told, **environment).wait()
     report = place.folder / "runs" / name / "check" / "report.json"
     assert report.is_file(), output

@@ -1,6 +1,6 @@
 """Writes small RLDS trees in the layouts of Open X-Embodiment's data sets, with the library that writes the large ones.
 
-Run: uv run --group rlds-test python tests/make_rlds.py FOLDER      (prints the folder of each tree)
+Run: PYTHONPATH=tests uv run --group rlds-test python -m support.rlds FOLDER      (prints the folder of each tree)
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from make_dataset import frame_image
+
+from support.datasets import frame_image
 
 EPISODES = 5
 SIZE = (48, 64)  # height and width

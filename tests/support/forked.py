@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launching import REPOSITORY, Workplace
+from support.launching import REPOSITORY, Workplace
 
 _SERVER = r"""
 import json, os, sys
@@ -137,7 +137,7 @@ class ForkServer:
         hook: tuple[str, str] | None = None,
         **environment: str,
     ) -> ForkedRun:
-        """A run named ``name``; ``hook`` is a module and function of tests/ that each rank calls first."""
+        """A run named ``name``; ``hook`` is a module and function that each rank calls first."""
         assert self._process.stdin is not None and self._process.stdout is not None
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))

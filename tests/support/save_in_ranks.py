@@ -1,6 +1,6 @@
 """Two real processes that save together: forked, as importing torch takes longer than all they do.
 
-Run by tests/test_checkpoint_writer.py: python save_in_ranks.py SCENARIO FOLDER [TRIALS]. Each rank leaves its report.
+Run by tests/test_checkpoint_writer.py: python -m support.save_in_ranks SCENARIO FOLDER [TRIALS]. Each rank leaves its report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-from stores import newest
 
 from agent.checkpoints import store as checkpoint
 from agent.checkpoints import tensor_file, tensor_reader
@@ -29,6 +28,7 @@ from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter
 from agent.parallel.processes import Launch, Processes
+from support.stores import newest
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"
