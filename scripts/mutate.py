@@ -45,7 +45,7 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = REPOSITORY / ".venv" / "bin" / "python"
 
-# Module → the test files (of tests/test_*.py) that are nearest to it, the cheapest first.
+# Module → the test files (tests/…/test_*.py) that are nearest to it, the cheapest first.
 NEAREST = {
     "training.trainer": "reliability training",
     "training.saving": "optim checkpoint_writer reliability training",
@@ -61,8 +61,8 @@ NEAREST = {
     "data.samples.reader": "data relative_actions mixed_data",
     "data.normalization.normalizer": "normalization relative_actions mixed_data",
     "data.normalization.relative": "relative_actions",
-    "checkpoints.weights": "weights pi0_adapter base_weights",
-    "models.pi0.adapter": "pi0_adapter weights base_weights",
+    "checkpoints.weights": "weights adapter base_weights",
+    "models.pi0.adapter": "adapter weights base_weights",
     "checkpoints.manifest": "checkpoint checkpoint_writer",
     "checkpoints.store": "checkpoint checkpoint_writer best",
     "checkpoints.writer": "checkpoint_writer",
@@ -127,7 +127,7 @@ def source(module: str) -> Path:
 
 
 def nearest(module: str) -> list[str]:
-    return [f"tests/test_{name}.py" for name in NEAREST[module].split()]
+    return [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in NEAREST[module].split()]
 
 
 def draw(module: str, number: int, seed: int) -> list[Mutant]:

@@ -1,6 +1,7 @@
 """Two real processes that save together: forked, as importing torch takes longer than all they do.
 
-Run by tests/test_checkpoint_writer.py: python -m support.save_in_ranks SCENARIO FOLDER [TRIALS]. Each rank leaves its report.
+Run by tests/checkpoints/test_checkpoint_writer.py: python -m support.save_in_ranks SCENARIO FOLDER [TRIALS].
+Each rank leaves its report.
 """
 
 from __future__ import annotations
