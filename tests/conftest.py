@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.forked import ForkServer, fork_server
-from support.launching import Workplace
+from support.launching import TORCHRUN, Workplace
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -19,7 +19,7 @@ os.environ |= {
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLA_LOG_DIR", "VLA_STATUS_FILE", "VLA_ATTEMPT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in (*TORCHRUN, "VLA_LOG_DIR", "VLA_STATUS_FILE", "VLA_ATTEMPT"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -16,6 +16,7 @@ from support.datasets import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RUN = REPOSITORY / "src" / "agent" / "run.py"
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 MODEL = {
     "type": "pi0",

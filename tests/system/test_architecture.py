@@ -196,3 +196,18 @@ def names_in(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.ImportFrom | ast.Import):
             names |= {alias.asname or alias.name for alias in node.names}
     return names
+
+
+TESTS = SOURCE.parent / "tests"
+TEST_MODULES = {path.stem for path in TESTS.rglob("*.py")} - {path.stem for path in TESTS.glob("support/*.py")}
+
+
+@pytest.mark.parametrize("file", [str(path.relative_to(TESTS)) for path in sorted(TESTS.rglob("*.py"))])
+def test_no_test_module_is_imported(file: str) -> None:
+    """What several tests use is in tests/support, so that a test file can be moved, split or run alone."""
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    named = {part for name in imported(tree) for part in name.split(".")}
+    # The programs that tests give to a Python of their own are strings.
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    named |= {name for text in texts for name in re.findall(r"\b(?:import|from) (?:[\w.]+, )*(test_\w+)", text)}
+    assert named & TEST_MODULES == set()
