@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import xxhash
-from support.stores import newest, save
+from support.stores import contents, newest, save
 
 from agent.checkpoints import manifest
 from agent.checkpoints.manifest import MANIFEST, Verification, verify
@@ -40,14 +41,6 @@ def store_with(run_dir: Path, *steps: int, keep: int = 10) -> CheckpointStore:
     for step in steps:
         save(store, step, writer(f"s{step}"))
     return store
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder: files by their bytes, links by their target."""
-    entries = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in entries
-    }
 
 
 def test_a_saved_checkpoint_is_found_and_its_manifest_lists_every_file(tmp_path):
@@ -399,31 +392,36 @@ def test_a_damaged_old_checkpoint_is_not_counted(tmp_path):
     assert names == {"last", "damaged_step_00000010", "step_00000005", "step_00000015"}
 
 
-def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypatch):
-    class Crash(BaseException):
-        """Like a SIGKILL."""
+class Crash(BaseException):
+    """Like a SIGKILL: nothing after it is done, not even cleaning up."""
 
+
+def crashes(patch: pytest.MonkeyPatch, moment: int, action: Callable[[], object]) -> bool:
+    """Whether an action still had something to do on the disk when, after ``moment`` such calls, the process ended."""
+    left = moment
+
+    def counted(*args, original, **kwargs):
+        nonlocal left
+        if left <= 0:
+            raise Crash
+        left -= 1
+        return original(*args, **kwargs)
+
+    for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
+        patch.setattr(os, name, partial(counted, original=getattr(os, name)))
+    try:
+        action()
+    except Crash:
+        return True
+    return False
+
+
+def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypatch):
     for moment in range(100):
         run_dir = tmp_path / str(moment)
         store = store_with(run_dir, 5)
-        left = moment
         with monkeypatch.context() as patch:
-            for name in ("fsync", "rename", "replace", "rmdir", "unlink"):
-                original = getattr(os, name)
-
-                def counted(*args, original=original, **kwargs):
-                    nonlocal left
-                    if left <= 0:
-                        raise Crash
-                    left -= 1
-                    return original(*args, **kwargs)
-
-                patch.setattr(os, name, counted)
-            try:
-                save(store, 5, writer("again"))
-                crashed = False
-            except Crash:
-                crashed = True
+            crashed = crashes(patch, moment, partial(save, store, 5, writer("again")))
         store.recover()
         found = newest(store)
         assert found.step == 5 and found.path is not None and not found.passed_over, moment
@@ -435,32 +433,12 @@ def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(tmp_path, monkeypa
 
 
 def test_a_crash_at_any_moment_of_a_save_leaves_a_usable_checkpoint(tmp_path, monkeypatch):
-    class Crash(BaseException):
-        """Like a SIGKILL: nothing after it is done, not even cleaning up."""
-
-    calls = ("fsync", "rename", "replace", "rmdir", "unlink")
     outcomes = []
     for moment in range(1000):
         run_dir = tmp_path / str(moment)
         store = store_with(run_dir, 5, 10, keep=2)
-        left = moment
         with monkeypatch.context() as patch:
-            for name in calls:
-                original = getattr(os, name)
-
-                def counted(*args, original=original, **kwargs):
-                    nonlocal left
-                    if left <= 0:
-                        raise Crash
-                    left -= 1
-                    return original(*args, **kwargs)
-
-                patch.setattr(os, name, counted)
-            try:
-                save(store, 15, writer("s15"))
-                crashed = False
-            except Crash:
-                crashed = True
+            crashed = crashes(patch, moment, partial(save, store, 15, writer("s15")))
         found = newest(CheckpointStore(run_dir, keep=2))
         assert found.path is not None and verify(found.path) is None and found.step in (10, 15), moment
         last = run_dir / "checkpoints/last"

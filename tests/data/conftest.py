@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 from support.datasets import write_dataset, write_tokenizer
 from support.samples import FRONT, WRIST, built, dataset_config
@@ -46,3 +49,10 @@ def data(video, pictures, tokenizer, cache):
     """Both data sets mixed; the second one's wrist camera is left out."""
     configs = [dataset_config(video, weight=1.0), dataset_config(pictures, weight=3.0, cameras={FRONT: FRONT})]
     return built(*configs, tokenizer=tokenizer)
+
+
+@pytest.fixture
+def copy(place, tmp_path) -> Path:
+    """A copy of the place's data set, without any store of its frames."""
+    shutil.copytree(place.folder / "data", tmp_path / "data", ignore=shutil.ignore_patterns("frames", "agent_cache"))
+    return tmp_path / "data"

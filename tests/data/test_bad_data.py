@@ -30,18 +30,6 @@ FRONT = "observation.images.front"
 FEW = ("--n_updates", "4", "--eval_start", "false")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workplace:
-    """Six episodes of 12 frames in one video."""
-    return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture
-def copy(place, tmp_path) -> Path:
-    shutil.copytree(place.folder / "data", tmp_path / "data", ignore=shutil.ignore_patterns("frames", "agent_cache"))
-    return tmp_path / "data"
-
-
 @pytest.fixture
 def refusal(place, server, tmp_path) -> Callable[..., str]:
     """What a run says that cannot start: a mistake of the user's, without a traceback."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.forked import ForkServer
 from support.launching import Workplace
-from support.records import what_was_computed
+from support.records import recorded, what_was_computed
 from torch import Tensor, nn
 
 from agent.optim import low_memory_adamw
@@ -270,10 +270,6 @@ def finished(server: ForkServer, place: Workplace, name: str, *overrides: str, r
     ).wait()
     assert place.status(name)["state"] == "finished", output
     return place.metrics(name)
-
-
-def recorded(place: Workplace, name: str) -> dict[str, str]:
-    return {"RECORD": str(place.folder / f"record-{name}")}
 
 
 def digests(place: Workplace, name: str, rank: int) -> list[tuple[int, str]]:

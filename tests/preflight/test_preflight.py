@@ -43,11 +43,6 @@ THEMES = [
 EVAL_KEYS = ("eval_freq", "eval_size")  # that tiny.yaml sets
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("preflight"))
-
-
 # ---- a sound run
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,35 +31,43 @@ STATE_DIM, ACTION_DIM, CHUNK, SIZE = 5, 4, 6, 28
 LANGUAGE = {"width": 64, "depth": 2, "mlp_dim": 96, "heads": 8, "kv_heads": 1, "head_dim": 16, "vocab_size": 512}
 EXPERT = LANGUAGE | {"width": 48, "mlp_dim": 80}
 VISION = {"width": 32, "depth": 2, "mlp_dim": 40, "heads": 4, "patch_size": 14}
+Sizes = dict[str, int]
 TASKS = ["Open a drawer", "Press a button from the top\n"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small():
-    """``gemma_2b`` and its like stand for small sizes, here and in LeRobot, so that config.json holds names."""
+@contextmanager
+def lerobot_of(language: Sizes, expert: Sizes, vision: Sizes) -> Iterator[tuple[Any, pytest.MonkeyPatch]]:
+    """While this lasts, the policies that LeRobot builds have these sizes; gives its module and what patches more."""
     import lerobot.policies.pi0.modeling_pi0 as modeling
 
     def sizes(variant: str) -> SimpleNamespace:
-        table = {"gemma_2b": LANGUAGE, "gemma_300m": EXPERT}[variant]
+        table = {"gemma_2b": language, "gemma_300m": expert}[variant]
         return SimpleNamespace(**table, num_heads=table["heads"], num_kv_heads=table["kv_heads"])
 
     class Vlm(modeling.PaliGemmaForConditionalGenerationWithPiGemma):
         def __init__(self, config):
-            vision, text = config.vision_config, config.text_config
-            vision.hidden_size, vision.intermediate_size = VISION["width"], VISION["mlp_dim"]
-            vision.num_hidden_layers, vision.num_attention_heads = VISION["depth"], VISION["heads"]
-            vision.projection_dim, text.vocab_size = LANGUAGE["width"], LANGUAGE["vocab_size"]
+            of_vision, text = config.vision_config, config.text_config
+            of_vision.hidden_size, of_vision.intermediate_size = vision["width"], vision["mlp_dim"]
+            of_vision.num_hidden_layers, of_vision.num_attention_heads = vision["depth"], vision["heads"]
+            of_vision.projection_dim, text.vocab_size = language["width"], language["vocab_size"]
             super().__init__(config)
 
     class Expert(modeling.PiGemmaForCausalLM):
         def __init__(self, config):
-            config.vocab_size = EXPERT["vocab_size"]
+            config.vocab_size = expert["vocab_size"]
             super().__init__(config)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "get_gemma_config", sizes)
         patch.setattr(modeling, "PaliGemmaForConditionalGenerationWithPiGemma", Vlm)
         patch.setattr(modeling, "PiGemmaForCausalLM", Expert)
+        yield modeling, patch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """``gemma_2b`` and its like stand for small sizes, here and in LeRobot, so that config.json holds names."""
+    with lerobot_of(LANGUAGE, EXPERT, VISION) as (_, patch):
         patch.setitem(configuration.GEMMA, "gemma_2b", GemmaVariant(**LANGUAGE))
         patch.setitem(configuration.GEMMA, "gemma_300m", GemmaVariant(**EXPERT))
         patch.setitem(configuration.VISION, "so400m", VisionVariant(**VISION))

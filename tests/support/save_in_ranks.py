@@ -29,7 +29,7 @@ from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter
 from agent.parallel.processes import Launch, Processes
-from support.stores import newest
+from support.stores import contents, newest
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"
 OPTIMIZER = f"{TRAINING}/optimizer"
@@ -74,14 +74,6 @@ def wrong_contents(path: Path) -> str | None:
     if json.loads((path / STATE).read_text()) != {"step": step}:
         return f"{path}: {STATE} is not what was saved"
     return None
-
-
-def contents(folder: Path) -> dict[str, bytes | str]:
-    """Everything below a folder: files by their bytes, links by their target."""
-    entries = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
-    return {
-        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in entries
-    }
 
 
 def fork_ranks(action: Callable[[int, Processes], None], world: int = 2) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,3 +60,11 @@ def write_pretrained(folder: Path, *arguments: Any, **settings: Any) -> None:
             },
         )
     write_small(folder)
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Everything below a folder: files by their bytes, links by their target."""
+    entries = sorted(path for path in folder.rglob("*") if path.is_symlink() or path.is_file())
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.read_bytes() for path in entries
+    }

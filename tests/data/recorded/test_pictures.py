@@ -28,16 +28,6 @@ SIZE = (32, 48)
 RAMP = np.linspace(400, 1500, SIZE[0] * SIZE[1]).reshape(SIZE)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    import datasets
-
-    before = datasets.config.HF_DATASETS_CACHE
-    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 def file_of(values: Any, kind: str, **settings) -> bytes:
     """A picture file of any values, also 16 bits of red, green and blue, which Pillow cannot write."""
     import cv2

@@ -10,7 +10,6 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from support.launching import Workplace
 from support.samples import FRONT
 
 from agent.configuration_pipeline import load_config
@@ -78,11 +77,6 @@ def _turn(path: Path, degrees: int) -> None:
     a, b, c, d = (value << 16 for value in matrix)
     data[begin : begin + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
 
 
 def opened(place, root, backend, wanted=None):

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.datasets import write_dataset
 from support.forked import ForkServer
 from support.launching import REPOSITORY, Workplace
 from support.samples import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches
@@ -176,11 +174,6 @@ def test_cameras_may_differ():
     assert config.of_camera("observation.images.other").brightness == 0.1
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Workplace:
-    return Workplace.make(tmp_path_factory.mktemp("place"))
-
-
 def config_with(place: Workplace, entry: str):
     return load_config(place.folder / "tiny.yaml", ["--data.train.datasets.0.augmentation", entry], 1)[0]
 
@@ -229,23 +222,6 @@ def test_mistakes_in_the_config(place, entry):
 
 
 # ── samples ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def video(folder) -> Path:
-    """Four episodes of 12 frames, 64 × 80: the model's 48 × 48 has bars above and below."""
-    return write_dataset(folder / "video")
-
-
-@pytest.fixture(scope="module")
-def pictures(folder) -> Path:
-    sizes = {FRONT: (32, 48), WRIST: (48, 48)}
-    return write_dataset(folder / "pictures", episodes=3, length=[3, 9, 6], cameras=sizes, video=False, seed=1)
 
 
 def data_with(video, pictures, augmentation):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.lerobot import lerobot_of
 from support.small_model import (
     ACTION_DIM,
     CAMERAS,
@@ -58,26 +59,8 @@ def select(batch: Batch, i: int, cameras: list[str]) -> Batch:
 @pytest.fixture(scope="module")
 def lerobot():
     """LeRobot's policy class, its sizes those of ``small_config`` while a policy is built."""
-    import lerobot.policies.pi0.modeling_pi0 as modeling
     from lerobot.configs import FeatureType, PolicyFeature
     from lerobot.policies.pi0.configuration_pi0 import PI0Config as Theirs
-
-    def sizes(variant: str) -> SimpleNamespace:
-        table = {"gemma_2b": LANGUAGE, "gemma_300m": EXPERT}[variant]
-        return SimpleNamespace(**table, num_heads=table["heads"], num_kv_heads=table["kv_heads"])
-
-    class Vlm(modeling.PaliGemmaForConditionalGenerationWithPiGemma):
-        def __init__(self, config):
-            vision, text = config.vision_config, config.text_config
-            vision.hidden_size, vision.intermediate_size = VISION["width"], VISION["mlp_dim"]
-            vision.num_hidden_layers, vision.num_attention_heads = VISION["depth"], VISION["heads"]
-            vision.projection_dim, text.vocab_size = LANGUAGE["width"], LANGUAGE["vocab_size"]
-            super().__init__(config)
-
-    class Expert(modeling.PiGemmaForCausalLM):
-        def __init__(self, config):
-            config.vocab_size = EXPERT["vocab_size"]
-            super().__init__(config)
 
     def build(ours: PI0, **changes):
         config = Theirs(
@@ -95,10 +78,7 @@ def lerobot():
         policy.load_state_dict(adapter.to_lerobot(ours.state_dict(), ours.config), strict=True)
         return policy
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modeling, "get_gemma_config", sizes)
-        patch.setattr(modeling, "PaliGemmaForConditionalGenerationWithPiGemma", Vlm)
-        patch.setattr(modeling, "PiGemmaForCausalLM", Expert)
+    with lerobot_of(LANGUAGE, EXPERT, VISION) as (modeling, _):
         yield SimpleNamespace(build=build, modeling=modeling)
 
 
