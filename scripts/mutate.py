@@ -69,7 +69,7 @@ NEAREST = {
     "checkpoints.host_snapshot": "tensor_file checkpoint_writer",
     "checkpoints.tensor_file": "tensor_file checkpoint_writer weights",
     "checkpoints.tensor_reader": "tensor_file weights",
-    "requeue": "slurm_scripts",
+    "requeue": "requeue slurm_scripts",
 }
 
 NOT_MUTATED = (
