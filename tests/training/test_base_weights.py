@@ -207,8 +207,9 @@ def test_rounded_weights_for_others_and_exact_ones_for_the_run(place: Workplace,
         assert tensors["bfloat16"][name].dtype == torch.bfloat16
         assert torch.equal(tensors["bfloat16"][name], tensor.bfloat16()), name
     # The choice is free on a resume, and rounded weights start other runs.
-    longer = server.start(place, "bfloat16", "--n_updates", "14", "--save_dtype", "float32", "--resume_changes", "true")
-    assert place.status("bfloat16")["state"] == "finished", longer.wait()
+    longer = ("--n_updates", "14", "--save_dtype", "float32", "--resume_changes", "true")
+    output = server.start(place, "bfloat16", *longer).wait()
+    assert place.status("bfloat16")["state"] == "finished" and place.status("bfloat16")["step"] == 14, output
     start = ("--load_from_checkpoint", str(place.folder / "runs" / "float32"), "--n_updates", "2")
     output = server.start(place, "from-rounded", *start).wait()
     assert place.status("from-rounded")["state"] == "finished", output
