@@ -59,18 +59,18 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
+def runs(tmp_path_factory, server) -> Runs:
     folder = tmp_path_factory.mktemp("export")
     workplace = Workplace.make(folder)
     common = ["--n_updates", "4", "--eval_freq", "2", "--data.val.fraction", "0.2", "--model_cfg.license", "apache-2.0"]
-    code, said = workplace.run("--name", "first", *common)
+    code, said = server.run(workplace, "first", *common)
     assert code == 0, said
     runs = Runs(workplace, folder)
     base = folder / "base"
     shutil.copytree(runs.pretrained(), base)
     config = json.loads((base / "config.json").read_text()) | {"pretrained_path": "lerobot/pi0_base"}
     (base / "config.json").write_text(json.dumps(config))
-    code, said = workplace.run("--name", "second", *common, "--load_from_checkpoint", str(base))
+    code, said = server.run(workplace, "second", *common, "--load_from_checkpoint", str(base))
     assert code == 0, said
     return runs
 

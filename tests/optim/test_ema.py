@@ -173,7 +173,7 @@ def test_a_skipped_update_is_not_taken_in(place: Workplace, server: ForkServer) 
     own = ("--n_updates", "5", "--save_model_freq", "1", "--keep_checkpoints", "5", "--eval_freq", "3")
     finish(
         place, server, "skips", *EMA, *own, "--skip_nonfinite", "1",
-        hook=("support.hooks", "infinite_gradient"), BREAK_AT="[3]",
+        hook="infinite_gradient", BREAK_AT="[3]",
     )  # fmt: skip
     assert place.metrics("skips")[-1]["skipped_updates"] == 1
     averages = [weights(place, "skips", step, "pretrained_model_ema") for step in range(1, 6)]

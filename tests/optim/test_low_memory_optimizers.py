@@ -265,9 +265,7 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 
 
 def finished(server: ForkServer, place: Workplace, name: str, *overrides: str, ranks: int = 2) -> list[dict[str, Any]]:
-    output = server.start(
-        place, name, *overrides, ranks=ranks, hook=("support.hooks", "record"), **recorded(place, name)
-    ).wait()
+    output = server.start(place, name, *overrides, ranks=ranks, hook="record", **recorded(place, name)).wait()
     assert place.status(name)["state"] == "finished", output
     return place.metrics(name)
 
@@ -289,9 +287,7 @@ def test_all_ranks_hold_the_same_and_a_killed_run_goes_on_bit_for_bit(
     expected = dict(digests(place, through, 0))
     assert digests(place, through, 1) == digests(place, through, 0)
     for kill_at in (6, 13, None):
-        run = server.start(
-            place, "killed", *BOTH, ranks=2, hook=("support.hooks", "record"), **recorded(place, "killed")
-        )
+        run = server.start(place, "killed", *BOTH, ranks=2, hook="record", **recorded(place, "killed"))
         if kill_at is not None:
             run.wait_for_step(kill_at)
             run.kill_all()

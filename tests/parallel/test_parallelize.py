@@ -27,11 +27,22 @@ from agent.parallel.wrap import agree_on_compilation, parallelize, recompute
 FSDP = ("--parallel", "fsdp")
 PRETRAINED = "pretrained_model/model.safetensors"
 FOUR = ("--per_device_batch_size", "1")
+UPDATES = 10
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """Runs of half the usual length: half of the parameters on each of two ranks makes an update slow."""
+    place = Workplace.make(tmp_path_factory.mktemp("place"))
+    path = place.folder / "tiny.yaml"
+    shorter = {"n_updates": UPDATES, "eval_freq": 5, "save_model_freq": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | shorter))
+    return place
 
 
 @pytest.fixture(scope="module")
 def ddp(place: Workplace, server: ForkServer) -> str:
-    """20 updates on two ranks with accumulation 2, each with a copy of the model."""
+    """10 updates on two ranks with accumulation 2, each with a copy of the model."""
     output = server.start(place, "ddp", ranks=2).wait()
     assert place.status("ddp")["state"] == "finished", output
     return "ddp"
@@ -40,7 +51,7 @@ def ddp(place: Workplace, server: ForkServer) -> str:
 @pytest.fixture(scope="module")
 def fsdp(place: Workplace, server: ForkServer) -> str:
     """The same, each with a half of the model."""
-    run = server.start(place, "fsdp", *FSDP, ranks=2, hook=("support.hooks", "record"), **recorded(place, "fsdp"))
+    run = server.start(place, "fsdp", *FSDP, ranks=2, hook="record", **recorded(place, "fsdp"))
     output = run.wait()
     assert place.status("fsdp")["state"] == "finished", output
     assert "parameters split over 2 processes" in output and "check_replicas_every has no effect" in output
@@ -49,7 +60,7 @@ def fsdp(place: Workplace, server: ForkServer) -> str:
 
 def assert_same_curve(place: Workplace, name: str, other: str) -> None:
     ours, theirs = place.metrics(name), place.metrics(other)
-    assert len(ours) == len(theirs) == 20
+    assert len(ours) == len(theirs) == UPDATES
     for line, expected in zip(ours, theirs, strict=True):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert line["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -71,9 +82,7 @@ def all_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 def test_gradients_have_no_memory_beside_the_buckets(place: Workplace, server: ForkServer) -> None:
     target = place.folder / "blocks"
     options = ("--n_updates", "2", "--eval_freq", "0")
-    run = server.start(
-        place, "buckets", *options, ranks=2, hook=("support.hooks", "count_blocks_of_gradients"), BLOCKS=str(target)
-    )
+    run = server.start(place, "buckets", *options, ranks=2, hook="count_blocks_of_gradients", BLOCKS=str(target))
     output = run.wait()
     assert place.status("buckets")["state"] == "finished", output
     for rank in range(2):
@@ -103,10 +112,8 @@ def test_fsdp_writes_the_files_that_ddp_writes(place: Workplace, ddp: str, fsdp:
 
 
 def test_fsdp_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, fsdp: str, server: ForkServer) -> None:
-    for kill_at in (6, 13, None):
-        run = server.start(
-            place, "killed", *FSDP, ranks=2, hook=("support.hooks", "record"), **recorded(place, "killed")
-        )
+    for kill_at in (3, 7, None):
+        run = server.start(place, "killed", *FSDP, ranks=2, hook="record", **recorded(place, "killed"))
         if kill_at is None:
             output = run.wait()
         else:
@@ -116,7 +123,7 @@ def test_fsdp_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, fsd
     for rank in range(2):
         expected = {r["step"]: r["digest"] for r in records(place, fsdp, rank)}
         found = records(place, "killed", rank)
-        assert len(found) > 20
+        assert len(found) > UPDATES
         assert [r["digest"] for r in found] == [expected[r["step"]] for r in found]
     assert what_was_computed(place.metrics("killed")) == what_was_computed(place.metrics(fsdp))
     assert place.tensors("killed") == place.tensors(fsdp)
@@ -125,11 +132,9 @@ def test_fsdp_killed_and_continued_is_bit_for_bit_the_same(place: Workplace, fsd
 def test_a_run_moves_between_ddp_and_fsdp_and_world_sizes(
     place: Workplace, ddp: str, fsdp: str, server: ForkServer
 ) -> None:
-    stages = [((), 2, 5), (FSDP, 4, 10), ((), 1, 14), (FSDP, 2, None)]
+    stages = [((), 2, 3), (FSDP, 4, 5), ((), 1, 7), (FSDP, 2, None)]
     for options, ranks, until in stages:
-        run = server.start(
-            place, "moved", *FOUR, *options, ranks=ranks, hook=("support.hooks", "record"), **recorded(place, "moved")
-        )
+        run = server.start(place, "moved", *FOUR, *options, ranks=ranks, hook="record", **recorded(place, "moved"))
         if until is not None:
             run.wait_for_step(until)
             (place.folder / "runs" / "moved" / "stop").write_text("enough")
@@ -166,7 +171,7 @@ def test_fsdp_begins_from_weights_of_another_shape(place: Workplace, ddp: str, s
 
 def test_fsdp_in_bfloat16_is_close_and_stores_float32(place: Workplace, server: ForkServer) -> None:
     for name, extra in (("half-ddp", ()), ("half-fsdp", FSDP)):
-        options = ("--use_bf16", "true", "--save_dtype", "bfloat16", "--save_model_freq", "20")
+        options = ("--use_bf16", "true", "--save_dtype", "bfloat16", "--save_model_freq", str(UPDATES))
         output = server.start(place, name, *options, *extra, ranks=2).wait()
         assert place.status(name)["state"] == "finished", output
     ours, theirs = ([line["loss"] for line in place.metrics(name)] for name in ("half-fsdp", "half-ddp"))
@@ -267,7 +272,7 @@ def test_without_a_compiler_the_run_is_eager_and_says_why_once(
         "no-compiler",
         *COMPILED,
         ranks=2,
-        hook=("support.hooks", "no_compiler"),
+        hook="no_compiler",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
     )
     output = run.wait()
@@ -282,7 +287,7 @@ def test_when_one_rank_cannot_compile_none_does(
     place: Workplace, ddp: str, fsdp: str, server: ForkServer, options: tuple[str, ...]
 ) -> None:
     name = "broken-" + "-".join(options).strip("-")
-    hook = ("support.hooks", "compile_on_rank_0_alone")
+    hook = "compile_on_rank_0_alone"
     output = server.start(place, name, *COMPILED, *options, ranks=2, hook=hook).wait()
     assert place.status(name)["state"] == "finished", output
     assert output.count(WARNING) == 1
@@ -293,7 +298,7 @@ def test_when_one_rank_cannot_compile_none_does(
 
 
 def test_a_compiled_block_is_one_graph_whatever_ddps_buckets_are(place: Workplace, server: ForkServer) -> None:
-    hook = ("support.hooks", "small_buckets")
+    hook = "small_buckets"
     output = server.start(place, "small-buckets", *COMPILED, "--n_updates", "1", ranks=2, hook=hook).wait()
     assert place.status("small-buckets")["state"] == "finished" and WARNING not in output, output
     counts = [int(number) for number in re.findall(r"traced (\d+) graphs", output)]
@@ -348,9 +353,7 @@ def test_a_second_start_compiles_nothing_anew(
     for _ in range(2):
         shutil.rmtree(place.folder / "runs" / name, ignore_errors=True)
         compiler = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "CXX": str(quick)}
-        run = server.start(
-            place, name, *COMPILED, *options, ranks=2, hook=("support.hooks", "report_compilations"), **compiler
-        )
+        run = server.start(place, name, *COMPILED, *options, ranks=2, hook="report_compilations", **compiler)
         output = run.wait(timeout=900)
         assert place.status(name)["state"] == "finished" and WARNING not in output, output
         reports.append([json.loads(found) for found in re.findall(r"^compiled (.*)$", output, re.MULTILINE)])

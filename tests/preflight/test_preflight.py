@@ -153,7 +153,7 @@ def test_a_run_with_checkpoints_is_left_as_it_is(server: ForkServer, place: Work
 
 def test_a_run_that_owes_a_validation_is_not_finished(server: ForkServer, place: Workplace) -> None:
     settings = ("--n_updates", "4", "--eval_freq", "4", "--eval_start", "false")
-    run = server.start(place, "owes", *settings, hook=("support.hooks", "slow_validation"))
+    run = server.start(place, "owes", *settings, hook="slow_validation")
     run.wait_for_output("validation begins")
     run.kill(0, signal.SIGTERM)
     output = run.wait(timeout=60)
@@ -303,7 +303,7 @@ def test_bfloat16_without_instructions_for_it_is_warned_of(
     found = [row for row in checked.rows("config: values") if "no instructions for bfloat16" in row["text"]]
     assert [row["result"] for row in found] == ["warn"] * slow
     assert all("use_bf16: false" in row["change"] for row in found)
-    run = server.start(place, name, *arguments, hook=("support.hooks", hook))
+    run = server.start(place, name, *arguments, hook=hook)
     output = run.wait()
     assert place.status(name)["state"] == "finished" and ("no instructions for bfloat16" in output) == slow, output
 

@@ -40,8 +40,7 @@ def check(
     """A check in a process that has torch imported already."""
     status = place.folder / f"{name}-{time.monotonic_ns()}.json"
     told = {"VLA_STATUS_FILE": str(status), "VLA_ATTEMPT": "1"}
-    first = ("support.hooks", hook) if hook is not None else None
-    output = server.start(place, name, "--check", "true", *overrides, hook=first, **told, **environment).wait()
+    output = server.start(place, name, "--check", "true", *overrides, hook=hook, **told, **environment).wait()
     report = place.folder / "runs" / name / "check" / "report.json"
     assert report.is_file(), output
     return Checked(output, json.loads(status.read_text()), json.loads(report.read_text()))

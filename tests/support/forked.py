@@ -1,7 +1,7 @@
 """Many real runs in little time: a server that has imported everything forks a process for each rank.
 
 The processes are real, with real signals and a real process group; only the imports, some ten seconds a process, are
-done once. What torchrun adds (its own signals and exit codes) is tested elsewhere, with torchrun.
+done once. What torchrun adds, its own signals and exit codes, is tested with torchrun in training/test_training.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,18 @@ _SERVER = r"""
 import json, os, sys
 import torch, transformers, lerobot.datasets.lerobot_dataset, agent.run, agent.training.building, agent.training.trainer
 import agent.models.pi0.model, agent.models.pi0.adapter, agent.models.pi0.pretrained
-import torch.nn.parallel, torch.distributed
+import torch.nn.parallel, torch.distributed, safetensors.numpy, PIL.PngImagePlugin
+try:
+    import torchcodec.decoders
+except Exception:  # on some machines it cannot be imported; there runs read videos with PyAV
+    pass
 sys.path.insert(0, sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
+    if "ended" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["ended"], 0)[1]), flush=True)
+        continue
     pid = os.fork()
     if pid == 0:
         os.setsid()
@@ -40,7 +47,7 @@ for line in sys.stdin:
         torch.set_num_threads(1)
         try:
             if job["hook"]:
-                __import__(job["hook"][0]); getattr(sys.modules[job["hook"][0]], job["hook"][1])()
+                import support.hooks; getattr(support.hooks, job["hook"])()
             code = agent.run.main(job["arguments"])
         except BaseException:
             import traceback; traceback.print_exc(); code = 1
@@ -58,7 +65,6 @@ class ForkedRun:
     name: str
     pids: list[int]
     log: Path
-    codes: dict[int, int] = field(default_factory=dict)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Sends one rank a signal."""
@@ -134,11 +140,10 @@ class ForkServer:
         name: str,
         *overrides: str,
         ranks: int = 1,
-        hook: tuple[str, str] | None = None,
+        hook: str | None = None,
         **environment: str,
     ) -> ForkedRun:
-        """A run named ``name``; ``hook`` is a module and function that each rank calls first."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        """A run named ``name``; ``hook`` is a function of `hooks.py` that each rank calls first."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -157,10 +162,20 @@ class ForkServer:
                     "MASTER_PORT": str(port),
                 }
             job = {"arguments": [*arguments, *overrides], "environment": launch, "log": str(log), "hook": hook}
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            pids.append(int(self._process.stdout.readline()))
+            pids.append(self._ask(job))
         return ForkedRun(place, name, pids, log)
+
+    def run(self, place: Workplace, name: str, *overrides: str, ranks: int = 1, **environment: str) -> tuple[int, str]:
+        """A run to its end: the largest exit code of its ranks, and the output."""
+        run = self.start(place, name, *overrides, ranks=ranks, **environment)
+        output = run.wait(240)
+        return max(self._ask({"ended": pid}) for pid in run.pids), output
+
+    def _ask(self, job: dict[str, Any]) -> int:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """Ends the server."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,11 +39,28 @@ MODEL = {
     "scheduler_warmup_steps": 2,
 }  # fmt: skip
 
+SHARED: Path | None = None
+"""A folder that the processes of a test session have in common; `conftest.py` sets it."""
+
 
 def with_support(**more: str) -> dict[str, str]:
     """The environment of a process that imports ``support`` as these tests do."""
     path = [str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path), **more}
+
+
+def copy_of_small_dataset(target: Path) -> None:
+    """Six episodes of 12 frames, which one process of a test session writes and all others copy."""
+    if SHARED is None:
+        write_dataset(target, episodes=6, length=12)
+        return
+    with open(SHARED / "small_dataset.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        written = SHARED / "small_dataset"
+        if not written.exists():
+            write_dataset(SHARED / "unfinished", episodes=6, length=12)
+            (SHARED / "unfinished").rename(written)
+    shutil.copytree(written, target)
 
 
 @dataclass
@@ -53,7 +72,7 @@ class Workplace:
     @classmethod
     def make(cls, folder: Path) -> Workplace:
         """Writes the data set and ``tiny.yaml``."""
-        write_dataset(folder / "data", episodes=6, length=12)
+        copy_of_small_dataset(folder / "data")
         config = {
             "model_cfg": MODEL,
             "data": {"train": {"datasets": [{"repo_id": "test/data", "root": str(folder / "data")}], "num_workers": 0}},

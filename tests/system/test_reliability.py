@@ -39,9 +39,7 @@ FOUR = ("--per_device_batch_size", "1")  # with a global batch of 8 on four rank
 @pytest.fixture(scope="module")
 def through(place: Workplace, server: ForkServer) -> str:
     """20 updates on four ranks with accumulation 2, recorded; nothing interrupts them."""
-    output = server.start(
-        place, "through", *FOUR, ranks=4, hook=("support.hooks", "record"), **recorded(place, "through")
-    ).wait()
+    output = server.start(place, "through", *FOUR, ranks=4, hook="record", **recorded(place, "through")).wait()
     assert place.status("through")["state"] == "finished", output
     return "through"
 
@@ -68,7 +66,7 @@ def test_g3_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_damaged(
     run = place.folder / "runs" / "g3-moment"
     shutil.copytree(place.folder / "runs" / through, run, symlinks=True)
     more = (*FOUR, "--n_updates", "22", "--resume_changes", "true")
-    output = server.start(place, "g3-moment", *more, ranks=2, hook=("support.hooks", "unanswered_files")).wait()
+    output = server.start(place, "g3-moment", *more, ranks=2, hook="unanswered_files").wait()
     status = place.status("g3-moment")
     assert status["error_kind"] == "runtime" and "Stale file handle" in status["reason"], output  # and is requeued
     output = server.start(place, "g3-moment", *more, ranks=2).wait()
@@ -110,7 +108,7 @@ def test_g3_damage_to_any_file_of_the_newest_checkpoint(place: Workplace, server
 def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str, server: ForkServer) -> None:
     expected = {r["step"]: r["digest"] for r in records(place, through, 0)}
     for attempt, kill_at in enumerate([3, 6, 11, 17, None]):
-        run = server.start(place, "g5", *FOUR, ranks=4, hook=("support.hooks", "record"), **recorded(place, "g5"))
+        run = server.start(place, "g5", *FOUR, ranks=4, hook="record", **recorded(place, "g5"))
         if kill_at is None:
             output = run.wait()
         else:
@@ -133,7 +131,7 @@ def test_g5_resume_is_bit_identical_on_four_ranks(place: Workplace, through: str
 
 def test_g6_resume_on_other_world_sizes(place: Workplace, through: str, server: ForkServer) -> None:
     for ranks, until in ((4, 6), (2, 13), (1, None)):
-        run = server.start(place, "g6", *FOUR, ranks=ranks, hook=("support.hooks", "record"), **recorded(place, "g6"))
+        run = server.start(place, "g6", *FOUR, ranks=ranks, hook="record", **recorded(place, "g6"))
         if until is not None:
             run.wait_for_step(until)
             (place.folder / "runs" / "g6" / "stop").write_text("another world size")
@@ -163,7 +161,7 @@ def test_g7_the_samples_are_those_of_the_uninterrupted_run(place: Workplace, ser
         "--eval_freq",
         "0",
     )
-    hook = {"hook": ("support.hooks", "record")}
+    hook = {"hook": "record"}
     server.start(place, "g7", *mixed, **hook, **recorded(place, "g7")).wait()  # type: ignore[arg-type]
     for workers, kill_at in (("2", 5), ("4", 11), ("0", 12), ("2", None)):
         run = server.start(
@@ -185,9 +183,7 @@ def test_another_global_batch_goes_on_with_the_next_sample(place: Workplace, ser
     common = ("--per_device_batch_size", "4", "--save_model_freq", "2", "--eval_freq", "0", "--resume_changes", "true")
     for batch, updates in ((8, 2), (4, 6)):
         sizes = ("--global_batch_size", str(batch), "--n_updates", str(updates))
-        run = server.start(
-            place, "batch", *common, *sizes, hook=("support.hooks", "record"), **recorded(place, "batch")
-        )
+        run = server.start(place, "batch", *common, *sizes, hook="record", **recorded(place, "batch"))
         output = run.wait()
         assert place.status("batch")["state"] == "finished", output
     numbers = [
@@ -203,9 +199,7 @@ def test_the_error_of_a_rank_that_cannot_build_is_the_runs(
     place: Workplace, server: ForkServer, error: str, kind: str
 ) -> None:
     name = f"unbuilt-{error}"
-    output = server.start(
-        place, name, ranks=2, hook=("support.hooks", "fail_on_rank_1_while_building"), BROKEN=error
-    ).wait()
+    output = server.start(place, name, ranks=2, hook="fail_on_rank_1_while_building", BROKEN=error).wait()
     status = place.status(name)
     told = "rank 1: RuntimeError: no such kernel here" if kind == "runtime" else "rank 1: no such kernel here"
     assert (status["state"], status["error_kind"], status["reason"]) == ("failed", kind, told), output
@@ -243,7 +237,7 @@ def test_g8_a_stop_request_ends_all_ranks_at_one_update(place: Workplace, server
 def test_g8_a_stop_request_at_an_awkward_moment(place: Workplace, server: ForkServer, when: str) -> None:
     name = f"g8-during-{when}"
     hook = {"save": "slow_save", "build": "slow_start"}[when]
-    run = server.start(place, name, "--n_updates", "500", ranks=2, hook=("support.hooks", hook))
+    run = server.start(place, name, "--n_updates", "500", ranks=2, hook=hook)
     run.wait_for_output(f"{when} begins")
     run.kill(1, signal.SIGTERM)
     output = run.wait(timeout=60)
@@ -259,9 +253,7 @@ def test_g8_a_stop_request_at_an_awkward_moment(place: Workplace, server: ForkSe
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_save(place: Workplace, server: ForkServer) -> None:
-    run = server.start(
-        place, "twice", "--n_updates", "500", "--eval_freq", "0", hook=("support.hooks", "slow_save"), SAVE_S="60"
-    )
+    run = server.start(place, "twice", "--n_updates", "500", "--eval_freq", "0", hook="slow_save", SAVE_S="60")
     run.wait_for_output("save begins")
     run.kill(0, signal.SIGINT)
     run.wait_for_output("once more leaves at once")
@@ -296,7 +288,7 @@ def test_g8_a_validation_is_cut_short_by_a_stop_and_made_by_the_next_start(
     place: Workplace, server: ForkServer, validated: str, begun: int, step: int
 ) -> None:
     name = f"g8-validation-{begun}"  # the third is of the averaged weights
-    hook = ("support.hooks", "slow_validation")
+    hook = "slow_validation"
     run = server.start(place, name, *VALIDATING, ranks=2, hook=hook)
     while run.output().count("validation begins") < 2 * begun - 1:
         assert run.alive(), run.output()
@@ -325,7 +317,7 @@ def test_g8_a_validation_is_cut_short_by_a_stop_and_made_by_the_next_start(
 
 
 def test_g8_a_validation_that_was_cut_short_can_be_turned_off(place: Workplace, server: ForkServer) -> None:
-    name, hook = "g8-validation-off", ("support.hooks", "slow_validation")
+    name, hook = "g8-validation-off", "slow_validation"
     run = server.start(place, name, *VALIDATING, ranks=2, hook=hook)
     while run.output().count("validation begins") < 3:
         assert run.alive(), run.output()
@@ -339,7 +331,7 @@ def test_g8_a_validation_that_was_cut_short_can_be_turned_off(place: Workplace, 
 
 
 def test_an_update_that_finds_no_memory_says_what_to_write(place: Workplace, server: ForkServer) -> None:
-    output = server.start(place, "no-memory", ranks=2, hook=("support.hooks", "memory_exhausted")).wait()
+    output = server.start(place, "no-memory", ranks=2, hook="memory_exhausted").wait()
     status = place.status("no-memory")
     assert (status["state"], status["error_kind"], status["step"]) == ("failed", "runtime", 3), output
     for wanted in ("2.00 GiB", "a smaller per_device_batch_size than 2", "optimizer: adamw8bit", "parallel: fsdp"):
@@ -350,7 +342,7 @@ def test_g8_a_crash_after_a_validation_that_was_made_later_repeats_no_line(
     place: Workplace, server: ForkServer, validated: str
 ) -> None:
     name = "g8-validation-crash"
-    run = server.start(place, name, *VALIDATING, ranks=2, hook=("support.hooks", "slow_validation"))
+    run = server.start(place, name, *VALIDATING, ranks=2, hook="slow_validation")
     while run.output().count("validation begins") < 3:
         assert run.alive(), run.output()
         time.sleep(0.02)
@@ -394,7 +386,7 @@ def test_g9_a_hang_ends_with_the_stacks_of_every_rank(place: Workplace, server: 
 
 def test_g9_what_fails_while_a_hang_is_ended_is_not_the_reason(place: Workplace, server: ForkServer) -> None:
     brief = ("--n_updates", "6", "--hang_timeout_minutes", "0.03")
-    output = server.start(place, "g9-ending", *brief, hook=("support.hooks", "fail_while_ending")).wait()
+    output = server.start(place, "g9-ending", *brief, hook="fail_while_ending").wait()
     status = place.status("g9-ending")
     assert status["state"] == "failed" and status["reason"].startswith("hang: no progress"), output
     assert status["error_kind"] == "runtime"
@@ -413,7 +405,7 @@ def test_checkpoints_by_the_clock_and_retention(place: Workplace, server: ForkSe
 
 def test_the_wait_for_checkpoints_is_counted_once_and_to_the_last(place: Workplace, server: ForkServer) -> None:
     often = ("--n_updates", "5", "--save_model_freq", "1", "--eval_freq", "0", "--per_device_batch_size", "8")
-    output = server.start(place, "waits", *often, hook=("support.hooks", "slow_save")).wait()
+    output = server.start(place, "waits", *often, hook="slow_save").wait()
     assert place.status("waits")["state"] == "finished", output
     (attempt,) = place.status("waits")["attempts"]
     since_the_first_update = attempt["ended"] - attempt["started"] - attempt["first_update_s"]
@@ -424,7 +416,7 @@ def test_a_checkpoint_holds_the_state_of_its_update_however_late_it_is_copied(
     place: Workplace, server: ForkServer
 ) -> None:
     few = ("--n_updates", "6", "--save_model_freq", "2", "--eval_freq", "0", "--keep_checkpoints", "3")
-    for name, hook in (("in time", None), ("late", ("support.hooks", "slow_copies"))):
+    for name, hook in (("in time", None), ("late", "slow_copies")):
         output = server.start(place, name, *few, ranks=2, hook=hook).wait()
         assert place.status(name)["state"] == "finished", output
     for step in (2, 4, 6):
@@ -455,7 +447,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss(place: Work
     given = [("optimizer_lr", 1e-3), ("scheduler_decay_lr", 1e-4), *((f"optimizer_{key}", adamw[key]) for key in adamw)]
     options = [text for key, value in given for text in (f"--model_cfg.{key}", str(value))]
     options += ["--n_updates", "5", "--eval_freq", "0", "--max_grad_norm", "0.25"]
-    hook = ("support.hooks", "follow_a_reference")
+    hook = "follow_a_reference"
     output = server.start(place, "reference", *options, hook=hook, REFERENCE=json.dumps(reference)).wait()
     assert place.status("reference")["state"] == "finished", output
     expected = [json.loads(line) for line in (place.folder / "reference").read_text().splitlines()]
@@ -468,7 +460,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss(place: Work
 
 def test_deterministic_kernels_are_asked_for(place: Workplace, server: ForkServer) -> None:
     brief = ("--n_updates", "1", "--eval_freq", "0", "--deterministic", "true")
-    output = server.start(place, "deterministic", *brief, hook=("support.hooks", "report_determinism")).wait()
+    output = server.start(place, "deterministic", *brief, hook="report_determinism").wait()
     assert "deterministic: True, benchmark: False, workspace: :4096:8" in output
 
 
@@ -491,7 +483,7 @@ def test_the_optimizer_gets_gradients_of_at_most_max_grad_norm(
 
 def test_g17_a_validation_that_cannot_be_drawn_does_not_end_the_run(place: Workplace, server: ForkServer) -> None:
     few = ("--n_updates", "2", "--eval_freq", "1", "--eval_start", "false")
-    output = server.start(place, "undrawn", *few, hook=("support.hooks", "broken_picture")).wait()
+    output = server.start(place, "undrawn", *few, hook="broken_picture").wait()
     assert place.status("undrawn")["state"] == "finished", output
     assert output.count("could not be drawn") == 2 and "ZeroDivisionError: no pixels" in output
     assert len(list((place.folder / "runs" / "undrawn" / "validation").glob("*.json"))) == 2
@@ -509,7 +501,7 @@ def test_g17_a_storm_with_wandbs_processes_among_what_is_killed(
         gate.write_text(str(open_to))
         if run is None:
             wandb = (*VALIDATING, "--use_wandb", "true", "--wandb.mode", "offline")
-            run = server.start(place, "g17", *wandb, ranks=2, hook=("support.hooks", "gated"), GATE=str(gate))
+            run = server.start(place, "g17", *wandb, ranks=2, hook="gated", GATE=str(gate))
         if ending == "finished":
             break
         run.wait_for_step(open_to)
@@ -552,7 +544,7 @@ def test_g17_a_storm_with_wandbs_processes_among_what_is_killed(
 
 def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, server: ForkServer) -> None:
     two = ("--per_device_batch_size", "4", "--skip_nonfinite", "2", "--n_updates", "12", "--eval_freq", "0")
-    broken = {"hook": ("support.hooks", "infinite_gradient"), "BREAK_AT": "[5, 6, 9]"}
+    broken = {"hook": "infinite_gradient", "BREAK_AT": "[5, 6, 9]"}
     run = server.start(place, "g13", *two, ranks=2, **broken)  # type: ignore[arg-type]
     output = run.wait()
     assert place.status("g13")["state"] == "finished", output
@@ -563,7 +555,7 @@ def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, s
     # The counts are resumed, and one more in a row than allowed ends the run before the update.
     state = json.loads((place.checkpoint("g13") / "training_state" / "state.json").read_text())
     assert (state["skipped_updates"], state["skipped_in_a_row"]) == (3, 0)
-    broken = {"hook": ("support.hooks", "infinite_gradient"), "BREAK_AT": "[2, 3, 4]"}
+    broken = {"hook": "infinite_gradient", "BREAK_AT": "[2, 3, 4]"}
     output = server.start(place, "g13-stop", *two, ranks=2, **broken).wait()  # type: ignore[arg-type]
     status = place.status("g13-stop")
     assert status["state"] == "failed" and "FloatingPointError: update 4" in status["reason"], output
@@ -572,9 +564,7 @@ def test_g13_a_gradient_that_is_not_finite_is_skipped_by_all(place: Workplace, s
 def test_g13_a_skipped_update_changes_nothing(place: Workplace, server: ForkServer) -> None:
     two = ("--per_device_batch_size", "4", "--skip_nonfinite", "9", "--n_updates", "6", "--eval_freq", "0")
     environment = {"BREAK_AT": "[1, 2, 3, 4, 5, 6]", **recorded(place, "g13-same")}
-    output = server.start(
-        place, "g13-same", *two, ranks=2, hook=("support.hooks", "record_and_break"), **environment
-    ).wait()
+    output = server.start(place, "g13-same", *two, ranks=2, hook="record_and_break", **environment).wait()
     assert place.status("g13-same")["state"] == "finished", output
     digests = {r["digest"] for rank in range(2) for r in records(place, "g13-same", rank)}
     assert len(digests) == 1  # weights and optimizer on both ranks, before each of the six updates
@@ -582,7 +572,7 @@ def test_g13_a_skipped_update_changes_nothing(place: Workplace, server: ForkServ
 
 def test_g13_a_run_that_has_skipped_every_update_continues(place: Workplace, server: ForkServer) -> None:
     two = ("--per_device_batch_size", "4", "--skip_nonfinite", "9", "--save_model_freq", "2", "--eval_freq", "0")
-    broken = {"hook": ("support.hooks", "infinite_gradient"), "BREAK_AT": "[1, 2]"}
+    broken = {"hook": "infinite_gradient", "BREAK_AT": "[1, 2]"}
     server.start(place, "g13-through", *two, "--n_updates", "6", ranks=2, **broken).wait()  # type: ignore[arg-type]
     server.start(place, "g13-none", *two, "--n_updates", "2", ranks=2, **broken).wait()  # type: ignore[arg-type]
     assert place.metrics("g13-none")[-1]["skipped_updates"] == 2
@@ -594,7 +584,7 @@ def test_g13_a_run_that_has_skipped_every_update_continues(place: Workplace, ser
 
 
 def test_g14_weights_that_drifted_apart_are_found_before_a_save(place: Workplace, server: ForkServer) -> None:
-    run = server.start(place, "g14", ranks=2, hook=("support.hooks", "flip_a_bit"))
+    run = server.start(place, "g14", ranks=2, hook="flip_a_bit")
     output = run.wait()
     status = place.status("g14")
     assert status["state"] == "failed" and "drifted apart" in status["reason"], output

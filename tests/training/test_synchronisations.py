@@ -34,7 +34,7 @@ def waits(place: Workplace, server: ForkServer, name: str, *overrides: str, rank
         *short,
         *overrides,
         ranks=ranks,
-        hook=("support.hooks", "count_waits"),
+        hook="count_waits",
         WAITS=str(target),
         **environment,
     )

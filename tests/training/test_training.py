@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.datasets import write_dataset
+from support.forked import ForkServer
 from support.launching import RUN, Workplace, kill_all
 from support.records import TIMES, what_was_computed
 
@@ -82,29 +83,29 @@ def test_the_split_over_processes_does_not_matter(place: Workplace, through: str
             assert ours["val/loss"] == pytest.approx(theirs["val/loss"], rel=1e-4)
 
 
-def test_a_finished_run_says_so(place: Workplace, through: str) -> None:
+def test_a_finished_run_says_so(place: Workplace, server: ForkServer, through: str) -> None:
     before = place.metrics(through)
-    code, output = place.run("--name", "through", processes=2)
+    code, output = server.run(place, "through", ranks=2)
     assert code == 0 and "this run is finished" in output
     assert place.metrics(through) == before
     assert place.status(through)["state"] == "finished"
 
 
-def test_another_config_is_refused_on_resume(place: Workplace, through: str) -> None:
-    code, output = place.run("--name", "through", "--model_cfg.optimizer_lr", "0.002", "--seed", "7")
+def test_another_config_is_refused_on_resume(place: Workplace, server: ForkServer, through: str) -> None:
+    code, output = server.run(place, "through", "--model_cfg.optimizer_lr", "0.002", "--seed", "7")
     assert code == 2
     assert "seed: 42 → 7" in output and "model_cfg.optimizer_lr: 0.001 → 0.002" in output
     assert "resume_changes" in output
     # What changes neither mathematics nor data is free, and a change is taken when it is asked for.
     allowed = ("--per_device_batch_size", "4", "--log_freq", "5", "--n_updates", "22", "--resume_changes", "true")
     shutil.copytree(place.folder / "runs" / "through", place.folder / "runs" / "longer", symlinks=True)
-    code, output = place.run("--name", "longer", *allowed)
+    code, output = server.run(place, "longer", *allowed)
     assert code == 0, output
     assert "n_updates: 20 → 22" in output and "per_device_batch_size" not in output
     assert place.status("longer")["step"] == 22
 
 
-def test_a_run_keeps_the_schedule_that_it_began_with(place: Workplace, through: str) -> None:
+def test_a_run_keeps_the_schedule_that_it_began_with(place: Workplace, server: ForkServer, through: str) -> None:
     """One that begins now: at the peak when the warm-up of two updates ends, and cosine from there."""
     expected = [1e-3 / 3, 2e-3 / 3, *(cosine(update, 1e-3, begin=2, end=20) for update in range(2, 20))]
     assert [line["lr"] for line in place.metrics(through)] == pytest.approx(expected, rel=1e-12)
@@ -118,12 +119,12 @@ def test_a_run_keeps_the_schedule_that_it_began_with(place: Workplace, through: 
     (checkpoint / MANIFEST).unlink()
     seal(checkpoint, 20)
     said = "model_cfg.scheduler_decay_start: first_update"
-    longer = ("--name", "older", "--n_updates", "22", "--resume_changes", "true")
-    code, output = place.run(*longer, "--check", "true")
+    longer = ("--n_updates", "22", "--resume_changes", "true")
+    code, output = server.run(place, "older", *longer, "--check", "true")
     report = json.loads((place.folder / "runs" / "older" / "check" / "report.json").read_text())
     course = next(row["text"] for row in report["rows"] if row["name"] == "learning rate")
     assert f"{said}, with which this run began; one that begins now has after_warmup" in course, output
-    code, output = place.run(*longer)
+    code, output = server.run(place, "older", *longer)
     assert code == 0 and f"{said}, with which this run began" in output and "falls to" in output, output
     rates = [line["lr"] for line in place.metrics("older")[20:]]
     assert rates == pytest.approx([cosine(update, 1e-3, begin=0, end=22) for update in (20, 21)], rel=1e-12)
@@ -137,29 +138,31 @@ def cosine(update: int, peak: float, begin: int, end: int, final: float = 2.5e-6
     return final + (peak - final) * (1 + math.cos(math.pi * (update - begin) / (end - begin))) / 2
 
 
-def test_moved_data_continues_and_other_data_does_not(place: Workplace, through: str) -> None:
+def test_moved_data_continues_and_other_data_does_not(place: Workplace, server: ForkServer, through: str) -> None:
     shutil.copytree(place.folder / "runs" / "through", place.folder / "runs" / "moved", symlinks=True)
     shutil.copytree(place.folder / "data", place.folder / "copy")
-    code, output = place.run("--name", "moved", "--data.train.datasets.0.root", str(place.folder / "copy"))
+    code, output = server.run(place, "moved", "--data.train.datasets.0.root", str(place.folder / "copy"))
     assert code == 0 and "this run is finished" in output, output
     write_dataset(place.folder / "other", episodes=6, length=12, seed=1)
-    code, output = place.run("--name", "moved", "--data.train.datasets.0.root", str(place.folder / "other"))
+    code, output = server.run(place, "moved", "--data.train.datasets.0.root", str(place.folder / "other"))
     assert code == 2 and "the training data itself" in output and "fingerprint" in output, output
 
 
-def continued(place: Workplace, through: str, name: str, root: Path | None = None) -> str:
+def continued(place: Workplace, server: ForkServer, through: str, name: str, root: Path | None = None) -> str:
     """Runs a copy of a finished run again from update 16 on; the log. It ends with the same losses and weights."""
     shutil.copytree(place.folder / "runs" / through, place.folder / "runs" / name, symlinks=True, dirs_exist_ok=True)
     shutil.rmtree(place.folder / "runs" / name / "checkpoints" / "step_00000020")
     where = ("--data.train.datasets.0.root", str(root)) if root is not None else ()
-    code, output = place.run("--name", name, *WORKERS, *where, processes=2)
+    code, output = server.run(place, name, *where, ranks=2)
     assert code == 0 and "own checkpoint" in output, output
     assert what_was_computed(place.metrics(name)) == what_was_computed(place.metrics(through))
     assert place.tensors(name) == place.tensors(through)
     return output
 
 
-def test_only_what_the_manifest_lists_is_loaded(place: Workplace, through: str, tmp_path: Path) -> None:
+def test_only_what_the_manifest_lists_is_loaded(
+    place: Workplace, server: ForkServer, through: str, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     from agent.export import main as export
@@ -175,7 +178,7 @@ def test_only_what_the_manifest_lists_is_loaded(place: Workplace, through: str, 
     (last / "pretrained_model" / "model.safetensors.index.json").write_text(index)
     (last / "pretrained_model" / "robots.json").write_text("{}")
     (last / "training_state" / "optimizer-00002-of-00003.safetensors").write_bytes(b"")
-    output = continued(place, through, "extra")
+    output = continued(place, server, through, "extra")
     for name in (
         "pretrained_model/other.safetensors",
         "training_state/model.safetensors",
@@ -191,17 +194,19 @@ def test_only_what_the_manifest_lists_is_loaded(place: Workplace, through: str, 
     }
 
 
-def test_a_run_does_not_begin_from_damaged_weights_of_another(place: Workplace, through: str) -> None:
+def test_a_run_does_not_begin_from_damaged_weights_of_another(
+    place: Workplace, server: ForkServer, through: str
+) -> None:
     shutil.copytree(place.checkpoint(through), place.folder / "damaged")
     path = place.folder / "damaged" / "pretrained_model" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-9] ^= 1
     path.write_bytes(content)
-    code, output = place.run("--name", "from_damaged", "--load_from_checkpoint", str(path.parent))
+    code, output = server.run(place, "from_damaged", "--load_from_checkpoint", str(path.parent))
     assert code == 2 and "model.safetensors is damaged: its checksum does not match; name another one" in output, output
 
 
-def test_a_resume_normalises_as_the_run_began(place: Workplace, through: str) -> None:
+def test_a_resume_normalises_as_the_run_began(place: Workplace, server: ForkServer, through: str) -> None:
     """Every kept file is damaged but one, which holds other statistics, as another version may have computed them."""
     from agent.checkpoints.manifest import checksum
 
@@ -216,7 +221,7 @@ def test_a_resume_normalises_as_the_run_began(place: Workplace, through: str) ->
     assert len(damaged) == 3
     for file in [file for path in damaged for file in (path.iterdir() if path.is_dir() else [path])]:
         os.truncate(file, file.stat().st_size * 2 // 3)
-    lines = continued(place, through, "cached", root).splitlines()
+    lines = continued(place, server, through, "cached", root).splitlines()
     told = "\n".join(line for line in lines if "is not used but computed anew" in line)
     assert all(str(path) in told for path in damaged) and str(other) not in told
     (line,) = [line for line in lines if "statistics: std of dimension 0 is" in line and "[rank" not in line]
@@ -224,8 +229,8 @@ def test_a_resume_normalises_as_the_run_began(place: Workplace, through: str) ->
     assert "goes on with the checkpoint's, with which it began" in line
 
 
-def test_a_tokenizer_beyond_the_vocabulary_is_refused(place: Workplace) -> None:
-    code, output = place.run("--name", "small", "--model_cfg.paligemma_variant.vocab_size", "40")
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(place: Workplace, server: ForkServer) -> None:
+    code, output = server.run(place, "small", "--model_cfg.paligemma_variant.vocab_size", "40")
     assert code == 2 and "the model's vocabulary has 40" in output, output
 
 
@@ -245,17 +250,19 @@ def test_a_config_error_is_reported_by_whichever_process_leaves_first(place: Wor
     assert (record["attempt"], record["error_kind"]) == ("9", "config")
 
 
-def test_a_second_job_is_refused_while_the_first_lives(place: Workplace) -> None:
-    first = place.start("--name", "locked", "--n_updates", "2000", "--save_model_freq", "1000")
-    place.wait_for_step("locked", 1, first)
-    code, output = place.run("--name", "locked")
-    assert code == 2 and f"process {first.pid}" in output and "in use" in output
+def test_a_second_job_is_refused_while_the_first_lives(place: Workplace, server: ForkServer) -> None:
+    first = server.start(place, "locked", "--n_updates", "2000", "--save_model_freq", "1000")
+    first.wait_for_step(1)
+    code, output = server.run(place, "locked")
+    assert code == 2 and f"process {first.pids[0]}" in output and "in use" in output
     assert place.status("locked")["state"] == "running"
-    kill_all(first)
+    first.kill_all()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: str, number: signal.Signals) -> None:
+def test_a_stop_request_saves_and_the_run_continues(
+    place: Workplace, server: ForkServer, through: str, number: signal.Signals
+) -> None:
     name = f"stopped_{number.name}"
     process = place.start("--name", name, "--save_model_freq", "1000")
     place.wait_for_step(name, 3, process)
@@ -270,7 +277,7 @@ def test_a_stop_request_saves_and_the_run_continues(place: Workplace, through: s
     command = f"{starter()} {RUN} --config_path {place.folder / 'tiny.yaml'} --name {name} "
     assert f"to continue: {command}" in last_line(output)
     assert not by_person or "once more leaves at once" in output
-    code, output = place.run("--name", name)
+    code, output = server.run(place, name)
     assert code == 0, output
     losses = [line["loss"] for line in place.metrics(name)]
     assert losses == pytest.approx([line["loss"] for line in place.metrics(through)], rel=1e-5)
@@ -330,8 +337,8 @@ def orphaned(process: subprocess.Popen, ranks: list[psutil.Process]) -> str:
     return output
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace) -> None:
-    code, output = place.run("--name", "exploding", "--model_cfg.optimizer_lr", "1e30", "--max_grad_norm", "0")
+def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace, server: ForkServer) -> None:
+    code, output = server.run(place, "exploding", "--model_cfg.optimizer_lr", "1e30", "--max_grad_norm", "0")
     assert code == 1
     status = place.status("exploding")
     assert status["state"] == "failed" and status["error_kind"] == "runtime"
@@ -340,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(place: Workplace) -> 
     assert "FloatingPointError" in output
 
 
-def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace, through: str) -> None:
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace, server: ForkServer, through: str) -> None:
     small = place.folder / "small_disk"
     small.mkdir()
     size = sum(p.stat().st_size for p in place.checkpoint(through).rglob("*") if p.is_file())
@@ -351,7 +358,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace, throug
         pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.decode().strip()}")
     try:
         # Room for one checkpoint, not for two: update 4's stays, those of 8, 12 and 16 fail, and the third is one too many.
-        code, output = place.run("--name", "full", VLA_LOG_DIR=str(small))
+        code, output = server.run(place, "full", VLA_LOG_DIR=str(small))
         assert code == 1, output
         assert "the checkpoint at update 8 could not be written" in output and "training goes on" in output
         assert "GB are free" in output  # seen before anything is written; a write that fails is tested elsewhere
@@ -360,29 +367,29 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(place: Workplace, throug
         assert status["state"] == "failed" and "update 16 could not be written" in status["reason"]
         # With room again it continues from what survived.
         subprocess.run(["mount", "-o", f"remount,size={6 * size}", str(small)], check=True)
-        code, output = place.run("--name", "full", VLA_LOG_DIR=str(small))
+        code, output = server.run(place, "full", VLA_LOG_DIR=str(small))
         assert code == 0 and "step_00000004" in output, output
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_damaged_checkpoint_is_passed_over(place: Workplace, through: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over(place: Workplace, server: ForkServer, through: str) -> None:
     run = place.folder / "runs" / "damaged"
     shutil.copytree(place.folder / "runs" / "through", run, symlinks=True)
     weights = run / "checkpoints" / "step_00000020" / "pretrained_model" / "model.safetensors"
     contents = bytearray(weights.read_bytes())
     contents[-1] ^= 1
     weights.write_bytes(contents)
-    code, output = place.run("--name", "damaged", processes=2)
+    code, output = server.run(place, "damaged", ranks=2)
     assert code == 0, output
     assert "is damaged and was renamed to damaged_step_00000020" in output and "checksum" in output
     assert what_was_computed(place.metrics("damaged")) == what_was_computed(place.metrics(through))
     assert weights.read_bytes() == (place.checkpoint(through) / "pretrained_model/model.safetensors").read_bytes()
 
 
-def test_weights_of_another_run_can_be_the_start(place: Workplace, through: str) -> None:
+def test_weights_of_another_run_can_be_the_start(place: Workplace, server: ForkServer, through: str) -> None:
     source = place.folder / "runs" / "through"
-    code, output = place.run("--name", "tuned", "--load_from_checkpoint", str(source), "--n_updates", "1")
+    code, output = server.run(place, "tuned", "--load_from_checkpoint", str(source), "--n_updates", "1")
     assert code == 0, output
     assert "weights from" in output and "taking weights of" in output
     assert place.metrics("tuned")[0]["loss"] < place.metrics(through)[0]["loss"]
@@ -400,12 +407,14 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_used_is_refused_with_exit_code_2(place: Workplace, case: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_refused_with_exit_code_2(
+    place: Workplace, server: ForkServer, case: str, tmp_path: Path
+) -> None:
     overrides, message = BAD[case]
     if case == "camera":
         overrides = [*overrides, "--model_cfg.input_features", json.dumps(INPUT_FEATURES)]
     status = tmp_path / "status.json"
-    code, output = place.run("--name", f"bad_{case}", *overrides, VLA_STATUS_FILE=str(status), VLA_ATTEMPT="17-0")
+    code, output = server.run(place, f"bad_{case}", *overrides, VLA_STATUS_FILE=str(status), VLA_ATTEMPT="17-0")
     assert code == 2, output
     assert message in output and "Traceback" not in output
     record = json.loads(status.read_text())
@@ -419,8 +428,8 @@ INPUT_FEATURES = {
 }
 
 
-def test_weights_of_another_shape_are_refused(place: Workplace, through: str) -> None:
+def test_weights_of_another_shape_are_refused(place: Workplace, server: ForkServer, through: str) -> None:
     source = str(place.checkpoint(through))
-    code, output = place.run("--name", "wide", "--load_from_checkpoint", source, "--model_cfg.max_action_dim", "7")
+    code, output = server.run(place, "wide", "--load_from_checkpoint", source, "--model_cfg.max_action_dim", "7")
     assert code == 2
     assert "other shape: model.action_in_proj.weight: [32, 8] in the file, [32, 7] in the model" in output

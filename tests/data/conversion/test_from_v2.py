@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 import pytest
 from support.datasets import DEFAULT_TASKS, frame_image
-from support.launching import MODEL, REPOSITORY, RUN, kill_alone
+from support.forked import ForkServer
+from support.launching import MODEL, Workplace, kill_alone
 
 from agent.data.source import DatasetConfig, open_source
 
@@ -131,7 +132,7 @@ def command_in(root: Path) -> list[str]:
     return [sys.executable, *shlex.split(command)]
 
 
-def check(root: Path, tmp_path: Path, still: bool = False) -> None:
+def check(root: Path, tmp_path: Path, server: ForkServer, still: bool = False) -> None:
     """Every frame is what was written; LeRobot and a training open it."""
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -157,11 +158,9 @@ def check(root: Path, tmp_path: Path, still: bool = False) -> None:
         "n_updates": 1,
         "use_wandb": False,
     }
-    (tmp_path / "old.yaml").write_text(json.dumps(config))
-    environment = {**os.environ, "VLA_LOG_DIR": str(tmp_path / "runs")}
-    command = [sys.executable, str(RUN), "--config_path", str(tmp_path / "old.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "tiny.yaml").write_text(json.dumps(config))
+    code, output = server.run(Workplace(tmp_path), "old")
+    assert code == 0, output
 
 
 def offline(command: list[str]) -> subprocess.CompletedProcess:
@@ -170,20 +169,20 @@ def offline(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(command, env={**os.environ, **nowhere}, capture_output=True, text=True)
 
 
-def test_v21(tmp_path):
+def test_v21(tmp_path, server):
     root = write_v2(tmp_path / "my data", "v2.1")
     done = offline(command_in(root))
     assert done.returncode == 0, done.stderr
-    check(root, tmp_path)
+    check(root, tmp_path, server)
     assert json.loads((tmp_path / "my data_old" / "meta" / "info.json").read_text())["codebase_version"] == "v2.1"
 
 
-def test_v20(tmp_path):
+def test_v20(tmp_path, server):
     root = write_v2(tmp_path / "old", "v2.0", still=True)
     command = command_in(root)
     done = offline(command)
     assert done.returncode == 0, done.stderr
-    check(root, tmp_path, still=True)
+    check(root, tmp_path, server, still=True)
     stats = json.loads((root / "meta" / "stats.json").read_text())
     values = np.stack([vector(e, f) for e in range(len(LENGTHS)) for f in range(LENGTHS[e])])
     np.testing.assert_allclose(stats["observation.state"]["mean"], values.mean(0), atol=1e-5)

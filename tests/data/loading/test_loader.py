@@ -60,7 +60,7 @@ def started(server: ForkServer, place: Workplace, name: str, split: tuple[int, i
         "--per_device_batch_size",
         str(8 // ranks // accumulation),
         ranks=ranks,
-        hook=("support.hooks", "record"),
+        hook="record",
         **recorded(place, name),
     )
 
@@ -149,9 +149,7 @@ def test_a_video_that_cannot_be_decoded_is_named(place: Workplace, server: ForkS
 
 
 def test_what_cannot_be_prepared_is_named(place: Workplace, server: ForkServer) -> None:
-    output = server.start(
-        place, "broken", "--data.train.num_workers", "1", hook=("support.hooks", "broken_noise")
-    ).wait()
+    output = server.start(place, "broken", "--data.train.num_workers", "1", hook="broken_noise").wait()
     reason = place.status("broken")["reason"]
     assert re.search(r"data set test/data, episode \d, frame \d+, sample \d of the run, cannot be prepared", reason), (
         output
@@ -195,7 +193,7 @@ def test_a_killed_worker_is_reported_within_seconds(place: Workplace, server: Fo
 def test_waiting_for_data_is_measured_on_every_rank(place: Workplace, server: ForkServer) -> None:
     arguments = ("--data.train.num_workers", "1", "--per_device_batch_size", "4")
     more = ("--n_updates", "9")  # one worker has made five batches or six before the first update
-    run = server.start(place, "slow", *FEW, *more, *arguments, ranks=2, hook=("support.hooks", "slow_samples"))
+    run = server.start(place, "slow", *FEW, *more, *arguments, ranks=2, hook="slow_samples")
     output = run.wait()
     assert place.status("slow")["state"] == "finished", output
     last = place.metrics("slow")[-1]
@@ -274,9 +272,7 @@ def test_an_update_keeps_one_micro_batch(place: Workplace, server: ForkServer, w
     name = f"micro-batches-{workers}"
     few = ("--n_updates", "3", "--per_device_batch_size", "1", "--eval_freq", "0", "--data.train.num_workers", workers)
     target = place.folder / name
-    output = server.start(
-        place, name, *few, hook=("support.hooks", "count_batches_in_memory"), BATCHES=str(target)
-    ).wait()
+    output = server.start(place, name, *few, hook="count_batches_in_memory", BATCHES=str(target)).wait()
     assert place.status(name)["state"] == "finished", output
     kept = [int(line) for line in target.read_text().splitlines()]
     assert len(kept) == 3 * 8 and max(kept[8:]) == 1, kept  # the one before, while the next is made

@@ -311,9 +311,7 @@ def place(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 @pytest.fixture(scope="module")
 def through(place: Workplace, server: ForkServer) -> str:
-    output = server.start(
-        place, "through", hook=("support.hooks", "record"), RECORD=str(place.folder / "through")
-    ).wait()
+    output = server.start(place, "through", hook="record", RECORD=str(place.folder / "through")).wait()
     assert place.status("through")["state"] == "finished", output
     return "through"
 
@@ -349,7 +347,7 @@ def test_weights_change_on_resume_only_by_saying_so(place: Workplace, server: Fo
         shutil.rmtree(run / "checkpoints" / later, ignore_errors=True)
     status = json.loads((run / "status.json").read_text()) | {"state": "preempted", "step": 3}
     (run / "status.json").write_text(json.dumps(status))
-    first = {"hook": ("support.hooks", "record"), "RECORD": str(place.folder / "resumed")}
+    first = {"hook": "record", "RECORD": str(place.folder / "resumed")}
     shares = ("--data.train.datasets", json.dumps(_reweighted(place)))
     output = server.start(place, "resumed", *shares, **first).wait()
     assert "data.train.datasets.1.weight: 3.0 → 0.5" in output and "--resume_changes true" in output, output

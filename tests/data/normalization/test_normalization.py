@@ -165,7 +165,7 @@ def test_a_run_keeps_the_rule_that_it_began_with(server: ForkServer, place: Work
         ]
 
     arguments = scaled(shutil.copytree(place.folder / "data", tmp_path / "data"))
-    server.start(place, "begun", *arguments, "--n_updates", "2", hook=("support.hooks", "first_narrow_rule")).wait()
+    server.start(place, "begun", *arguments, "--n_updates", "2", hook="first_narrow_rule").wait()
     rule, deviation = found("begun")
     assert rule == 1 and (deviation == 1).all()
     longer = ("--n_updates", "3", "--resume_changes", "true")

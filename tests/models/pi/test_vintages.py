@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
+from support.forked import ForkServer
 from support.launching import MODEL, Workplace
 from support.older_files import ONLY_THEN, V1, Files
 
@@ -220,9 +221,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
 
 
 @pytest.fixture(scope="module")
-def trained(place: Workplace) -> str:
+def trained(place: Workplace, server: ForkServer) -> str:
     """The output of a run with the older JSON, named ``trained``."""
-    code, output = place.run("--name", "trained", "--n_updates", "4", *older_model(place))
+    code, output = server.run(place, "trained", "--n_updates", "4", *older_model(place))
     assert code == 0, output
     return output
 
@@ -251,22 +252,22 @@ def test_an_older_json_trains_and_the_log_says_how_it_was_read(place: Workplace,
     assert not ONLY_THEN & resolved["model_cfg"].keys() and resolved["model_cfg"]["num_inference_steps"] == 2
 
 
-def test_the_same_command_and_todays_json_continue_it(place: Workplace, trained: str) -> None:
+def test_the_same_command_and_todays_json_continue_it(place: Workplace, server: ForkServer, trained: str) -> None:
     for model in (older_model(place), ()):
-        code, output = place.run("--name", "trained", "--n_updates", "4", *model)
+        code, output = server.run(place, "trained", "--n_updates", "4", *model)
         assert code == 0, output
         assert "this run is finished: 4 of 4 updates done" in output
 
 
-def test_an_older_json_with_weights_of_today(place: Workplace, trained: str) -> None:
+def test_an_older_json_with_weights_of_today(place: Workplace, server: ForkServer, trained: str) -> None:
     source = place.checkpoint("trained") / "pretrained_model"
-    code, output = place.run("--name", "older_json", "--load_from_checkpoint", str(source), *older_model(place), *STILL)
+    code, output = server.run(place, "older_json", "--load_from_checkpoint", str(source), *older_model(place), *STILL)
     assert code == 0, output
     assert f"({adapter.LEROBOT.title})" in output
     assert_same_weights(place, "older_json", "trained")
 
 
-def test_todays_json_with_older_weights(place: Workplace, trained: str) -> None:
+def test_todays_json_with_older_weights(place: Workplace, server: ForkServer, trained: str) -> None:
     (layout,) = [layout for layout in adapter.POLICIES if layout.parts[0][1].startswith(OLDER_VISION)]
     today = tensors(place, "trained")
     renamed = {}
@@ -285,7 +286,7 @@ def test_todays_json_with_older_weights(place: Workplace, trained: str) -> None:
     folder = place.folder / "older_weights"
     folder.mkdir()
     save_file({key: tensor.clone() for key, tensor in (renamed | buffers).items()}, folder / "model.safetensors")
-    code, output = place.run("--name", "older_weights", "--load_from_checkpoint", str(folder), *STILL)
+    code, output = server.run(place, "older_weights", "--load_from_checkpoint", str(folder), *STILL)
     assert code == 0, output
     assert f"({layout.title})" in output
     assert_same_weights(place, "older_weights", "trained")
