@@ -45,7 +45,7 @@ from mutmut.mutation.pragma_handling import IgnoredCode
 REPOSITORY = Path(__file__).resolve().parents[1]
 PYTHON = REPOSITORY / ".venv" / "bin" / "python"
 
-# Module → the test files (of tests/test_*.py) that are nearest to it, the cheapest first.
+# Module → the test files (tests/…/test_*.py) that are nearest to it, the cheapest first.
 NEAREST = {
     "training.trainer": "reliability training",
     "training.step": "reliability training",
@@ -58,22 +58,21 @@ NEAREST = {
     "optim.adamw8bit": "low_memory_optimizers",
     "optim.stochastic_rounding": "low_memory_optimizers",
     "optim.ema": "ema",
-    "reproducibility": "mixture data mixed_data",
+    "reproducibility": "mixture build mixed_data",
     "data.samples.mixture": "mixture mixed_data",
-    "data.loading.loader": "loader data",
-    "data.samples.reader": "data relative_actions mixed_data",
+    "data.loading.loader": "loader workers build",
+    "data.samples.reader": "source build relative_actions mixed_data",
     "data.normalization.normalizer": "normalization relative_actions mixed_data",
     "data.normalization.relative": "relative_actions",
-    "checkpoints.weights": "weights pi0_adapter base_weights",
-    "checkpoints.finding": "weights base_weights",
-    "models.pi0.adapter": "pi0_adapter weights base_weights",
+    "checkpoints.weights": "weights adapter base_weights",
+    "models.pi0.adapter": "adapter weights base_weights",
     "checkpoints.manifest": "checkpoint checkpoint_writer",
     "checkpoints.store": "checkpoint checkpoint_writer best",
     "checkpoints.writer": "checkpoint_writer",
     "checkpoints.host_snapshot": "tensor_file checkpoint_writer",
     "checkpoints.tensor_file": "tensor_file checkpoint_writer weights",
     "checkpoints.tensor_reader": "tensor_file weights",
-    "requeue": "slurm_scripts",
+    "requeue": "requeue slurm_scripts",
 }
 
 NOT_MUTATED = (
@@ -131,7 +130,7 @@ def source(module: str) -> Path:
 
 
 def nearest(module: str) -> list[str]:
-    return [f"tests/test_{name}.py" for name in NEAREST[module].split()]
+    return [str(next(Path("tests").rglob(f"test_{name}.py"))) for name in NEAREST[module].split()]
 
 
 def draw(module: str, number: int, seed: int) -> list[Mutant]:
@@ -219,7 +218,7 @@ def _test_in_fork(folder: Path, files: list[str], output: Path) -> int:
     sys.path[:0] = [str(folder / "src"), str(folder / "tests")]
     sys.dont_write_bytecode = True
     sys.modules["__main__"] = ModuleType("__main__")  # this file is of no interest to the processes that a test starts
-    import forked
+    from support import forked
 
     forked.ForkServer.__init__ = _fork_server  # type: ignore[method-assign]
     options = ["-x", "-n0", "-p", "no:cacheprovider", f"--basetemp={folder.with_suffix('.tmp')}", "-rfE"]
@@ -228,7 +227,7 @@ def _test_in_fork(folder: Path, files: list[str], output: Path) -> int:
 
 def _fork_server(self: Any) -> None:
     """The tests' server of runs, without importing everything anew."""
-    import forked
+    from support import forked
 
     requests, answers = os.pipe(), os.pipe()
     pid = os.fork()

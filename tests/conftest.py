@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked import ForkServer, fork_server
-from launching import Workplace
+from support import launching
+from support.forked import ForkServer, fork_server
+from support.launching import TORCHRUN, Workplace
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -17,9 +18,34 @@ os.environ |= {
 }
 
 
+# The files whose tests take longest, longest first: they begin first, so that no process is left alone with one.
+LONGEST = (
+    "training/test_training.py", "simulation/test_evaluate_sim.py", "parallel/test_parallelize.py",
+    "preflight/test_prepare.py",
+    "system/test_reliability.py", "data/frames/test_frame_store.py", "data/loading/test_loader.py",
+    "data/conversion/test_from_v2.py", "preflight/test_preflight.py", "preflight/test_preflight_damage.py",
+    "optim/test_low_memory_optimizers.py", "training/test_base_weights.py", "system/test_slurm_cluster.py",
+    "serving/test_serve.py", "deployment/test_export.py", "data/test_bad_data.py",
+    "data/normalization/test_mixed_data.py", "models/pi/test_vintages.py", "optim/test_ema.py",
+    "training/test_best.py", "models/pi/test_flow_samples.py", "data/samples/test_augmentation.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / file: number for number, file in enumerate(LONGEST)}
+    assert [path for path in order if not path.is_file()] == []
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp()  # under pytest-xdist of this process, in a folder of the session's
+    launching.SHARED = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VLA_LOG_DIR", "VLA_STATUS_FILE", "VLA_ATTEMPT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):
+    for name in (*TORCHRUN, "VLA_LOG_DIR", "VLA_STATUS_FILE", "VLA_ATTEMPT"):
         monkeypatch.delenv(name, raising=False)
 
 
