@@ -31,14 +31,15 @@ from agent.configuration_pipeline import load_config
 from agent.data.normalization.normalizer import Normalizer
 from agent.data.samples.reader import collate
 from agent.data.samples.task_tokens import make_task_tokens
-from agent.models.pi0 import adapter
-from agent.models.pi0.model import PI0
+from agent.models import registry
+from agent.models.pi import adapter
+from agent.models.pi.model import PI0
 from agent.optim.learning_rate import LearningRate
 from agent.parallel.launch import Launch
 from agent.parallel.processes import Processes
 from agent.reproducibility import stream
 from agent.settings.plan import make_plan
-from agent.training.building import build_run_data
+from agent.training.run_data import build_run_data
 
 log = logging.getLogger("closed_loop")
 HEADS = 8
@@ -188,7 +189,7 @@ class LeRobotActor:
 
     def __init__(self, policy: Any, model: Any, data: Any, seed: int) -> None:
         self._policy, self._model, self._data, self._seed = policy.eval(), model, data, seed
-        self._tokens = make_task_tokens(model.tokenizer_path, model.tokenizer_max_length, _sentences())
+        self._tokens = make_task_tokens(registry.family(model).prompt(model), _sentences())
         robot = data.robots[0]
         self._state: Normalizer = robot.state
         self._decode = robot.decode

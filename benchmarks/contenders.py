@@ -17,14 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from agent.batch import Batch, to_device
+from agent.batch import Batch, SampleSpec, to_device
 from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.configuration import DataConfig
 from agent.data.samples.reader import Sample, collate
-from agent.data.samples.transforms import SampleSpec
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.flow_matching import FlowDraws
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi import adapter
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 from agent.optim.learning_rate import LearningRate
 from agent.optim.optimizer import freeze, make_optimizer
 from agent.parallel.launch import Launch
@@ -112,8 +114,10 @@ def make_batch(config: PI0Config, present: int, size: int, tokens: int, draws: i
             actions=random.standard_normal(chunk, np.float32) * dim_mask,
             is_pad=np.zeros(config.chunk_size, bool),
             dim_mask=dim_mask,
-            noise=random.standard_normal((draws, *chunk) if draws > 1 else chunk, np.float32),
-            time=random.uniform(0.001, 1.0, draws).astype(np.float32) if draws > 1 else random.uniform(0.001, 1.0),
+            draws=FlowDraws(
+                random.standard_normal((draws, *chunk) if draws > 1 else chunk, np.float32),
+                np.float32(random.uniform(0.001, 1.0, draws) if draws > 1 else random.uniform(0.001, 1.0)),
+            ),
             k=k,
             provenance=(0, 0, k),
             raw_state=np.zeros(STATE_DIM, np.float32),
@@ -246,7 +250,7 @@ class Ours(Contender):
         clock: Any = _NoClock()
         assert self.run is not None
         result = train_step(self.run, itertools.repeat(self.batch), clock)
-        return result.loss_sum / len(self.batch)
+        return result.loss_sums["loss"] / len(self.batch)
 
     def loss(self, exact: bool = False) -> float:
         with torch.no_grad(), _autocast(self.device, bool(self.config.use_bf16) and not exact):
@@ -370,8 +374,8 @@ def lerobot_batch(ours: PI0Config, batch: Batch, device: torch.device) -> dict[s
         "observation.language.tokens": torch.nn.functional.pad(observation.tokens, (0, missing)),
         "observation.language.attention_mask": torch.nn.functional.pad(observation.token_mask, (0, missing)),
         "action": batch.actions.values[..., :ACTION_DIM],
-        "noise": batch.noise,
-        "time": batch.time,
+        "noise": batch.draws.noise,
+        "time": batch.draws.time,
     }
     return {name: tensor.to(device) for name, tensor in tree.items()}
 

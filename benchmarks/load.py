@@ -57,7 +57,7 @@ def write(folder: Path) -> None:
 
     from agent.checkpoints import tensor_file
     from agent.models.pi.model import PI0
-    from agent.models.pi.pretrained import pretrained_contents
+    from agent.models.pi.saved import PI0Saved
 
     config = model_config()
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def write(folder: Path) -> None:
         tensor.fill_(NUMBER)
     statistic = {name: np.ones(7, np.float32) for name in ("mean", "std", "min", "max", "q01", "q99")}
     statistics = {"observation.state": statistic, "action": statistic}
-    files, write_small = pretrained_contents(config, policy.state_dict(), statistics, last_update=1)
+    files, write_small = PI0Saved().pretrained_contents(config, policy.state_dict(), statistics, last_update=1)
     for name, tensors in files.items():
         tensor_file.write(folder / name, tensors)
     write_small(folder)
@@ -116,8 +116,8 @@ def ours(folder: Path) -> None:
 
     from agent.checkpoints import weights
     from agent.checkpoints.finding import find_weights
-    from agent.models.pi0 import adapter
-    from agent.models.pi0.model import PI0
+    from agent.models.pi import adapter
+    from agent.models.pi.model import PI0
 
     config = model_config()
     yield_to_start()
@@ -125,7 +125,7 @@ def ours(folder: Path) -> None:
         policy = PI0(config)
     policy.to_empty(device="cpu")
     files = find_weights(str(folder), "benchmark")
-    weights.load_into(policy.state_dict(), files, partial(adapter.from_lerobot, config=config), adapter.fit)
+    weights.load_into(policy.state_dict(), files, partial(adapter.from_policy, config=config), adapter.fit)
     assert all(tensor.flatten()[0] == NUMBER for tensor in policy.state_dict().values())
     KEEP.append(policy)
 

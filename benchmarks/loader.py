@@ -101,15 +101,15 @@ def write_dataset(root: Path, cameras: int, size: tuple[int, int], episodes: int
 
 def built(root: Path, store: str, workers: int = 0) -> Any:
     """This project's data of a run."""
+    from agent.batch import Prompt, SampleSpec
     from agent.data.build import build_data
     from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
     from agent.data.normalization.robot_statistics import Normalization
     from agent.data.samples.instructions import Wording
-    from agent.data.samples.transforms import SampleSpec
-    from agent.models import flow_matching
+    from agent.models.flow_matching import FlowSampling
+    from agent.models.pi.prompt import with_newline
 
-    times = {"alpha": 1.5, "beta": 1.0, "scale": 0.999, "offset": 0.001}
-    draw = partial(flow_matching.draw, 0, chunk_size=CHUNK, action_dim=32, **times)
+    draw = FlowSampling(0, "train", (CHUNK, 32), beta=(1.5, 1.0), scale=0.999, offset=0.001)
     datasets = [DatasetConfig("benchmark/loader", str(root))]
     train = TrainDataConfig(datasets, num_workers=workers, frame_store=store)  # type: ignore[arg-type]
     return build_data(
@@ -119,7 +119,7 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
         draw=draw,
         validation_draw=draw,
         normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}),
-        wording=Wording(str(ROOT / "demo" / "tokenizer")),
+        wording=Wording(Prompt(str(ROOT / "demo" / "tokenizer"), 48, with_newline, 257152, "vocab_size")),
     )
 
 

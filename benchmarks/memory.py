@@ -3,7 +3,7 @@
     uv run python benchmarks/memory.py --size full --cameras 2 --batch 4 --freeze_lm_head
 
 On a GPU each row is measured (the most that torch has allocated over three updates of `agent.training.step.train_step`) and
-set beside the prediction of `agent.models.pi0.memory`; without one the table is the prediction alone, in seconds, and
+set beside the prediction of `agent.models.pi.memory`; without one the table is the prediction alone, in seconds, and
 says so. `card` adds an allowance for what torch does not count. Activations are those kept at the end of the forward
 pass. GiB; the last line is JSON.
 """

@@ -1,11 +1,11 @@
-"""What travels from the data to the model: one typed batch, and the legend of its shapes.
+"""Defines what data and policies exchange: a policy's requirements of a sample, and the batches that it receives.
 
-Shape suffixes used all over this package:
+The whole package uses these shape suffixes:
 
 ====  =====================================================================
 B     samples of a micro-batch
 T     time steps of an action chunk (``chunk_size``)
-K     flow-matching draws of a sample (``flow_samples_per_observation``)
+K     random draws of a sample (``flow_samples_per_observation``)
 A     action dimensions, padded to ``max_action_dim``
 S     state dimensions, padded to ``max_state_dim``
 L     language tokens, padded on the right
@@ -18,7 +18,7 @@ D     width of a transformer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,20 +28,76 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T_co = TypeVar("T_co")
+EMPTY_CAMERA = "observation.images.empty_camera_"
+"""The prefix of LeRobot's names for camera slots that never hold an image."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """States what a policy needs of a sample, as plain values, so that the data code imports no model."""
+
+    chunk_size: int
+    """T, actions per sample."""
+    max_state_dim: int
+    """S, the size to which states are padded."""
+    max_action_dim: int
+    """A, the size to which actions are padded."""
+    image_resolution: tuple[int, int]
+    """Height and width of the policy's input images, in pixels."""
+    tokenizer_max_length: int
+    """The maximum number of tokens of an instruction; 0 for a policy that reads none."""
+    camera_slots: tuple[str, ...] = ()
+    """The policy's camera features; if empty, they and the dimensions are inferred from the first data set."""
+    state_dim: int | None = None
+    """The dimensions of the robot's state without padding; None to infer them."""
+    action_dim: int | None = None
+    """The dimensions of the robot's actions without padding; None to infer them."""
+    images: bool = True
+    """Whether the policy sees images; if False, none are read."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Says how an instruction is turned into the tokens that a policy reads."""
+
+    tokenizer: str
+    """The tokenizer's folder or hub name."""
+    max_length: int
+    """A longer prompt is cut to this many tokens."""
+    text: Callable[[str], str]
+    """Maps an instruction to the text that is tokenized. A module-level function, so that it can be pickled."""
+    vocabulary: int
+    """The size of the policy's vocabulary."""
+    vocabulary_key: str
+    """The key of the model JSON that states ``vocabulary``, for messages."""
+    key: str = "tokenizer_path"
+    """The key of the model JSON that names the tokenizer."""
+    advice: str = ""
+    """Advice for when the tokenizer is unavailable; it ends with a conjunction, as advice to name a folder follows."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Holds a sample's random numbers, the only randomness of a policy's loss and of its predicted actions.
+
+    A family has a subclass whose fields are arrays or numbers for one sample and tensors (B, …) for a batch; a family that
+    draws nothing uses this class. The numbers come with the batch instead of being drawn in the model, because they are a
+    function of (seed, sample number): so the loss does not depend on how samples are split over processes.
+    """
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy sees.
+    """Holds what the policy observes at one time step.
 
-    ``images`` holds one entry per camera slot that at least one sample of the batch has; a slot that no
-    sample has is left out altogether, because its tokens would be masked everywhere.
+    ``images`` has one entry per camera slot that at least one sample of the batch fills. A slot that no sample fills is left
+    out, because its tokens would be masked everywhere.
     """
 
     images: dict[str, Tensor]
-    """Camera slot → (B, 3, H, W), uint8 in [0, 255] or float in [0, 1]."""
+    """Maps camera slot → (B, 3, H, W), uint8 in [0, 255] or float in [0, 1]."""
     image_masks: dict[str, Tensor]
-    """Camera slot → (B,) bool; False where this sample has no such camera."""
+    """Maps camera slot → (B,) bool, False where a sample has no such camera."""
     state: Tensor
     """(B, S) float32, normalised, zero beyond the robot's own dimensions."""
     tokens: Tensor
@@ -49,13 +105,13 @@ class Observation:
     token_mask: Tensor
     """(B, L) bool, False on padding."""
     padded: bool = True
-    """False if every image and every token is real, so that no mask is needed. Known where the batch is made: to look
-    for it in the masks would make the CPU wait for the GPU."""
+    """Whether any image or token is masked; if False, no mask is needed. It is set where the batch is made, because
+    looking at the masks would make the CPU wait for the GPU."""
 
 
 @dataclass(frozen=True)
 class ActionChunk:
-    """The actions that follow the observation."""
+    """Holds the recorded actions that follow the observation."""
 
     values: Tensor
     """(B, T, A) float32, normalised, zero beyond the robot's own dimensions."""
@@ -67,18 +123,12 @@ class ActionChunk:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, with the flow-matching draws that belong to its samples.
-
-    Noise and time are part of the batch and not drawn in the model: they are a function of (seed, sample
-    number), so that the loss does not depend on how the samples are split over processes.
-    """
+    """Holds one micro-batch, with the random draws of its samples."""
 
     observation: Observation
     actions: ActionChunk
-    noise: Tensor
-    """(B, T, A) float32, standard normal; (B, K, T, A) when there are K > 1 draws per sample."""
-    time: Tensor
-    """(B,) float32 in (0, 1]; 1 is pure noise, 0 is the action (openpi's convention). (B, K) for K > 1 draws."""
+    draws: Draws
+    """The random numbers of the samples, of the policy's own subclass, as tensors (B, …)."""
     sample_index: Tensor
     """(B,) int64, the number k of each sample in the run's stream."""
     provenance: Tensor
@@ -90,11 +140,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class ValidationBatch:
-    """A batch of validation samples with what is needed to judge sampled actions."""
+    """Holds a batch of validation samples with the recorded values that predicted actions are compared to."""
 
     batch: Batch
     index: np.ndarray
-    """(B,) int64, place of each sample in the validation set."""
+    """(B,) int64, the position of each sample in the validation set."""
     state: np.ndarray
     """(B, s) float32, the recorded state in the data set's own units, zero beyond its own dimensions."""
     actions: np.ndarray
@@ -106,8 +156,18 @@ class ValidationBatch:
     """(B,) bool, False on an episode's first frame, where ``previous_action`` is that frame's own."""
 
 
+def stack_draws(draws: Sequence[Draws]) -> Draws:
+    """Stacks the draws of samples into those of a batch, as tensors (B, …)."""
+    import numpy as np
+    import torch
+
+    first = draws[0]
+    stacked = {f.name: np.stack([getattr(one, f.name) for one in draws]) for f in fields(first)}
+    return replace(first, **{name: torch.from_numpy(values) for name, values in stacked.items()})
+
+
 def map_tensors(tree: T_co, function: Callable[[Tensor], Any]) -> T_co:
-    """A copy of a (nested) batch with what ``function`` makes of each tensor in the tensor's place."""
+    """Returns a copy of a (nested) batch in which each tensor is replaced by ``function`` of it."""
     mapped: dict[str, Any] = {}
     assert is_dataclass(tree)
     for field in fields(tree):
@@ -124,5 +184,10 @@ def map_tensors(tree: T_co, function: Callable[[Tensor], Any]) -> T_co:
 
 
 def to_device(tree: T_co, device: torch.device | str, non_blocking: bool = True) -> T_co:
-    """A copy of a (nested) batch with all its tensors on ``device``."""
+    """Returns a copy of a (nested) batch with all its tensors on ``device``."""
     return map_tensors(tree, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def no_draws(k: int) -> Draws:
+    """Returns the draws of sample ``k`` for a policy that draws nothing."""
+    return Draws()

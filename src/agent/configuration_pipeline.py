@@ -12,8 +12,10 @@ import draccus
 import yaml
 
 from agent.data.configuration import DataConfig
+from agent.models import registry
 from agent.models.base import ModelConfig
-from agent.models.registry import PlaceholderConfig
+from agent.models.family import Family
+from agent.models.lerobot_config import TrainableConfig
 from agent.settings.files import ConfigError
 from agent.settings.gpus import check_name
 from agent.settings.plan import accumulation_steps
@@ -181,8 +183,19 @@ class TrainPipelineConfig:
             )
         if self.eval_cfg is not None:
             self.eval_cfg.check(self.save_model_freq)
-        if isinstance(self.model_cfg, PlaceholderConfig):
+        if isinstance(self.model_cfg, registry.PlaceholderConfig):
             raise ValueError(self.model_cfg.cannot_train())
+
+    @property
+    def trainable(self) -> TrainableConfig:
+        """The model config, of a type that can be trained."""
+        assert isinstance(self.model_cfg, TrainableConfig)
+        return self.model_cfg
+
+    @property
+    def family(self) -> Family[Any]:
+        """Everything about the type of policy."""
+        return registry.family(self.trainable)
 
     @property
     def run_dir(self) -> Path:
@@ -191,35 +204,28 @@ class TrainPipelineConfig:
         return Path(os.environ.get("VLA_LOG_DIR") or "runs").expanduser() / self.name
 
 
-# Keys of which both the training YAML and the model JSON have a say: (YAML, JSON, YAML value → JSON value, and back).
-_SHARED_KEYS = (
-    ("max_grad_norm", "optimizer_grad_clip_norm", float, float),
-    ("freeze_vlm", "train_expert_only", bool, bool),
-    ("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32", lambda dtype: dtype == "bfloat16"),
-    ("use_torch_compile", "compile_model", bool, bool),
-    (
-        "activation_checkpointing",
-        "gradient_checkpointing",
-        lambda how: how != "none",
-        lambda on: "full" if on else "none",
-    ),
-    ("freeze_lm_head", "freeze_lm_head", bool, bool),
-)
+# Keys of the training YAML that name a part of the model, which not every model has.
+_FREEZING = ("freeze_vlm", "freeze_lm_head")
 
 
 def reconcile(config: TrainPipelineConfig) -> list[str]:
     """Makes YAML and model JSON agree, in place; the YAML wins where it sets a value. Returns lines for the log."""
-    model: Any = config.model_cfg
+    model = config.trainable
     lines = []
     if config.use_bf16 is None and config.precision == "bfloat16_stochastic":
         config.use_bf16 = True
-    for key, model_key, to_model, from_model in _SHARED_KEYS:
+    for key, model_key, to_model, from_model in model.shared_keys:
         chosen, stated = getattr(config, key), getattr(model, model_key)
         if chosen is None:
             setattr(config, key, from_model(stated))
         elif to_model(chosen) != stated:
             lines.append(f"{key}: {chosen} of the training config wins over {model_key}: {stated} of the model config")
             setattr(model, model_key, to_model(chosen))
+    for key in _FREEZING:
+        if key not in {shared.training for shared in model.shared_keys}:
+            if getattr(config, key):
+                raise ValueError(f"{key}: {model.title} has no such part to freeze; remove the line")
+            setattr(config, key, False)
     # Their own checks once more, on the values they have now.
     model.__post_init__()
     config.__post_init__()
@@ -231,7 +237,7 @@ def reconcile(config: TrainPipelineConfig) -> list[str]:
     return lines
 
 
-def _starting_weights(config: TrainPipelineConfig, model: Any) -> list[str]:
+def _starting_weights(config: TrainPipelineConfig, model: TrainableConfig) -> list[str]:
     """Fills in ``load_from_checkpoint`` from the model JSON; a line for each path there that is not followed."""
     pretrained = model.pretrained_path
     if pretrained is not None and model.pretrained_revision:
@@ -241,7 +247,7 @@ def _starting_weights(config: TrainPipelineConfig, model: Any) -> list[str]:
             return []
         config.load_from_checkpoint = str(pretrained)
         return [f"load_from_checkpoint: {pretrained}, from the model config's pretrained_path"]
-    stated = {"pretrained_path": pretrained, "paligemma_pretrained_path": model.paligemma_pretrained_path}
+    stated = {"pretrained_path": pretrained, **{key: getattr(model, key) for key in model.base_weights}}
     return [
         f"load_from_checkpoint: {config.load_from_checkpoint} of the training config wins over {key}: {path} of the model config"
         for key, path in stated.items()

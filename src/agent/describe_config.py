@@ -43,7 +43,7 @@ over the YAML, which wins over the defaults below.
 
 @dataclass(frozen=True)
 class Entry:
-    """One config key."""
+    """Describes one config key."""
 
     name: str
     kind: str

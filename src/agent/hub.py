@@ -1,7 +1,8 @@
-"""Repositories of the Hugging Face hub: one question with a time limit, then the download; and what to do without.
+"""Downloads repositories from the Hugging Face hub within a time limit, and says what to do when that fails.
 
-The hub's own client waits for ever for a server that does not answer, and asks the same again and again for one that
-is not there. A firewall that drops packets would so cost a job its time; here it costs seconds.
+The hub's own client waits without limit for a server that does not answer, and retries again and again if it cannot
+connect. Behind a firewall that drops packets a job would lose its time; with the one timed request made here first, it
+loses seconds.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ TIMEOUT_S = 10
 
 
 class Unreachable(ValueError):
-    """The hub does not answer from here, or must not be asked."""
+    """Is raised if the hub cannot be reached from here, or must not be asked."""
 
 
 class HubTrouble(RuntimeError):
-    """The hub answers, with an error of its own: the same command may work later."""
+    """Is raised if the hub answers with a server error: the same command may work later."""
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the hub."""
+    """Names a repository on the hub."""
 
     name: str
     """``owner/name``."""
@@ -41,14 +42,14 @@ class Repository:
 
     @property
     def page(self) -> str:
-        """Where a browser finds it."""
+        """Returns the address of its page."""
         return f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
 
     @property
     def command(self) -> str:
-        """Fetches it by hand."""
+        """Returns the command that downloads it by hand."""
         revision = f" --revision {self.revision}" if self.revision else ""
-        if self.kind == "dataset":  # LeRobot has a cache of its own
+        if self.kind == "dataset":  # LeRobot has its own cache
             return f"`hf download --repo-type dataset {self.name}{revision} --local-dir DIR`, with `root: DIR`"
         return f"`hf download {self.name}{revision}`"
 
@@ -57,7 +58,7 @@ class Repository:
 
 
 def parse(reference: str) -> Repository | None:
-    """The repository behind ``owner/name`` or ``owner/name@revision``; None if it does not look like one."""
+    """Parses ``owner/name`` or ``owner/name@revision``; returns None if the reference does not look like one."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", reference):
         return None
     name, _, revision = reference.partition("@")
@@ -67,20 +68,20 @@ def parse(reference: str) -> Repository | None:
 def snapshot(
     repository: Repository, key: str, patterns: Sequence[str] | None = None, cache: Path | None = None
 ) -> Path:
-    """The folder of a repository in the local cache, brought up to date when the hub can be asked.
+    """Returns a repository's folder in the local cache, brought up to date if the hub can be reached.
 
-    A copy in the cache serves also when the hub refuses or is away; the log then says so.
+    If the hub refuses or cannot be reached, a copy in the cache is used, and the log says so.
 
     Args:
-        repository: which.
-        key: the config key it stands under, for messages.
-        patterns: which files; all when None.
-        cache: the cache's folder; None is the hub client's own.
+        repository: the repository to download.
+        key: the config key that names it, for messages.
+        patterns: patterns of the files to download; None for all.
+        cache: the cache's folder; None for the hub client's own.
 
     Raises:
-        ValueError: if it is not in the cache and cannot be had, with what to do; within some `TIMEOUT_S` when there is
-            no network.
-        HubTrouble: if it is not in the cache and the hub has a trouble that may pass.
+        ValueError: if it is not in the cache and cannot be downloaded, with what to do; without a network this takes about
+            ``TIMEOUT_S`` seconds.
+        HubTrouble: if it is not in the cache and the hub has an error that may pass.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, IncompleteSnapshotError, LocalEntryNotFoundError
@@ -110,7 +111,7 @@ def snapshot(
 
 
 def is_offline() -> bool:
-    """Whether the hub must not be asked (``HF_HUB_OFFLINE=1``)."""
+    """Says whether the hub must not be asked (``HF_HUB_OFFLINE=1``)."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -118,10 +119,10 @@ def is_offline() -> bool:
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """Within, this process behaves as one that was started with ``HF_HUB_OFFLINE=1``."""
+    """Makes this process behave, within the block, as if it had been started with ``HF_HUB_OFFLINE=1``."""
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE  # the one place that every library asks, at each request
+    before = constants.HF_HUB_OFFLINE  # every library reads this variable at each request
     constants.HF_HUB_OFFLINE = True
     try:
         yield
@@ -137,10 +138,12 @@ def _ask(repository: Repository) -> None:
 
 
 def _within(seconds: float, question: Callable[[], None]) -> None:
-    """Asks, for so long at most: a client's own limit holds for one address of the server, and there may be many.
+    """Asks with a limit on the total time.
+
+    A client's own limit holds for each address of the server, of which there may be many.
 
     Raises:
-        TimeoutError: if there is no answer until then; or what the question raises.
+        TimeoutError: if there is no answer in time. Errors that the question raises are raised here too.
     """
     outcome: list[BaseException | None] = []
 
@@ -148,7 +151,7 @@ def _within(seconds: float, question: Callable[[], None]) -> None:
         try:
             question()
             outcome.append(None)
-        except BaseException as error:  # raised again below, in the caller's thread
+        except BaseException as error:  # it is raised again below, in the caller's thread
             outcome.append(error)
 
     thread = threading.Thread(target=asked, daemon=True)
@@ -162,7 +165,7 @@ def _within(seconds: float, question: Callable[[], None]) -> None:
 
 @contextmanager
 def _explained(repository: Repository, key: str) -> Iterator[None]:
-    """Turns what the hub's client raises into what the user can do."""
+    """Turns errors of the hub's client into messages that say what the user can do."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -174,7 +177,7 @@ def _explained(repository: Repository, key: str) -> Iterator[None]:
         raise ValueError(f"{key}: '{repository}' cannot be the name of a repository: {error}") from None
     except (httpx.HTTPError, OSError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else None
-        if cause is not None:  # the client's own summary of an answer to one of the files
+        if cause is not None:  # the client wraps the hub's answer to one of the files
             raise _answered(repository, key, cause) from None
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise ValueError(
@@ -190,7 +193,7 @@ def _explained(repository: Repository, key: str) -> Iterator[None]:
 
 
 def _answered(repository: Repository, key: str, error: Any) -> Exception:
-    """What to raise for an answer of the hub that is no success."""
+    """Returns the exception to raise for an error status of the hub."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     status, page = error.response.status_code, repository.page
@@ -203,7 +206,7 @@ def _answered(repository: Repository, key: str, error: Any) -> Exception:
     elif isinstance(error, RevisionNotFoundError):
         reason = f"it has no revision '{repository.revision or 'main'}'"
         advice = f"{page}/tree/main lists its branches and tags."
-        if repository.kind == "dataset":  # the tag of the format is asked for where the config says nothing
+        if repository.kind == "dataset":  # where the config names no revision, the tag of the format is requested
             advice += " Write one of them in the data set's entry, such as `revision: main`."
     elif isinstance(error, RepositoryNotFoundError):
         reason = f"there is no such {'data set' if repository.kind == 'dataset' else 'model'}, or it is private"

@@ -15,7 +15,8 @@ import shlex
 import sys
 
 from agent import command_line
-from agent.data.prepare import own_arguments, prepare_all
+from agent.data.frames.making import prepare_all
+from agent.data.prepare import own_arguments
 from agent.preflight.needs import job_environment, prepare
 
 log = logging.getLogger("agent.prepare")

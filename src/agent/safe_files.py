@@ -1,7 +1,7 @@
-"""Writes files that are never seen half written, and locks places for one process at a time.
+"""Writes files atomically, so that nobody sees them half written, and locks files for one process at a time.
 
-A file or folder is written beside its place, flushed to the disk, and renamed: a reader, or a machine that stops, finds
-the old contents or the new ones. A lock goes with its process, however that dies.
+A file or folder is written under a temporary name beside its destination, flushed to the disk and renamed: a reader finds
+the old contents or the new ones, even after the machine has stopped. A lock ends with its process, however that dies.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a small file by another text, in UTF-8.
+    """Replaces the contents of a small file by a text, in UTF-8.
 
     Raises:
-        OSError: naming the file, which an error of writing does not do by itself.
+        OSError: if writing fails; unlike the system's own error it always names the file.
     """
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file by other contents.
+    """Replaces the contents of a file.
 
     Raises:
-        OSError: naming the file, which an error of writing does not do by itself.
+        OSError: if writing fails; unlike the system's own error it always names the file.
     """
     try:
         with replacing(path) as temporary:
@@ -42,7 +42,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_link(path: Path, target: str) -> None:
-    """Replaces a symbolic link by one to another target, and flushes that to the disk."""
+    """Replaces a symbolic link by one to another target, and flushes the change to the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -52,11 +52,10 @@ def write_link(path: Path, target: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a place for a file or folder, which is flushed and takes the name ``path`` when the block has ended well.
+    """Yields a temporary path for a file or folder, which is flushed and renamed to ``path`` if the block succeeds.
 
-    The place is in the same folder, hidden, and its name is this call's own: two nodes that share a disk may have the
-    same process ids. What is written there is removed when the block raises. A folder can only take the name of an empty
-    one or of none.
+    The temporary path is hidden, in the same folder, and has a random name, because two nodes that share a disk may have
+    the same process ids. If the block raises, what was written there is removed. A folder can only replace an empty folder.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
@@ -78,7 +77,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # What the system says where no folder can be synced (AFS, OrangeFS): no failure, and the files themselves are.
+        # Some file systems (AFS, OrangeFS) cannot sync folders and say so. The files themselves are synced: no failure.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:
@@ -89,10 +88,10 @@ def lock(path: Path, kind: str, held: Callable[[str], str], patience_s: float = 
     """Locks a file until the handle that is returned is closed, or the process ends.
 
     Args:
-        path: made if it is not there.
-        kind: what works there, a word for the warning where files cannot be locked.
-        held: the error's text if another process has locked it, from what that process has written into the file.
-        patience_s: how long to wait for a holder that may be dead already, with a thread still in the kernel.
+        path: the file, which is created if it does not exist.
+        kind: a word for what works there, for the warning where files cannot be locked.
+        held: makes the error's text from what the process that holds the lock has written into the file.
+        patience_s: seconds to wait for a holder that may be dead already, with a thread still in the kernel.
 
     Raises:
         ValueError: if another process has locked it.
@@ -108,7 +107,7 @@ def lock(path: Path, kind: str, held: Callable[[str], str], patience_s: float = 
             text = held(_text_of(handle))
             os.close(handle)
             raise ValueError(text) from None
-        except OSError as error:  # Lustre without its flock option, for instance: no reason to refuse all work there
+        except OSError as error:  # such as Lustre without its flock option, which is no reason to refuse all work
             log.warning(
                 "%s cannot be locked (%s): make sure that no second %s is at work there", path.parent, error, kind
             )
@@ -117,7 +116,7 @@ def lock(path: Path, kind: str, held: Callable[[str], str], patience_s: float = 
 
 @contextmanager
 def alone(path: Path, kind: str) -> Iterator[None]:
-    """Refuses a second piece of work of this kind in the folder of the file ``path``, which is locked meanwhile."""
+    """Locks the file ``path`` during the block, so that a second piece of work of this kind in its folder is refused."""
     handle = lock(path, kind, lambda _: f"another {kind} is at work in {path.parent}; wait for it, or end it")
     try:
         yield
@@ -126,16 +125,16 @@ def alone(path: Path, kind: str) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> tuple[bool | None, str]:
-    """Whether a process holds the lock of a file, None where that cannot be told, and what the file says about it.
+    """Returns whether a process holds a file's lock (None if that cannot be told), and the file's text about the holder.
 
-    Nobody who locks it for good is turned away by the question.
+    Asking never makes a process that wants the lock fail.
     """
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return None, ""
     try:
-        # Shared, and given back at once: who takes the lock in this moment tries again.
+        # The shared lock is released at once, and a process that wants the lock in this moment tries again.
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True, _text_of(handle)

@@ -24,9 +24,12 @@ from agent.batch import ActionChunk, Batch, Observation
 from agent.checkpoints import tensor_file
 from agent.checkpoints.finding import find_weights
 from agent.checkpoints.weights import Coverage, account, load_into
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.flow_matching import FlowDraws
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi import adapter
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 
 KEY = "load_from_checkpoint"
 TINY = {"depth": 2, "mlp_dim": 24, "heads": 2, "kv_heads": 1, "head_dim": 8, "vocab_size": 20}
@@ -62,7 +65,10 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
     return folder
 
 
-def load(policy: PI0, reference: Path | str, match=adapter.from_lerobot) -> Coverage:
+FROM_PALIGEMMA = partial(adapter.from_base, "paligemma_pretrained_path")
+
+
+def load(policy: PI0, reference: Path | str, match=adapter.from_policy) -> Coverage:
     """As the trainer does it."""
     files = find_weights(str(reference), KEY)
     return load_into(policy.state_dict(), files, partial(match, config=CONFIG), adapter.fit)
@@ -183,7 +189,11 @@ def paligemma(layout: adapter.Layout, vocabulary: int = 20) -> dict[str, torch.T
 @pytest.mark.parametrize("layout", adapter.PALIGEMMAS, ids=lambda layout: layout.title)
 def test_paligemma_leaves_the_expert_fresh_and_counts_it(tmp_path, layout):
     policy, untouched = model(2), model(2)
-    coverage = load(policy, write(tmp_path, paligemma(layout, vocabulary=24)), adapter.from_paligemma)
+    coverage = load(
+        policy,
+        write(tmp_path, paligemma(layout, vocabulary=24)),
+        FROM_PALIGEMMA,
+    )
     from_file = {"vision", "projector", "language"}
     for name, value in policy.state_dict().items():
         source = model(1) if name.split(".")[0] in from_file else untouched
@@ -416,8 +426,7 @@ def batch() -> Batch:
             is_pad=torch.zeros(2, 6, dtype=torch.bool),
             dim_mask=real,
         ),
-        noise=torch.randn(2, 6, 32, generator=g),
-        time=torch.tensor([0.2, 0.9]),
+        draws=FlowDraws(torch.randn(2, 6, 32, generator=g), torch.tensor([0.2, 0.9])),
         sample_index=torch.arange(2),
         provenance=torch.zeros(2, 3, dtype=torch.int64),
     )
@@ -431,7 +440,7 @@ def test_every_vintage_with_the_same_values_gives_the_same_loss(tmp_path, publis
         policy = model(2)
         coverage = load(policy, folder)
         assert coverage.source.endswith(f"({title})") and not coverage.fresh and not coverage.adapted
-        losses[title] = policy(batch())
+        losses[title] = policy(batch())["flow"]
     first, *others = losses.values()
     assert torch.isfinite(first).all() and all(torch.equal(first, other) for other in others)
 
@@ -480,7 +489,7 @@ def test_weights_of_fewer_dimensions_are_widened_by_zeros(tmp_path, published):
     # The added dimensions change nothing: what the model predicts for the others does not depend on them.
     one, other = batch(), batch()
     other.observation.state[:, 7:] += 1
-    assert torch.equal(policy(one), policy(other))
+    assert torch.equal(policy(one)["flow"], policy(other)["flow"])
 
 
 def test_weights_of_more_dimensions_say_what_to_write(tmp_path, published):
@@ -523,11 +532,11 @@ def test_every_tensor_of_the_published_lists(tmp_path, file):
     assert values.keys() == names.keys() and len(values) > 770
     prefix = "model." if file == "openpi" else ""
     write(tmp_path, {name.removeprefix(prefix): tensor.clone().contiguous() for name, tensor in values.items()})
-    match = partial(adapter.from_lerobot, config=ALL_TENSORS)
+    match = partial(adapter.from_policy, config=ALL_TENSORS)
     coverage = load_into(policies[1].state_dict(), find_weights(str(tmp_path), KEY), match, adapter.fit)
     assert sorted(coverage.loaded) == sorted(policies[1].state_dict())
     assert_same(policies[1], policies[0])
-    assert torch.equal(policies[0](batch()), policies[1](batch()))
+    assert torch.equal(policies[0](batch())["flow"], policies[1](batch())["flow"])
 
 
 def header_only(path: Path, shapes: dict[str, tuple[int, ...]], number_type: torch.dtype) -> Path:
@@ -543,14 +552,14 @@ def header_only(path: Path, shapes: dict[str, tuple[int, ...]], number_type: tor
 def test_every_vintage_at_real_size_by_its_headers(tmp_path, file):
     config = PI0Config()
     named = reference("pi0_tensors_lerobot_0.6.json" if file in ("openpi", "PaliGemma") else file)
-    match = adapter.from_lerobot
+    match = adapter.from_policy
     if file == "openpi":
         named = {name.removeprefix("model."): shape for name, shape in named.items()}
     if file == "PaliGemma":
         start = "model.paligemma_with_expert.paligemma."
         named = {name.removeprefix(start): shape for name, shape in named.items() if name.startswith(start)}
         named["model.language_model.embed_tokens.weight"] = (257216, 2048)
-        match = adapter.from_paligemma
+        match = FROM_PALIGEMMA
     files = [header_only(tmp_path / "model.safetensors", named, torch.bfloat16)]
     assert files[0].stat().st_size > 5e9
     shapes = adapter.shapes(config)

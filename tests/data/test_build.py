@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from support.samples import FRONT, SPEC, WRIST, built, by_number, dataset_config, micro_batches, opened
 
-from agent.data.loading.loader import ValDataConfig, validation_batches
+from agent.batch import SampleSpec
+from agent.data.configuration import ValDataConfig
+from agent.data.loading.loader import validation_batches
 from agent.data.recorded.episodes import hold_out
-from agent.data.samples.transforms import SampleSpec
 
 
 def test_non_finite_actions(video, tmp_path, tokenizer):
@@ -58,7 +59,7 @@ def test_mismatches_with_the_model(video, pictures, tokenizer):
     with pytest.raises(ValueError, match="at most max_action_dim = 6"):
         mapped(None, spec=SampleSpec(4, 16, 6, (48, 48), 16, (FRONT,), 7, 7))
     with pytest.raises(ValueError, match="normalization_mapping.VISUAL must be IDENTITY"):
-        built(dataset_config(video), tokenizer=tokenizer, normalization_mapping={"VISUAL": "MEAN_STD"})
+        built(dataset_config(video), tokenizer=tokenizer, modes={"VISUAL": "MEAN_STD"})
     with pytest.raises(ValueError, match="data.train.datasets is empty"):
         built(tokenizer=tokenizer)
 
@@ -112,10 +113,10 @@ def test_shapes_and_masks(video, tokenizer):
     assert batch.observation.image_masks[FRONT].all()
     assert batch.observation.state.shape == (8, 16) and not batch.observation.state[:, 7:].any()
     assert batch.observation.tokens.shape == batch.observation.token_mask.shape == (8, 8)  # not 16
-    assert batch.actions.values.shape == batch.noise.shape == (8, 4, 10)
+    assert batch.actions.values.shape == batch.draws.noise.shape == (8, 4, 10)
     assert batch.actions.dim_mask.tolist() == [[True] * 7 + [False] * 3] * 8
     assert (batch.actions.values[..., 7:] == 0).all()
-    assert str(batch.actions.values.dtype) == str(batch.noise.dtype) == "torch.float32"
+    assert str(batch.actions.values.dtype) == str(batch.draws.noise.dtype) == "torch.float32"
 
 
 def test_a_camera_that_some_robots_lack(video, pictures, tokenizer):

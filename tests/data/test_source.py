@@ -16,7 +16,8 @@ from support.samples import FRONT, WRIST, dataset_config, opened
 
 from agent.data import source as source_module
 from agent.data.recorded.episodes import hold_out
-from agent.data.source import choose_video_backend, open_source
+from agent.data.recorded.video import choose_video_backend
+from agent.data.source import open_source
 
 
 @pytest.mark.parametrize("backend", ["pyav", None])
@@ -117,8 +118,8 @@ def test_video_backend(monkeypatch):
     with pytest.raises(ValueError, match="write torchcodec, pyav"):
         choose_video_backend("cv2")
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # installed, but does not import
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()
     assert choose_video_backend(None) == "pyav"
     with pytest.raises(ValueError, match="does not load here"):
         choose_video_backend("torchcodec")
-    source_module.choose_video_backend.cache_clear()
+    choose_video_backend.cache_clear()

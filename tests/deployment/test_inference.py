@@ -172,11 +172,12 @@ def test_alone_as_in_a_batch(policy):
 
 
 def test_the_noise_is_a_function_of_its_name(policy):
-    noise = policy.noise(3, "robot", 7)
+    noise = policy.draws(3, "robot", 7).noise
     assert noise.shape == (CHUNK, 32) and noise.dtype == np.float32
-    assert np.array_equal(noise, policy.noise(3, "robot", 7))
-    for other in (policy.noise(4, "robot", 7), policy.noise(3, "task", 7), policy.noise(3, "robot", 8)):
-        assert not np.array_equal(noise, other)
+    assert np.array_equal(noise, policy.draws(3, "robot", 7).noise)
+    assert np.array_equal(noise, policy.noise(3, "robot", 7).noise)  # the older name
+    for other in (policy.draws(4, "robot", 7), policy.draws(3, "task", 7), policy.draws(3, "robot", 8)):
+        assert not np.array_equal(noise, other.noise)
 
 
 def test_bfloat16_acts_nearly_so(folder, policy):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from support.launching import TORCHRUN
 
-from agent.parallel.processes import Launch, choose_device, read_launch
+from agent.parallel.launch import Launch, choose_device, read_launch
 
 
 def test_local_rank_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,7 +222,7 @@ def test_what_is_recomputed_changes_no_bit(bf16: bool) -> None:
         model = lively_model().train()
         recompute(model.wrap_units(), how)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses[how] = model(make_batch())
+            losses[how] = model(make_batch())["flow"]
         losses[how].sum().backward()
         gradients[how] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for how in ("blocks", "full"):
@@ -236,7 +236,7 @@ def test_blocks_recomputes_what_is_elementwise_and_full_everything() -> None:
     for how in ("none", "blocks", "full"):
         model = lively_model().train()
         recompute(model.wrap_units(), how)
-        loss = model(make_batch()).sum()
+        loss = model(make_batch())["flow"].sum()
         with _Count() as count:
             loss.backward()
         calls[how] = count.calls
@@ -326,11 +326,11 @@ def test_a_block_that_fails_later_runs_eagerly_and_says_so_once(
     monkeypatch.setattr(torch, "compile", compiler)
     policy = parallelize(lively_model(), ONE, activation_checkpointing="full", compile_mode="default")
     policy.train()
-    expected = policy(make_batch())
+    expected = policy(make_batch())["flow"]
     agree_on_compilation(policy, ONE)
     assert not caplog.records
     working[0] = False
-    losses = policy(make_batch())
+    losses = policy(make_batch())["flow"]
     losses.sum().backward()
     assert torch.equal(losses, expected)
     assert [record.getMessage() for record in caplog.records] == [

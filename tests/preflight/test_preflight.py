@@ -27,7 +27,8 @@ from support.forked import ForkServer
 from support.launching import MODEL, REPOSITORY, RUN, Workplace
 
 from agent.configuration_pipeline import load_config
-from agent.models.pi0.memory import Training, predict
+from agent.models.common.memory import Training
+from agent.models.pi.memory import predict
 from agent.parallel.launch import Launch
 from agent.preflight import memory, rehearsal
 from agent.preflight.context import Context

@@ -150,7 +150,7 @@ def request(number: int = 0) -> dict[str, Any]:
 def expected(policy: LoadedPolicy, given: dict[str, Any], k: int = 0, seed: int = SEED) -> np.ndarray:
     picture, state, task = given.values()
     observation = {FRONT: picture, "observation.state": state, "task": task}
-    return policy.act([observation], [policy.noise(seed, "serve", k)])[0]
+    return policy.act([observation], [policy.draws(seed, "serve", k)])[0]
 
 
 def agree(ours: np.ndarray, theirs: np.ndarray) -> bool:
@@ -669,7 +669,7 @@ module._PATIENCE_S = 0.5
 def hangs(observations, noise):
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(3600)
-policy = SimpleNamespace(act_each=hangs, cameras={}, renamed={}, check=lambda o: None, noise=lambda *a: 0)
+policy = SimpleNamespace(act_each=hangs, cameras={}, renamed={}, check=lambda o: None, draws=lambda *a: 0)
 server = module.Server(policy, Translation(policy, {}), {}, None, None, Limits(1, 1.0, 1.0, 60.0))
 listener = socket.create_server(("127.0.0.1", 0))
 def ask():

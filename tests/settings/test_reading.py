@@ -217,7 +217,7 @@ def test_every_policy_of_lerobot_is_told_apart() -> None:
     import lerobot.policies
     import lerobot.rewards
 
-    from agent.settings.other_models import unknown_type
+    from agent.models.other_models import unknown_type
 
     registered = re.compile(r'Config\.register_subclass\((?:name=)?"(\w+)"\)')
     files = [
@@ -309,4 +309,4 @@ def test_dump_loads_again(files: Files) -> None:
     again, notes = load_config(saved, [], 1)
     assert again == config
     assert notes == []
-    assert changes_since(yaml.safe_load(saved.read_text()), dump(again)) == []
+    assert changes_since(yaml.safe_load(saved.read_text()), again) == []

@@ -45,7 +45,7 @@ def build(model: Any) -> Any:
     import torch
 
     with torch.device("meta"):
-        return registry.policy_class(model)(model)
+        return registry.family(model).policy(model)
 
 
 @pytest.mark.parametrize("stem", STEMS)

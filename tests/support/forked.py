@@ -24,7 +24,7 @@ from support.launching import REPOSITORY, Workplace
 _SERVER = r"""
 import json, os, sys
 import torch, transformers, lerobot.datasets.lerobot_dataset, agent.run, agent.training.building, agent.training.trainer
-import agent.models.pi0.model, agent.models.pi0.adapter, agent.models.pi0.pretrained
+import agent.models.pi.model, agent.models.pi.adapter, agent.models.pi.saved
 import torch.nn.parallel, torch.distributed, safetensors.numpy, PIL.PngImagePlugin
 try:
     import torchcodec.decoders

@@ -36,7 +36,7 @@ def record() -> None:
 
         def watched() -> Any:
             for batch in batches:
-                for k, provenance, time_k in zip(batch.sample_index, batch.provenance, batch.time, strict=True):
+                for k, provenance, time_k in zip(batch.sample_index, batch.provenance, batch.draws.time, strict=True):
                     seen.append([int(k), *provenance.tolist(), float(time_k)])
                 yield batch
 
@@ -79,7 +79,7 @@ def follow_a_reference() -> None:
             copies.update({name: p.detach().clone() for name, p in trained.items()})
             optimizers.append(torch.optim.AdamW(copies.values(), **numbers["adamw"]))
         with run.precision():
-            loss = torch.cat([run.model(to_device(batch, run.processes.device)) for batch in share]).mean()
+            loss = torch.cat([run.model(to_device(batch, run.processes.device))["flow"] for batch in share]).mean()
         for copy, gradient in zip(copies.values(), torch.autograd.grad(loss, list(trained.values())), strict=True):
             copy.grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(copies.values(), numbers["max_norm"])
@@ -316,7 +316,7 @@ def count_waits() -> None:
 
     import torch
 
-    from agent.models.pi0.model import PI0
+    from agent.models.pi.model import PI0
     from agent.training import step, trainer
 
     target = Path(os.environ["WAITS"] + f".{_rank()}")
@@ -380,7 +380,7 @@ def count_batches_in_memory() -> None:
                 with open(target, "a") as stream:
                     stream.write(f"{sum(not block.expired() for block in blocks)}\n")
                 batch = next(batches)
-                blocks.append(StorageWeakRef(batch.noise.untyped_storage()))
+                blocks.append(StorageWeakRef(batch.draws.noise.untyped_storage()))
                 yield batch
                 del batch
 
@@ -525,3 +525,10 @@ def fail_on_rank_1_while_building() -> None:
         return parallelize(policy, *arguments, **keywords)
 
     building.parallelize = broken
+
+
+def know_the_tiny_family() -> None:
+    """The type ``tiny`` is registered."""
+    from support import tiny_family
+
+    tiny_family.register()

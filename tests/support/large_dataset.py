@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from agent.data.source import DatasetConfig
+from agent.data.configuration import DatasetConfig
+from agent.models.flow_matching import FlowDraws
 from support.launching import REPOSITORY
 
 CAMERA = "observation.images.front"
@@ -166,8 +167,8 @@ def _numbered(folder: Path, number: int, kind: str) -> Path:
     return path
 
 
-def draw(k: int) -> tuple[np.ndarray, float]:
-    return np.zeros((4, 8), np.float32), 0.5
+def draw(k: int) -> FlowDraws:
+    return FlowDraws(np.zeros((4, 8), np.float32), np.float32(0.5))
 
 
 def most_memory() -> int:
@@ -179,9 +180,13 @@ def most_memory() -> int:
 def start(*roots: tuple[Path | str, float | None]) -> dict:
     """From the config of the data to the first batch of 32 samples: what it took and what it gave."""
     begin = time.perf_counter()
+    from agent.batch import SampleSpec
     from agent.data.build import build_data
-    from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader
-    from agent.data.samples.transforms import SampleSpec
+    from agent.data.configuration import DataConfig, TrainDataConfig
+    from agent.data.loading.loader import TrainLoader
+    from agent.data.normalization.robot_statistics import Normalization
+    from agent.data.samples.instructions import Wording
+    from support.samples import prompt_of
 
     datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]
     data = build_data(
@@ -190,8 +195,8 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
         seed=0,
         draw=draw,
         validation_draw=draw,
-        tokenizer_path=str(REPOSITORY / "demo" / "tokenizer"),
-        normalization_mapping={"STATE": "MEAN_STD", "ACTION": "QUANTILES"},
+        normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "QUANTILES"}),
+        wording=Wording(prompt_of(REPOSITORY / "demo" / "tokenizer")),
     )
     batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
     statistics = [data.robots[0].state_statistics, data.robots[0].action_statistics]

@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from agent.data.loading.loader import SampleReader, collate
+from agent.batch import SampleSpec
 from agent.data.normalization.normalizer import FeatureStatistics, Normalizer, compute_statistics, to_lerobot_stats
 from agent.data.normalization.robot import Robot
+from agent.data.samples.reader import SampleReader, collate
 from agent.data.samples.task_tokens import make_task_tokens
-from agent.data.samples.transforms import SampleSpec
-from agent.models.pi0 import configuration
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models import registry
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.flow_matching import FlowDraws
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi import configuration
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 from support.stores import write_pretrained
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,9 +159,9 @@ def our_actions(model: PI0, recording: Recording, resized_by_the_model: bool) ->
     normalizers = [
         Normalizer(config.normalization_mapping[kind], s) for kind, s in (("STATE", state), ("ACTION", action))
     ]
-    tokens = make_task_tokens(TOKENIZER, config.tokenizer_max_length, TASKS)
+    tokens = make_task_tokens(registry.family(config).prompt(config), TASKS)
     robot = Robot("test", *normalizers, mean_action=np.zeros(ACTION_DIM, np.float32))
-    reader = SampleReader([recording], [robot], tokens, spec, lambda k: (noise_of(k), 0.5))  # type: ignore[list-item]
+    reader = SampleReader([recording], [robot], tokens, spec, lambda k: FlowDraws(noise_of(k), np.float32(0.5)))  # type: ignore[list-item]
     samples = [reader.sample(k, 0, k) for k in range(len(recording.frames))]
     batch = collate(samples, spec, tokens.pad_token_id)
     observation = batch.observation
@@ -165,7 +169,7 @@ def our_actions(model: PI0, recording: Recording, resized_by_the_model: bool) ->
         raw = {slot: torch.stack([frame.images[slot] for frame in recording.frames]) for slot in CAMERAS}
         observation = replace(observation, images=raw)
     with torch.no_grad():
-        return normalizers[1].unnormalize(model.sample_actions(observation, batch.noise)[..., :ACTION_DIM])
+        return normalizers[1].unnormalize(model.sample_actions(observation, batch.draws)[..., :ACTION_DIM])
 
 
 def their_actions(folder: Path, recording: Recording) -> torch.Tensor:

@@ -9,10 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
+from agent.batch import Prompt, SampleSpec
 from agent.data.build import build_data
-from agent.data.loading.loader import DataConfig, TrainDataConfig, TrainLoader, ValDataConfig
-from agent.data.samples.transforms import SampleSpec
-from agent.data.source import DatasetConfig, open_source
+from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
+from agent.data.loading.loader import Share, TrainLoader
+from agent.data.normalization.robot_statistics import Normalization
+from agent.data.samples.instructions import Wording
+from agent.data.source import open_source
+from agent.models.flow_matching import FlowDraws
+from agent.models.pi.prompt import with_newline
 from agent.reproducibility import stream
 
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"
@@ -31,7 +36,12 @@ MODES = {"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "MEAN_STD"}
 
 def draw(seed, purpose, k):
     generator = stream(seed, purpose, k)
-    return generator.standard_normal((4, 10)).astype(np.float32), float(generator.random())
+    return FlowDraws(generator.standard_normal((4, 10)).astype(np.float32), np.float32(generator.random()))
+
+
+def prompt_of(tokenizer, max_length=SPEC.tokenizer_max_length):
+    """π0's prompt with a tokenizer of a test."""
+    return Prompt(str(tokenizer), max_length, with_newline, 257152, "vocab_size")
 
 
 def dataset_config(root, **settings):
@@ -44,13 +54,13 @@ def opened(root, **settings):
     return source
 
 
-def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", **settings):
+def built(*configs, tokenizer, spec=SPEC, val=None, frame_store="auto", modes=MODES, task_paraphrase=None, **settings):
     arguments = {
         "seed": 5,
         "draw": partial(draw, 5, "noise"),
         "validation_draw": partial(draw, 5, "validation"),
-        "normalization_mapping": MODES,
-        "tokenizer_path": tokenizer,
+        "normalization": Normalization(modes),
+        "wording": Wording(prompt_of(tokenizer), task_paraphrase),
     }
     config = DataConfig(TrainDataConfig(list(configs), num_workers=0, frame_store=frame_store), val or ValDataConfig())
     return build_data(config, spec, **{**arguments, **settings})
@@ -62,9 +72,7 @@ def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, worker
         data.mixture,
         global_batch=16,
         per_device_batch=batch,
-        rank=rank,
-        world=world,
-        first_sample=first_sample,
+        share=Share(rank, world, first_sample),
         num_workers=workers,
     )
     batches = [next(loader) for _ in range(count)]
@@ -82,8 +90,8 @@ def by_number(batches):
             batch.observation.tokens[row][batch.observation.token_mask[row]].tolist(),
             batch.actions.values[row].tolist(),
             batch.actions.is_pad[row].tolist(),
-            batch.noise[row].tolist(),
-            float(batch.time[row]),
+            batch.draws.noise[row].tolist(),
+            float(batch.draws.time[row]),
         )
         for batch in batches
         for row, k in enumerate(batch.sample_index)

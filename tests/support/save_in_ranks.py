@@ -28,7 +28,8 @@ from agent.checkpoints import tensor_file, tensor_reader
 from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import PRETRAINED, TRAINING, CheckpointStore
 from agent.checkpoints.writer import CheckpointWriter
-from agent.parallel.processes import Launch, Processes
+from agent.parallel.launch import Launch
+from agent.parallel.processes import Processes
 from support.stores import contents, newest
 
 WEIGHTS = f"{PRETRAINED}/model.safetensors"

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from agent.batch import ActionChunk, Batch, Observation
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config, VisionVariant
-from agent.models.pi0.model import PI0
+from agent.models.common.sizes import GemmaVariant, VisionVariant
+from agent.models.flow_matching import FlowDraws, FlowSampling
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
 # LeRobot's attention assumes eight heads.
@@ -73,8 +76,9 @@ def make_batch(
             is_pad=torch.zeros(size, 6, dtype=torch.bool),
             dim_mask=dim_mask,
         ),
-        noise=torch.randn(size, 6, 32, generator=g),
-        time=torch.rand(size, generator=g) * 0.999 + 0.001,
+        draws=FlowDraws(
+            noise=torch.randn(size, 6, 32, generator=g), time=torch.rand(size, generator=g) * 0.999 + 0.001
+        ),
         sample_index=torch.arange(size),
         provenance=torch.zeros(size, 3, dtype=torch.int64),
     )
@@ -85,7 +89,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).detach().norm() / theirs.detach().norm().clamp_min(1e-30))
 
 
-TIME = {"alpha": 1.5, "beta": 1.0, "scale": 0.999, "offset": 0.001}
+SAMPLING = FlowSampling(seed=7, purpose="train", shape=(6, 32), beta=(1.5, 1.0), scale=0.999, offset=0.001)
 
 
 def reference(name: str) -> dict[str, tuple[int, ...]]:
@@ -103,8 +107,14 @@ K = 3
 def several_pairs(batch: Batch, k: int = K) -> Batch:
     """The batch with K draws per sample; the first is the one it had."""
     g = torch.Generator().manual_seed(9)
-    noise = torch.randn(len(batch), k - 1, *batch.noise.shape[1:], generator=g)
+    first_noise, first_time = flow(batch).noise, flow(batch).time
+    noise = torch.randn(len(batch), k - 1, *first_noise.shape[1:], generator=g)
     time = torch.rand(len(batch), k - 1, generator=g) * 0.999 + 0.001
-    return replace(
-        batch, noise=torch.cat((batch.noise[:, None], noise), 1), time=torch.cat((batch.time[:, None], time), 1)
-    )
+    draws = FlowDraws(torch.cat((first_noise[:, None], noise), 1), torch.cat((first_time[:, None], time), 1))
+    return replace(batch, draws=draws)
+
+
+def flow(batch: Batch) -> FlowDraws:
+    """Noise and time of a batch."""
+    assert isinstance(batch.draws, FlowDraws)
+    return batch.draws

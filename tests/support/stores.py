@@ -11,7 +11,7 @@ from typing import Any
 from agent.checkpoints import tensor_file
 from agent.checkpoints.manifest import verify
 from agent.checkpoints.store import CheckpointStore
-from agent.models.pi.pretrained import pretrained_contents
+from agent.models.pi.saved import PI0Saved
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def newest(store: CheckpointStore) -> Found:
 
 def write_pretrained(folder: Path, *arguments: Any, **settings: Any) -> None:
     """Writes what `pretrained_contents` says of these arguments into an existing folder."""
-    files, write_small = pretrained_contents(*arguments, **settings)
+    files, write_small = PI0Saved().pretrained_contents(*arguments, **settings)
     for name, tensors in files.items():
         on_host = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
         tensor_file.write(

@@ -22,7 +22,7 @@ from PIL import Image
 from support.launching import with_support
 from support.records import offline_records, record, wandb_process
 
-from agent import progress
+from agent.tracking import progress
 from agent.tracking.jsonl import JsonLines
 from agent.tracking.metrics import Metrics
 from agent.tracking.wandb_sink import WandbConfig
@@ -302,7 +302,7 @@ import logging, sys
 from pathlib import Path
 from agent.tracking.console import setup_logging
 from agent.tracking.metrics import Metrics
-from agent.progress import followed
+from agent.tracking.progress import followed
 from support.launching import with_support
 from support.records import record
 setup_logging(0, debug=False)

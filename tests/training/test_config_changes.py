@@ -37,12 +37,12 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     ],
 )
 def test_changes_that_a_resume_refuses(files: Files, arguments: list[str], line: str) -> None:
-    assert line in changes_since(dump(files.load()), dump(files.load(*arguments)))
+    assert line in changes_since(dump(files.load()), files.load(*arguments))
 
 
 def test_another_number_of_data_sets_is_a_change(files: Files) -> None:
     one = '[{"repo_id": "lab/one"}]'
-    (line,) = changes_since(dump(files.load()), dump(files.load("--data.train.datasets", one)))
+    (line,) = changes_since(dump(files.load()), files.load("--data.train.datasets", one))
     assert line.startswith("data.train.datasets: [{'repo_id': 'lab/one'")
 
 
@@ -121,6 +121,6 @@ def test_a_run_under_way_keeps_the_form_of_its_schedule(files: Files, tmp_path: 
     ],
 )
 def test_changes_that_a_resume_allows(files: Files, arguments: list[str]) -> None:
-    before, after = dump(files.load()), dump(files.load(*arguments))
-    assert before != after
+    before, after = dump(files.load()), files.load(*arguments)
+    assert before != dump(after)
     assert changes_since(before, after) == []

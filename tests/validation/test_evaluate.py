@@ -6,7 +6,9 @@ Run: pytest tests/validation/test_evaluate.py   (a second)
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.batch import ActionChunk, Batch, Draws, Observation, ValidationBatch
 from agent.data.recorded.dimension_names import labels_of
-from agent.validation.measurement import DatasetNames, evaluate
+from agent.models.flow_matching import FlowDraws
+from agent.models.policy import Policy
+from agent.validation.measurement import DatasetNames, HeldOut, evaluate
 from agent.validation.picture import draw
 from agent.validation.record import Evaluation, ValidationRecords, document
 
@@ -29,8 +33,10 @@ def unnormalize(values: torch.Tensor, _item: ValidationBatch) -> np.ndarray:
     return (values[..., :OWN] * torch.tensor([2.0, 4.0]) + torch.tensor([10.0, -20.0])).numpy()
 
 
-class FakePolicy(nn.Module):
+class FakePolicy(Policy):
     """Loss and sampled actions of a sample are read off its noise; counts and checks its calls."""
+
+    loss_weights: ClassVar[Mapping[str, float]] = {"flow": 1.0}
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,14 +44,25 @@ class FakePolicy(nn.Module):
         self.dropout = nn.Dropout()
         self.sampled = 0
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
         assert not self.training and not torch.is_grad_enabled()
-        return self.dropout(batch.time * self.weight)
+        assert isinstance(batch.draws, FlowDraws)
+        return {"flow": self.dropout(batch.draws.time * self.weight)}
 
-    def sample_actions(self, observation: Observation, noise: torch.Tensor) -> torch.Tensor:
+    def sample_actions(self, observation: Observation, draws: Draws) -> torch.Tensor:
         assert not self.training and not torch.is_grad_enabled()
-        self.sampled += len(noise)
-        return self.dropout(noise * self.weight)
+        assert isinstance(draws, FlowDraws)
+        self.sampled += len(draws.noise)
+        return self.dropout(draws.noise * self.weight)
+
+    def frozen_parameters(self) -> dict[str, str]:
+        return {}
+
+    def wrap_units(self) -> list[nn.Module]:
+        return []
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        pass
 
 
 def item(samples: list[dict]) -> ValidationBatch:
@@ -60,8 +77,7 @@ def item(samples: list[dict]) -> ValidationBatch:
         batch=Batch(
             observation=Observation({}, {}, torch.zeros(size, 4), torch.zeros(size, 1).long(), torch.ones(size, 1) > 0),
             actions=ActionChunk(torch.full((size, T, A), 55.0), is_pad, (torch.arange(A) < OWN).expand(size, A)),
-            noise=noise,
-            time=torch.tensor([sample["loss"] for sample in samples]),
+            draws=FlowDraws(noise, torch.tensor([sample["loss"] for sample in samples])),
             sample_index=numbers,
             provenance=torch.tensor([[0, 3, sample["index"]] for sample in samples]),
         ),
@@ -94,10 +110,7 @@ def evaluation(
         policy,
         batches,
         processes or FakeProcesses(),
-        size=size,
-        unnormalize=unnormalize,
-        mean_actions=MEAN[None],
-        datasets=[DatasetNames("lab/arm", ["lift", "turn"])],
+        held_out=HeldOut(size, unnormalize, MEAN[None], [DatasetNames("lab/arm", ["lift", "turn"])]),
         thresholds=list(thresholds),
         precision=precision or contextlib.nullcontext,
     )
@@ -270,9 +283,14 @@ def test_robots_with_other_dimensions_are_counted_by_their_own():
     narrow.batch.actions.dim_mask[:] = torch.arange(A) < 1  # it has the first dimension only
     narrow.actions[..., 1:] = 0
     datasets = [DatasetNames("lab/arm", ["lift", "turn"]), DatasetNames("lab/slide", ["along"])]
-    keywords = {"size": 2, "unnormalize": unnormalize, "mean_actions": np.stack([MEAN, MEAN]), "datasets": datasets}
+    held_out = HeldOut(2, unnormalize, np.stack([MEAN, MEAN]), datasets)
     found = evaluate(
-        FakePolicy(), [wide, narrow], FakeProcesses(), **keywords, thresholds=[1.0], precision=contextlib.nullcontext
+        FakePolicy(),
+        [wide, narrow],
+        FakeProcesses(),
+        held_out=held_out,
+        thresholds=[1.0],
+        precision=contextlib.nullcontext,
     )
     assert found.names == ["action 0", "action 1"]  # theirs differ
     assert found.errors.per_dimension_l1 == [2 * (0.25 + 1 + 2) / 6, (0.5 + 0 + 4) / 3]

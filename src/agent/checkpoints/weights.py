@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,21 +20,36 @@ from agent.parallel import sharding
 class Layout(Protocol):
     """How the files name the model's tensors."""
 
-    title: str
-    fresh: list[tuple[str, str]]
+    @property
+    def title(self) -> str:
+        """Of the kind of file, for people."""
+
+    @property
+    def fresh(self) -> Sequence[tuple[str, str]]:
+        """Patterns of the model's names that such files do not hold → the reason."""
 
     def theirs(self, name: str) -> str | None:
         """The files' name of the model's tensor."""
-        ...
 
 
 class Match(Protocol):
     """Where each tensor of the files goes; the three together hold every name in the files."""
 
-    layout: Any
-    sources: dict[str, str]
-    waived: dict[str, str]
-    extra: list[str]
+    @property
+    def layout(self) -> Layout:
+        """How this kind of checkpoint names the tensors."""
+
+    @property
+    def sources(self) -> Mapping[str, str]:
+        """The model's name → the file's."""
+
+    @property
+    def waived(self) -> Mapping[str, str]:
+        """Names of the file that are left behind → the reason."""
+
+    @property
+    def extra(self) -> Sequence[str]:
+        """Names of the file that nobody knows."""
 
 
 Fit = Callable[[str, tuple[int, ...], tuple[int, ...]], "tuple[bool, str] | None"]
@@ -196,5 +211,5 @@ def account(
     return coverage, places
 
 
-def _rule(name: str, rules: list[tuple[str, str]]) -> str | None:
+def _rule(name: str, rules: Sequence[tuple[str, str]]) -> str | None:
     return next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)

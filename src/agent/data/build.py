@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import xxhash
 
+from agent.batch import SampleSpec
 from agent.data.configuration import DataConfig
 from agent.data.frames.store import jpeg_of
 from agent.data.loading.loader import start_fork_server
@@ -19,7 +20,6 @@ from agent.data.samples.building import make_readers
 from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Draw, SampleReader
-from agent.data.samples.transforms import SampleSpec
 
 
 @dataclass
@@ -94,7 +94,7 @@ def build_data(
         config: the data sets.
         spec: what the model wants of a sample.
         seed: the run's.
-        draw: k → noise (T, A) float32 and time of training sample k.
+        draw: k → random numbers of training sample k.
         validation_draw: the same for the validation set.
         normalization: how states and actions become the model's numbers.
         wording: how instructions become tokens.

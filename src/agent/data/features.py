@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from agent.batch import EMPTY_CAMERA, SampleSpec
 from agent.data.recorded.pictures import check_pictures
-from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source
-
-_EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no data set ever fills
 
 
 def check_features(
@@ -35,12 +33,12 @@ def check_features(
         ValueError: a table of what the model expects and what the data set has, all mismatches at once.
     """
     notes, robots = [], robots or [deployed] * len(sources)
-    if not spec.camera_slots or spec.state_dim is None or spec.action_dim is None:
+    if (spec.images and not spec.camera_slots) or spec.state_dim is None or spec.action_dim is None:
         # a data set that is looked at by itself may be of another robot
         first = sources[robots.index(deployed) if deployed in robots else 0]
         spec = _inferred(first, spec)
         notes.append(
-            f"the model's features are those of {first}: cameras {', '.join(spec.camera_slots)}, "
+            f"the model's features are those of {first}: cameras {', '.join(spec.camera_slots) or 'none'}, "
             f"state {spec.state_dim}, action {spec.action_dim}"
         )
     tables = []
@@ -49,11 +47,14 @@ def check_features(
         sizes = (spec.state_dim, spec.action_dim)
         if robot != deployed:
             sizes = (_size(first, first.config.state), _size(first, first.config.action))
-        mismatches = _camera_mismatches(source, spec) + _vector_mismatches(source, spec, sizes)
+        mismatches = (_camera_mismatches(source, spec) if spec.images else []) + _vector_mismatches(source, spec, sizes)
         if mismatches:
             tables.append(_table(source, mismatches))
             continue
         cameras = source.config.cameras or {slot: slot for slot in spec.camera_slots if not _is_empty(slot)}
+        if not spec.images:
+            source.cameras = {}
+            continue
         source.cameras = {slot: key for slot, key in cameras.items() if key is not None}
         left_out = [key for key in source.metadata.camera_keys if key not in source.cameras.values()]
         if left_out:
@@ -66,7 +67,7 @@ def check_features(
 
 
 def _is_empty(slot: str) -> bool:
-    return slot.startswith(_EMPTY_CAMERA)
+    return slot.startswith(EMPTY_CAMERA)
 
 
 def _size(source: Source, key: str) -> int | None:
@@ -76,7 +77,7 @@ def _size(source: Source, key: str) -> int | None:
 
 def _inferred(source: Source, spec: SampleSpec) -> SampleSpec:
     slots = tuple(source.config.cameras or source.metadata.camera_keys)
-    values: dict[str, Any] = {"camera_slots": spec.camera_slots or slots}
+    values: dict[str, Any] = {"camera_slots": (spec.camera_slots or slots) if spec.images else ()}
     for name, key in (("state_dim", source.config.state), ("action_dim", source.config.action)):
         size = _size(source, key)
         if size is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agent.batch import SampleSpec
 from agent.data.agreement import check_agreement
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig
 from agent.data.features import check_features
@@ -15,7 +16,6 @@ from agent.data.frames.store import WantedStore, stores_there
 from agent.data.normalization.robot_names import assign_robots
 from agent.data.recorded.episodes import hold_out
 from agent.data.recorded.metadata import spelled
-from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source, open_source
 
 
@@ -118,7 +118,7 @@ def _stores(sources: Sequence[Source], wanted: WantedStore) -> list[str]:
             lines.append(_kept_to(source, wanted.began_with[source.config.repo_id]))
         elif source.store is not None:
             lines.append(f"{source}: pictures from {source.store} ({source.store.manifest.encoding})")
-        elif wanted.setting != "none":
+        elif wanted.setting != "none" and source.cameras:
             without.append(str(source))
     if without:
         names = ", ".join(dict.fromkeys(without))

@@ -1,6 +1,6 @@
-"""Writes ``model.safetensors`` anew from a checkpoint's, under other names and in another number type.
+"""Copies a checkpoint's weights into a new ``model.safetensors``, under other names and in another number type.
 
-A piece at a time, so that the host holds a few megabytes of it, whatever the model's size.
+It copies piece by piece, so that a few megabytes are in memory at a time, whatever the model's size.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from agent.checkpoints import tensor_file
 def write(
     path: Path, names: Mapping[str, Callable[[], Tensor]], dtypes: Mapping[str, torch.dtype], cast: torch.dtype | None
 ) -> int:
-    """Writes tensors that are opened one after the other.
+    """Writes tensors to a safetensors file, opening one after the other.
 
     Args:
         path: the file, which must not exist.
-        names: name in the file → opens the tensor, at best mapped from a file. Called twice.
-        dtypes: name → the type to store it in, whatever ``cast`` says.
-        cast: the type of all others; None: each its own.
+        names: name in the file → function that opens the tensor, preferably mapped from a file. It is called twice.
+        dtypes: name → the type to store it in, in spite of ``cast``.
+        cast: the type of all others; None keeps each tensor's own.
 
     Returns:
-        The bytes of the file.
+        The size of the file in bytes.
 
     Raises:
-        OSError: from writing or syncing.
+        OSError: if writing or syncing fails.
     """
     forms = {}
     for name, opened in names.items():
@@ -50,7 +50,7 @@ def write(
 
 
 def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
-    """The bytes of a tensor in a type, some rows at a time."""
+    """Yields the bytes of a tensor in a type, some rows at a time."""
     if tensor.numel() == 0:
         return
     rows = tensor.unsqueeze(0) if tensor.ndim == 0 else tensor
@@ -60,14 +60,14 @@ def _pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[memoryview]:
 
 
 class Archives:
-    """Opens tensors of safetensors files by name, mapped: nothing is read before it is used."""
+    """Opens tensors of safetensors files by name. They are memory-mapped, so they are read only when they are used."""
 
     def __init__(self, files: list[Path]) -> None:
         self._stack = ExitStack()
         self._by_file = {path: self._stack.enter_context(safe_open(path, framework="pt")) for path in files}
 
     def tensor(self, path: Path, name: str) -> Tensor:
-        """A tensor of one of the files."""
+        """Opens a tensor of one of the files."""
         return self._by_file[path].get_tensor(name)
 
     def __enter__(self) -> Archives:

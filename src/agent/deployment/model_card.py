@@ -1,6 +1,6 @@
-"""The model card of an export: what the weights are, where they come from, how good they are, how to use them.
+"""Writes the model card of an export: what the weights are, where they come from, how good they are, how to use them.
 
-It names no folder of the machine that it was written on: of a path, the last part alone.
+The card names no folder of the machine that it was written on: it shows only the last part of a path.
 """
 
 from __future__ import annotations
@@ -27,46 +27,51 @@ _MEANING = {
     "val/ema_loss": "flow-matching loss of the averaged weights",
     "val/ema_action_l1": "mean error of theirs",
 }
-_TITLES = {"lerobot": "LeRobot 0.6", "lerobot_v1": "LeRobot before 0.4 (v1)", "openpi": "openpi (PyTorch)"}
 
 
 @dataclass
 class Facts:
-    """What the card tells."""
+    """Holds what the card says."""
 
     name: str
-    """Of the model."""
+    """The model's name."""
     target: str
-    """Format of the export."""
-    location: str
-    """Hub id or the folder's name: what to load."""
+    """The export's format, as in ``--to``."""
+    title: str
+    """The title of the type of policy, such as π0."""
+    paper: str
+    """The URL of its paper."""
+    format: str
+    """The format's title."""
+    usage: str
+    """The section on how to load the export, in Markdown."""
     model: Mapping[str, Any]
     """The checkpoint's config.json."""
     dtype: str
-    """Of the weights."""
+    """The type of the weights, such as ``bfloat16``."""
     step: int | None = None
-    """Updates of the checkpoint."""
+    """The number of updates at the checkpoint; None if unknown."""
     averaged: bool = False
-    """Whether the weights are the moving average of those in training."""
+    """Whether the weights are the moving average of the trained ones."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """The training config, resolved; empty if nobody kept it."""
+    """The resolved training config; empty if it was not kept."""
     data: list[Mapping[str, Any]] = field(default_factory=list)
-    """Each data set: name, and episodes and frames that were trained on, where known."""
+    """For each data set its name, and where known the numbers of episodes and frames in training."""
     validation: Mapping[str, Any] = field(default_factory=dict)
-    """The log's line of the last validation up to the checkpoint."""
+    """The line in ``metrics.jsonl`` of the last validation up to the checkpoint."""
     bases: list[str] = field(default_factory=list)
-    """Where the weights began: what was loaded, what that had been trained from, …"""
+    """The weights that training started from, then the weights that those started from, and so on."""
     notes: list[str] = field(default_factory=list)
-    """What to know before loading it."""
+    """What a user should know before loading the export."""
 
 
 def is_hub_id(reference: str) -> bool:
-    """Whether a reference to weights or data names something on the hub rather than something here."""
+    """Says whether a reference to weights or data names a repository on the hub, not a local folder."""
     return _HUB_ID.fullmatch(reference) is not None and not Path(reference).expanduser().exists()
 
 
 def public(value: Any) -> Any:
-    """A config with the last part alone of every path of this machine."""
+    """Returns a config in which every path of this machine is reduced to its last part."""
     if isinstance(value, Mapping):
         return {key: public(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -84,7 +89,7 @@ def write(folder: Path, facts: Facts) -> None:
         _summary(facts),
         *(f"> **Note:** {note}." for note in facts.notes),
         "## Use",
-        _usage(facts),
+        facts.usage,
         "## Training data",
         _data(facts),
         "## Validation",
@@ -98,13 +103,14 @@ def write(folder: Path, facts: Facts) -> None:
 def _front_matter(facts: Facts) -> str:
     datasets = [str(entry["name"]) for entry in facts.data if _HUB_ID.fullmatch(str(entry["name"]))]
     bases = [base.partition("@")[0] for base in facts.bases if is_hub_id(base)]
+    tags = ["robotics", facts.model["type"], "vision-language-action", *(facts.model.get("tags") or [])]
     entries = {
         "library_name": "openpi" if facts.target == "openpi" else "lerobot",
         "pipeline_tag": "robotics",
         "license": facts.model.get("license"),
         "base_model": bases[-1] if bases else None,
         "datasets": list(dict.fromkeys(datasets)),
-        "tags": list(dict.fromkeys(["robotics", "pi0", "vision-language-action", *(facts.model.get("tags") or [])])),
+        "tags": list(dict.fromkeys(tags)),
     }
     text = yaml.safe_dump({key: entry for key, entry in entries.items() if entry}, sort_keys=False)
     return f"---\n{text}---"
@@ -118,7 +124,7 @@ def _summary(facts: Facts) -> str:
     averaged = "averaged " if facts.averaged else ""
     trained = "" if facts.step is None else f", after {facts.step} updates of training"
     lines = [
-        f"A π0 policy ([paper](https://arxiv.org/abs/2410.24164)) in the format of {_TITLES[facts.target]}, "
+        f"A {facts.title} policy ([paper]({facts.paper})) in the format of {facts.format}, "
         f"{averaged}weights in {facts.dtype}{trained}.",
         "",
         f"* cameras: {', '.join(f'`{name}`' for name in cameras) or 'none'}",
@@ -137,41 +143,6 @@ def _base(reference: str) -> str:
     if is_hub_id(reference):
         return f"[{reference}](https://huggingface.co/{reference.partition('@')[0]})"
     return f"the local folder `{PurePath(reference).name}`"
-
-
-def _usage(facts: Facts) -> str:
-    if facts.target == "openpi":
-        return (
-            "`model.safetensors` and `assets/` are what openpi's PyTorch policies load. With a training config of openpi "
-            f"whose model is `Pi0Config(action_dim={facts.model['max_action_dim']}, "
-            f"action_horizon={facts.model['chunk_size']})` and whose `asset_id` is the folder's name in `assets/`:\n\n"
-            "```python\n"
-            "from openpi.policies import policy_config\n\n"
-            f'policy = policy_config.create_trained_policy(train_config, "{facts.location}")\n'
-            "```"
-        )
-    if facts.target == "lerobot_v1":
-        return (
-            "With LeRobot before 0.4 (the statistics of the normalisation are in `model.safetensors`):\n\n"
-            "```python\n"
-            "from lerobot.common.policies.pi0.modeling_pi0 import PI0Policy  # in 0.2 and 0.3: lerobot.policies.pi0…\n\n"
-            f'policy = PI0Policy.from_pretrained("{facts.location}")\n'
-            "```"
-        )
-    return (
-        "With LeRobot 0.6.1, `uv add 'lerobot[pi]==0.6.1'`:\n\n"
-        "```python\n"
-        "from lerobot.policies.factory import make_pre_post_processors\n"
-        "from lerobot.policies.pi0.modeling_pi0 import PI0Policy\n\n"
-        f'policy = PI0Policy.from_pretrained("{facts.location}")\n'
-        "preprocess, postprocess = make_pre_post_processors(\n"
-        f'    policy.config, pretrained_path="{facts.location}",\n'
-        '    preprocessor_overrides={"device_processor": {"device": policy.config.device}},\n'
-        ")\n"
-        "actions = postprocess(policy.predict_action_chunk(preprocess(observation)))\n"
-        "```\n\n"
-        "`observation` holds each camera as float (3, height, width) in [0, 1], the state, and the instruction as `task`."
-    )
 
 
 def _data(facts: Facts) -> str:
@@ -208,7 +179,7 @@ def _training(facts: Facts) -> str:
 
 
 def _without_roots(value: Any) -> Any:
-    """A ``root`` is a folder however it is written; its name is enough."""
+    """Reduces every ``root`` to its last part, because a ``root`` is a folder in whatever form it is written."""
     if isinstance(value, Mapping):
         return {
             key: PurePath(entry).name if key == "root" and isinstance(entry, str) else _without_roots(entry)
@@ -218,7 +189,7 @@ def _without_roots(value: Any) -> Any:
 
 
 def last_validation(metrics: Path, step: int | None) -> dict[str, Any]:
-    """The last line of ``metrics.jsonl`` up to ``step`` with a validation; empty if there is none."""
+    """Returns the last line of ``metrics.jsonl`` up to ``step`` that has a validation; empty if there is none."""
     lines = read_metrics(metrics)
     if lines.damaged:
         log.warning("%s is damaged, without harm to the weights: %s", metrics, "; ".join(lines.problems()))

@@ -1,4 +1,4 @@
-"""Does an observation have what a policy expects? Names the key, what it holds and what belongs there."""
+"""Checks that an observation has what a policy expects; errors name the key, what it holds and what is expected."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.batch import EMPTY_CAMERA
 from agent.deployment.processors import STATE
 
 if TYPE_CHECKING:
@@ -14,21 +15,20 @@ if TYPE_CHECKING:
 
 TASK = "task"
 _MOST_CHARACTERS = 10_000
-_EMPTY_CAMERA = "observation.images.empty_camera_"  # LeRobot's name for a slot that no robot ever fills
 
 
 def is_empty(slot: str) -> bool:
-    """Whether a camera slot never holds a picture."""
-    return slot.startswith(_EMPTY_CAMERA)
+    """Says whether a camera slot never holds an image."""
+    return slot.startswith(EMPTY_CAMERA)
 
 
 class UnfitKeys(ValueError):
-    """An observation has keys that the policy does not know, or lacks some.
+    """Is raised if an observation has keys that the policy does not know, or lacks some.
 
     Args:
-        unknown: of the observation's keys.
-        missing: of the policy's.
-        expected: all of the policy's.
+        unknown: keys of the observation that the policy does not know.
+        missing: keys of the policy that the observation lacks.
+        expected: all keys of the policy.
     """
 
     def __init__(self, unknown: Sequence[str], missing: Sequence[str], expected: Sequence[str]) -> None:
@@ -40,12 +40,12 @@ class UnfitKeys(ValueError):
 
 
 def check_observation(observation: Mapping[str, Any], slots: Sequence[str], state_dim: int) -> None:
-    """Holds an observation against a policy's features.
+    """Checks an observation against a policy's features.
 
     Args:
-        observation: by the policy's own keys.
-        slots: the policy's camera slots, those that are always empty included.
-        state_dim: numbers in the state.
+        observation: the observation under the policy's own keys.
+        slots: the policy's camera slots, including those that are always empty.
+        state_dim: the dimensions of the state.
 
     Raises:
         UnfitKeys: if keys are unknown or missing.
@@ -67,14 +67,14 @@ def check_observation(observation: Mapping[str, Any], slots: Sequence[str], stat
 
 
 def check_task(task: Any) -> None:
-    """Holds an instruction against what one is.
+    """Checks an instruction.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not a text, is empty or is too long.
     """
     if not isinstance(task, str) or not task.strip():
         raise ValueError(f"{TASK}: got {task!r:.60}, expected an instruction, a text that is not empty")
-    if len(task) > _MOST_CHARACTERS:  # it would be tokenised before it is cut, and remembered
+    if len(task) > _MOST_CHARACTERS:  # it would be tokenized before it is cut, and then cached
         raise ValueError(f"{TASK}: got {len(task)} characters, expected at most {_MOST_CHARACTERS}")
 
 
@@ -99,15 +99,15 @@ def _check_state(state: Any, dims: int) -> None:
         raise ValueError(f"{STATE}: got {kind}, {wanted}")
     if values.shape != (dims,):
         raise ValueError(f"{STATE}: got shape {values.shape}, {wanted}")
-    with np.errstate(over="ignore"):  # too large for float32 is not finite either
+    with np.errstate(over="ignore"):  # values too large for float32 count as not finite
         bad = np.flatnonzero(~np.isfinite(values.astype(np.float32)))
     if len(bad):
         raise ValueError(f"{STATE}: got {values[bad[0]]} at dimension {bad[0]}, {wanted}")
 
 
 def channels_first(image: np.ndarray) -> torch.Tensor:
-    """(3, H, W) of a picture that has passed the check; one of both shapes at once is (H, W, 3)."""
+    """Returns a checked image as (3, H, W); an image that fits both layouts is taken as (H, W, 3)."""
     import torch
 
-    # A copy in any case, because torch warns of memory that cannot be written to, such as a client's message.
+    # It is always a copy, because torch warns about read-only memory, such as a client's message.
     return torch.from_numpy(np.array(image.transpose(2, 0, 1) if image.shape[2] == 3 else image, order="C"))

@@ -1,18 +1,21 @@
-"""What a saved policy's processors say: LeRobot's two pipelines of ``pretrained_model``, read without LeRobot."""
+"""Reads a saved policy's processors, the two pipelines that LeRobot keeps in ``pretrained_model``, without LeRobot."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from agent.batch import Prompt
 from agent.checkpoints.manifest import Folder
 from agent.data.normalization.normalizer import Normalizer, given_statistics
 from agent.data.normalization.relative import relative_dims
+from agent.models import registry
+from agent.models.lerobot_config import TrainableConfig
 
 STATE, ACTION = "observation.state", "action"
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -20,7 +23,6 @@ _KNOWN = {
     PREPROCESSOR: {
         "rename_observations_processor",
         "to_batch_processor",
-        "pi0_new_line_processor",
         "tokenizer_processor",
         "device_processor",
         "relative_actions_processor",
@@ -34,42 +36,40 @@ _MODES = {STATE: "STATE", ACTION: "ACTION"}
 
 @dataclass(frozen=True)
 class Processors:
-    """The steps around a policy."""
+    """Holds the steps before and after a policy."""
 
     renamed: dict[str, str]
-    """Key of an observation → the policy's key."""
-    newline: bool
-    """Whether an instruction must end with a newline."""
-    tokenizer: str
-    """Folder or hub name."""
-    max_tokens: int
-    """Longer instructions are cut."""
+    """Maps a key of an observation → the policy's key."""
+    prompt: Prompt | None
+    """How an instruction is turned into tokens; None for a policy that reads none."""
     state: Normalizer
     action: Normalizer
     relative: np.ndarray
-    """(a,) bool: where an action is relative to the state's number of the same place."""
+    """(a,) bool, True where an action is relative to the state's value at the same index."""
 
     def physical(self, actions: np.ndarray, states: np.ndarray) -> np.ndarray:
-        """The policy's actions (B, T, a) in physical units, absolute, for states (B, s) in physical units."""
+        """Converts the policy's actions (B, T, a) to absolute physical units, given states (B, s) in physical units."""
         actions = self.action.unnormalize(actions)
         dims = np.flatnonzero(self.relative)
         actions[..., dims] += states[:, None, dims]
         return actions
 
 
-def read_processors(pretrained: Path, state_dim: int, action_dim: int, instead: Mapping[str, bytes]) -> Processors:
+def read_processors(pretrained: Path, config: TrainableConfig, instead: Mapping[str, bytes]) -> Processors:
     """Reads both pipelines of a checkpoint.
 
     Args:
-        pretrained: its folder.
-        state_dim, action_dim: of the policy.
-        instead: file → contents, in place of what the folder holds under that name.
+        pretrained: the checkpoint's folder.
+        config: the policy's config, with its features.
+        instead: file → contents that replace the folder's file of that name.
 
     Raises:
-        ValueError: if one is missing, has a step that is not known here, or lacks what acting needs.
+        ValueError: if a pipeline is missing, has an unknown step, or lacks a step that acting needs.
     """
-    before, after = (_steps(pretrained, file, instead) for file in (PREPROCESSOR, POSTPROCESSOR))
-    tokenizer = _only(before, "tokenizer_processor", pretrained / PREPROCESSOR)["config"]
+    state_dim, action_dim = config.state_dim, config.action_dim
+    assert state_dim is not None and action_dim is not None
+    own = registry.family(config).saved.prompt_steps
+    before, after = (_steps(pretrained, file, instead, own) for file in (PREPROCESSOR, POSTPROCESSOR))
     relative: dict[str, Any] = next(
         (s["config"] for s in before if s["registry_name"] == "relative_actions_processor"), {}
     )
@@ -91,19 +91,37 @@ def read_processors(pretrained: Path, state_dim: int, action_dim: int, instead: 
             )
     return Processors(
         renamed={key: value for rename in renames for key, value in rename.items()},
-        newline=any(s["registry_name"] == "pi0_new_line_processor" for s in before),
-        tokenizer=tokenizer["tokenizer_name"],
-        max_tokens=int(tokenizer["max_length"]),
+        prompt=_prompt(pretrained, config, before),
         state=_normalizer(pretrained, PREPROCESSOR, before, instead, STATE, state_dim),
         action=_normalizer(pretrained, POSTPROCESSOR, after, instead, ACTION, action_dim),
         relative=mask,
     )
 
 
-def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[dict[str, Any]]:
+def _prompt(pretrained: Path, config: TrainableConfig, steps: list[dict[str, Any]]) -> Prompt | None:
+    """Returns the policy's prompt with the settings of its saved steps."""
+    family = registry.family(config)
+    if (prompt := family.prompt(config)) is None:
+        return None
+    tokenizer = _only(steps, "tokenizer_processor", pretrained / PREPROCESSOR)["config"]
+    changes = [change for name, change in family.saved.prompt_steps.items() if _named(steps, name)]
+
+    def text(task: str) -> str:
+        for change in changes:
+            task = change(task)
+        return task
+
+    return replace(prompt, tokenizer=tokenizer["tokenizer_name"], max_length=int(tokenizer["max_length"]), text=text)
+
+
+def _named(steps: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [step for step in steps if step["registry_name"] == name]
+
+
+def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes], own: Iterable[str]) -> list[dict[str, Any]]:
     from agent.deployment.saved_checkpoint import read_json
 
-    path = pretrained / file
+    path, known = pretrained / file, _KNOWN[file] | ({*own} if file == PREPROCESSOR else set())
     if file not in instead and Folder(pretrained).file(file) is None:
         raise ValueError(
             f"{pretrained} has no {file}: without the processors nobody knows the policy's tokenizer and statistics. Name a "
@@ -112,18 +130,16 @@ def _steps(pretrained: Path, file: str, instead: Mapping[str, bytes]) -> list[di
     content = json.loads(instead[file]) if file in instead else read_json(path)
     try:
         steps = [{**step, "config": dict(step.get("config") or {})} for step in content["steps"]]
-        unknown = [step["registry_name"] for step in steps if step["registry_name"] not in _KNOWN[file]]
+        unknown = [step["registry_name"] for step in steps if step["registry_name"] not in known]
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} is no list of processor steps as LeRobot writes it") from None
     if unknown:
-        raise ValueError(
-            f"{path}: the step {unknown[0]} is not known here; known are {', '.join(sorted(_KNOWN[file]))}"
-        )
+        raise ValueError(f"{path}: the step {unknown[0]} is not known here; known are {', '.join(sorted(known))}")
     return steps
 
 
 def _only(steps: list[dict[str, Any]], name: str, path: Path) -> dict[str, Any]:
-    found = [step for step in steps if step["registry_name"] == name]
+    found = _named(steps, name)
     if len(found) != 1:
         raise ValueError(f"{path} has {len(found)} steps {name}, acting needs one")
     return found[0]

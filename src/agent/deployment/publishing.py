@@ -1,4 +1,4 @@
-"""Puts a folder on the Hugging Face hub as a model."""
+"""Uploads a folder to the Hugging Face hub as a model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ _TIMEOUT_S = 10.0
 
 
 def check(repo_id: str, private: bool) -> None:
-    """Finds out whether an upload can work, before any work is done for it; changes nothing.
+    """Checks whether an upload can work, before the export is made; it changes nothing.
 
     Args:
         repo_id: ``owner/name``.
         private: whether the model has to be private.
 
     Raises:
-        ValueError: without a valid name, a token, or the hub, or if a model of this name is public.
+        ValueError: if the name is invalid, there is no token, the hub refuses or cannot be reached, or the model has to be
+            private and is public.
     """
     import httpx
     from huggingface_hub import HfApi, constants, get_token
@@ -32,10 +33,10 @@ def check(repo_id: str, private: bool) -> None:
             "--push_to_hub: no token of the hub; run `hf auth login` with one that may write, or set HF_TOKEN"
         )
     try:
-        found = HfApi().model_info(repo_id, timeout=_TIMEOUT_S)  # other questions have no time limit
+        found = HfApi().model_info(repo_id, timeout=_TIMEOUT_S)  # the other requests accept no time limit
     except RepositoryNotFoundError as error:
         if error.response is not None and error.response.status_code == 401:
-            _refuse(repo_id, error)  # the token is none of the hub's
+            _refuse(repo_id, error)  # the hub does not know the token
         return
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
         _refuse(repo_id, error)
@@ -46,10 +47,10 @@ def check(repo_id: str, private: bool) -> None:
 
 
 def create(repo_id: str, private: bool) -> None:
-    """Creates the model on the hub if it is not there.
+    """Creates the model on the hub if it does not exist.
 
     Raises:
-        ValueError: without the right to write there, or the hub.
+        ValueError: if the token may not write there, or the hub cannot be reached.
     """
     import httpx
     from huggingface_hub import HfApi
@@ -62,7 +63,7 @@ def create(repo_id: str, private: bool) -> None:
 
 
 def upload(repo_id: str, folder: Path, message: str) -> str:
-    """Uploads all files of a folder in one commit. Returns where they are.
+    """Uploads all files of a folder in one commit and returns the commit's URL.
 
     Raises:
         ValueError: if the hub refuses or cannot be reached.

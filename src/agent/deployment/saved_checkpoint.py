@@ -1,4 +1,4 @@
-"""A checkpoint that is to be exported: where it is, whether it is whole, and what is known of how it came about."""
+"""Opens a saved checkpoint: finds and verifies its files, and reads its config and how it was trained."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from agent.checkpoints.manifest import Folder
+from agent.models import registry
+from agent.models.lerobot_config import TrainableConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,48 +22,48 @@ if TYPE_CHECKING:
 
 PREPROCESSOR = "policy_preprocessor.json"
 FOLDERS = ("pretrained_model", "pretrained_model_ema")
-"""Of a checkpoint: the weights, and their moving average."""
+"""The folders of a checkpoint that hold the weights and their moving average."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint, verified."""
+    """Describes a checkpoint that has been verified."""
 
     files: list[Path]
-    """Its weights."""
+    """The weight files."""
     pretrained: Path
-    """``pretrained_model``, or the folder that stands for it."""
+    """``pretrained_model``, or another folder in its layout."""
     written: dict[str, Any]
-    """Its config.json."""
-    config: Any
-    """The same as the model's config object."""
+    """The content of its ``config.json``."""
+    config: TrainableConfig
+    """The same, decoded as the policy's config."""
     run: Path | None
-    """The run folder it is in, if it is in one."""
+    """The run folder that contains it; None outside a run."""
     step: int | None
-    """Updates done, if the checkpoint says."""
+    """The number of updates at the checkpoint; None if it has no manifest."""
     training: dict[str, Any]
-    """The training config; empty if nobody kept it."""
+    """The training config; empty if it was not kept."""
 
     @property
     def averaged(self) -> bool:
-        """Whether the weights are the moving average of those in training."""
+        """Says whether the weights are the moving average of the trained ones."""
         return self.pretrained.name == FOLDERS[1]
 
     @property
     def name(self) -> str:
-        """The run's, else the folder's."""
+        """Returns the run's name, or the folder's outside a run."""
         folder = self.pretrained.parent if self.pretrained.name in FOLDERS else self.pretrained
         return self.run.name if self.run is not None else folder.name
 
 
 def open_checkpoint(reference: str) -> Source:
-    """Finds a checkpoint and makes sure that it is whole.
+    """Finds a checkpoint, verifies its files and reads its config.
 
     Args:
         reference: a run folder, a checkpoint, or its ``pretrained_model``.
 
     Raises:
-        ValueError: if it is not there, damaged, or not of a model that is known here.
+        ValueError: if it does not exist, is damaged, or is of an unknown type of policy.
     """
     from agent.checkpoints import manifest
     from agent.checkpoints.finding import find_weights
@@ -70,7 +72,8 @@ def open_checkpoint(reference: str) -> Source:
         raise ValueError(
             f"--checkpoint: there is no {reference}; name a run folder, a checkpoint or its pretrained_model"
         )
-    # The folder alone: `last` leads to a checkpoint, but a file of the hub's cache to a blob without its companions.
+    # Only the folder is resolved, because `last` links to a checkpoint; a file in the hub's cache links to a blob, beside
+    # which the other files are missing.
     files = [file.parent.resolve() / file.name for file in find_weights(reference, "--checkpoint")]
     pretrained = files[0].parent
     checkpoint = pretrained.parent
@@ -100,28 +103,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _model_config(pretrained: Path, written: dict[str, Any]) -> Any:
+def _model_config(pretrained: Path, written: dict[str, Any]) -> TrainableConfig:
     import draccus
 
-    from agent.models import registry as _registry  # noqa: F401  (registers "pi0")
+    from agent.models import other_models
     from agent.models.base import ModelConfig
-    from agent.settings import other_models
 
     path, kind = pretrained / "config.json", written.get("type")
-    if kind != "pi0":
+    families = registry.families()
+    if kind not in families:
         found = "names no type of model" if kind is None else f"is of a model of type {kind!r}"
         what = "" if kind is None else other_models.title(str(kind))
-        raise ValueError(f'{path} {found}{what}; name a checkpoint of π0, whose config.json has "type": "pi0"')
+        titles = " or ".join(family.config.title for family in families.values())
+        types = " or ".join(f'"{known}"' for known in families)
+        raise ValueError(f'{path} {found}{what}; name a checkpoint of {titles}, whose config.json has "type": {types}')
     try:
         return draccus.decode(ModelConfig, written)
     except draccus.utils.DecodingError as error:
         raise ValueError(f"{path}: {error}; only the format that this project writes is read") from None
-    except draccus.utils.ParsingError as error:  # around what the config class says of a value
+    except draccus.utils.ParsingError as error:  # it wraps the config class's own error about a value
         raise ValueError(f"{path}: {error.__cause__ or error}") from None
 
 
 def _training_config(pretrained: Path) -> dict[str, Any]:
-    """The config that a checkpoint was trained with; empty for weights from elsewhere."""
+    """Reads the config that a checkpoint was trained with; empty for weights that no run of this project saved."""
     checkpoint = pretrained.parent
     if pretrained.name not in FOLDERS:
         return {}
@@ -131,7 +136,7 @@ def _training_config(pretrained: Path) -> dict[str, Any]:
 
 
 def prevailing_dtype(files: list[Path]) -> torch.dtype:
-    """The type of most of the weights."""
+    """Returns the type of most of the weights, by their bytes."""
     from agent.checkpoints.tensor_reader import entries
 
     sizes: Counter[torch.dtype] = Counter()
@@ -145,7 +150,7 @@ def prevailing_dtype(files: list[Path]) -> torch.dtype:
 
 
 def statistics_of(pretrained: Path) -> dict[str, dict[str, np.ndarray]] | None:
-    """Feature → statistic → (dims,), as the checkpoint's preprocessor normalises."""
+    """Reads feature → statistic → values (dims,), from the checkpoint's preprocessor; None if it has none."""
     from safetensors.numpy import load_file
 
     there = Folder(pretrained)
@@ -168,7 +173,7 @@ def datasets_of(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Name of a data set, and how much of it was trained on if its folder is here."""
+    """Returns a data set's name, and the episodes and frames that were in training if its folder is on this machine."""
     from agent.data.recorded.episodes import choose_episodes, hold_out
     from agent.data.recorded.metadata import read_metadata
 
@@ -191,7 +196,7 @@ def trained_on(entry: dict[str, Any], training: Mapping[str, Any], notes: list[s
 
 
 def bases(source: Source) -> list[str]:
-    """Where the weights began: what was loaded first, what that had been trained from, and so on."""
+    """Lists the weights that training started from, then the weights that those started from, and so on."""
     from agent.checkpoints.finding import find_weights
     from agent.deployment.model_card import is_hub_id
 
@@ -204,7 +209,7 @@ def bases(source: Source) -> list[str]:
         try:
             pretrained = find_weights(reference, "load_from_checkpoint")[0].parent.resolve()
         except ValueError:
-            break  # the weights are gone by now, and with them what they came from
+            break  # the weights no longer exist, so nothing says what they were trained from
         config = Folder(pretrained).file("config.json")
         training, written = _training_config(pretrained), read_json(config) if config is not None else {}
     return found
@@ -212,6 +217,6 @@ def bases(source: Source) -> list[str]:
 
 def _began_from(training: dict[str, Any], written: dict[str, Any]) -> str | None:
     model = training.get("model_cfg") or written
-    return (
-        training.get("load_from_checkpoint") or model.get("pretrained_path") or model.get("paligemma_pretrained_path")
-    )
+    family = registry.families().get(model.get("type", ""))
+    keys = ("pretrained_path", *(family.config.base_weights if family is not None else ()))
+    return training.get("load_from_checkpoint") or next((model[key] for key in keys if model.get(key)), None)

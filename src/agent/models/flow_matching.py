@@ -1,6 +1,6 @@
-"""Flow matching from noise to action: the draws, the target, the loss, Euler integration. Pure functions.
+"""Implements flow matching from noise to actions as pure functions: draws, target, loss and Euler integration.
 
-Time runs as in openpi: 1 is pure noise, 0 is the action; the velocity points from the action to the noise.
+Time runs as in openpi: 1 is pure noise and 0 is the action; the velocity points from the action to the noise.
 See Lipman et al., "Flow Matching for Generative Modeling" (https://arxiv.org/abs/2210.02747) and π0
 (https://arxiv.org/abs/2410.24164). Shape suffixes are explained in ``agent.batch``.
 """
@@ -8,59 +8,63 @@ See Lipman et al., "Flow Matching for Generative Modeling" (https://arxiv.org/ab
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from agent.batch import Draws
 from agent.reproducibility import stream
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def draw(
-    seed: int,
-    k: int,
-    chunk_size: int,
-    action_dim: int,
-    *,
-    alpha: float,
-    beta: float,
-    scale: float,
-    offset: float,
-    purpose: str = "train",
-    pair: int = 0,
-) -> tuple[np.ndarray, float]:
-    """Noise and time of the run's ``k``-th sample, a function of the arguments alone.
+@dataclass(frozen=True)
+class FlowDraws(Draws):
+    """Holds noise and time: numpy values for one sample, tensors (B, …) for a batch."""
 
-    Args:
-        seed: the run's seed.
-        k: the sample's number in the run.
-        chunk_size: T.
-        action_dim: A, padding included.
-        alpha, beta: parameters of the Beta distribution.
-        scale, offset: time is ``Beta(alpha, beta) * scale + offset``.
-        purpose: separates training from evaluation.
-        pair: which of the sample's pairs of noise and time, when it has several.
-
-    Returns:
-        noise (T, A) float32, standard normal; time, rounded to float32.
-    """
-    suffix = f"/{pair}" if pair else ""
-    noise = stream(seed, f"{purpose}/noise{suffix}", k).standard_normal((chunk_size, action_dim), dtype=np.float32)
-    # A stream of its own: the times of a run do not change with the size of its chunks.
-    time = stream(seed, f"{purpose}/time{suffix}", k).beta(alpha, beta) * scale + offset
-    return noise, float(np.float32(time))
+    noise: Any
+    """Standard normal noise, (T, A) float32; (K, T, A) for K > 1 pairs of noise and time per sample."""
+    time: Any
+    """The flow-matching time, a float32 in (0, 1], or (K,) for K > 1 pairs; 1 is pure noise and 0 is the action."""
 
 
-def draw_several(pairs: int, seed: int, k: int, *args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``pairs`` pairs that :func:`draw` gives for sample ``k``: noise (K, T, A), times (K,) float32."""
-    noises, times = zip(*(draw(seed, k, *args, **kwargs, pair=j) for j in range(pairs)), strict=True)
-    return np.stack(noises), np.asarray(times, dtype=np.float32)
+@dataclass(frozen=True)
+class FlowSampling:
+    """Draws noise and time for a sample's number; every call with the same number gives the same draws."""
+
+    seed: int
+    """The run's seed."""
+    purpose: str
+    """What the numbers are for; training, validation and acting have independent streams."""
+    shape: tuple[int, int]
+    """(T, A), including padding."""
+    beta: tuple[float, float]
+    """The two parameters of time's Beta distribution."""
+    scale: float
+    offset: float
+    """Time is ``Beta(*beta) * scale + offset``."""
+    pairs: int = 1
+    """K, pairs of noise and time per sample."""
+
+    def __call__(self, k: int) -> FlowDraws:
+        """Returns noise and time of the ``k``-th sample."""
+        if self.pairs == 1:
+            return FlowDraws(*self._pair(k, 0))
+        noises, times = zip(*(self._pair(k, number) for number in range(self.pairs)), strict=True)
+        return FlowDraws(np.stack(noises), np.stack(times))
+
+    def _pair(self, k: int, number: int) -> tuple[np.ndarray, np.float32]:
+        suffix = f"/{number}" if number else ""
+        noise = stream(self.seed, f"{self.purpose}/noise{suffix}", k).standard_normal(self.shape, dtype=np.float32)
+        # Time has a stream of its own, so that a run's times do not depend on the chunk size.
+        time = stream(self.seed, f"{self.purpose}/time{suffix}", k).beta(*self.beta) * self.scale + self.offset
+        return noise, np.float32(time)
 
 
 def interpolate(actions_BTA: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-    """The point at ``time`` on the straight line from action to noise, and the line's velocity.
+    """Returns the point at ``time`` on the straight line from action to noise, and the line's velocity.
 
     Both have the shape of ``noise``: (B, T, A), or (B, K, T, A) for K draws per sample.
     """
@@ -70,13 +74,13 @@ def interpolate(actions_BTA: Tensor, noise: Tensor, time: Tensor) -> tuple[Tenso
 
 
 def per_sample_loss(squared_error: Tensor, is_pad_BT: Tensor, dim_mask_BA: Tensor) -> Tensor:
-    """Mean squared error of each sample, (B,), over its real dimensions, unpadded steps and draws.
+    """Returns each sample's mean squared error, (B,), over its real dimensions, unpadded steps and draws.
 
     ``squared_error`` is (B, T, A), or (B, K, T, A) for K draws per sample.
 
-    A chunk's first step is the frame itself and a robot has a dimension, so that nothing divides by zero. Should
-    a broken batch come anyway, its loss is NaN and stops the run: looking for it here would make the CPU wait for
-    the GPU in every step, and a loss of zero would hide it.
+    Nothing divides by zero, because a chunk's first step is the observed frame itself and every robot has at least one
+    dimension. If a batch is broken nevertheless, its loss is NaN and stops the run: checking here would make the CPU wait
+    for the GPU in every step, and a loss of zero would hide the mistake.
     """
     real = ~is_pad_BT[:, :, None] & dim_mask_BA[:, None, :]
     if squared_error.dim() == 3:
@@ -86,7 +90,7 @@ def per_sample_loss(squared_error: Tensor, is_pad_BT: Tensor, dim_mask_BA: Tenso
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise_BTA: Tensor, num_steps: int) -> Tensor:
-    """Actions (B, T, A): follows ``velocity(x_BTA, time_B)`` from the noise at time 1 down to time 0."""
+    """Integrates ``velocity(x_BTA, time_B)`` from the noise at time 1 to the actions (B, T, A) at time 0."""
     assert num_steps > 0, num_steps
     step = -1.0 / num_steps
     x_BTA = noise_BTA

@@ -1,7 +1,7 @@
-"""The keys of a model JSON that every trainable policy has, as LeRobot 0.6.1 names them, and their checks.
+"""Defines and checks the keys of a model JSON that every trainable policy has, under LeRobot 0.6.1's names.
 
-A family's config inherits from ``TrainableConfig`` and adds its own keys. Imports no torch: a configuration error must
-show within a second.
+A family's config inherits from ``TrainableConfig`` and adds its own keys. This module imports no torch, because a
+configuration error must show within a second.
 """
 
 from __future__ import annotations
@@ -10,30 +10,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from agent.batch import EMPTY_CAMERA, SampleSpec
 from agent.models.base import ModelConfig
 
 STATE, ACTION = "observation.state", "action"
-EMPTY_CAMERA = "observation.images.empty_camera_"
 NORMALIZATIONS = ("IDENTITY", "MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10")
 USE_AMP = "mixed precision is the trainer's; write false here, and use_bf16: true in the training YAML"
 
 
 class SharedKey(NamedTuple):
-    """A choice that both the training YAML and the model JSON can state."""
+    """Pairs a key of the training YAML with the key of the model JSON that states the same choice."""
 
     training: str
-    """Key of the training YAML."""
+    """The key in the training YAML."""
     model: str
-    """Key of the model JSON."""
+    """The key in the model JSON."""
     to_model: Callable[[Any], Any] = bool
-    """From the YAML's value to the JSON's."""
+    """Converts the YAML's value to the JSON's."""
     from_model: Callable[[Any], Any] = bool
-    """And back."""
+    """Converts the JSON's value to the YAML's."""
 
 
 @dataclass
 class FeatureSpec:
-    """One input or output."""
+    """Describes one input or output of a policy."""
 
     type: str
     """VISUAL, STATE or ACTION."""
@@ -43,10 +43,10 @@ class FeatureSpec:
 
 @dataclass
 class TrainableConfig(ModelConfig):
-    """What every policy's JSON has. Fields and defaults are LeRobot 0.6.1's unless the text says more."""
+    """Holds the keys of every policy's JSON. Fields and defaults are LeRobot 0.6.1's unless a key's text differs."""
 
     title: ClassVar[str]
-    """Name of the policy for people, like π0."""
+    """The policy's name in messages, such as π0."""
     shared_keys: ClassVar[tuple[SharedKey, ...]] = (
         SharedKey("max_grad_norm", "optimizer_grad_clip_norm", float, float),
         SharedKey("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32", lambda dtype: dtype == "bfloat16"),
@@ -58,11 +58,26 @@ class TrainableConfig(ModelConfig):
             lambda on: "full" if on else "none",
         ),
     )
-    """The keys of which the training YAML has a say too. What a policy cannot freeze has no entry."""
+    """The choices that the training YAML can state too. A part that a policy cannot freeze has no entry."""
     base_weights: ClassVar[tuple[str, ...]] = ()
-    """Keys that name weights of a part of the model to begin with, such as its language model's."""
+    """Keys that name pretrained weights of a part of the model, such as its language model."""
     ours_alone: ClassVar[tuple[str, ...]] = ("scheduler_decay_start",)
     """Keys that LeRobot does not know, and that its ``config.json`` leaves out."""
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        "device",
+        "compile_model",
+        "compile_mode",
+        "gradient_checkpointing",
+        "pretrained_path",
+        "pretrained_revision",
+        "n_action_steps",
+        "push_to_hub",
+        "repo_id",
+        "private",
+        "tags",
+        "license",
+    )
+    """Keys that a run may change when it continues: none of them changes what it computes from here on."""
     positive: ClassVar[tuple[str, ...]] = ("chunk_size", "max_state_dim", "max_action_dim")
     """Keys whose value is at least 1."""
 
@@ -229,43 +244,42 @@ class TrainableConfig(ModelConfig):
 
     @property
     def action_steps(self) -> int:
-        """``n_action_steps`` with its default filled in."""
+        """Returns ``n_action_steps`` with its default filled in."""
         return self.chunk_size if self.n_action_steps is None else self.n_action_steps
 
     @property
     def camera_slots(self) -> list[str]:
-        """Cameras in the order of ``input_features``, then the empty ones (a LeRobot config.json lists those twice)."""
+        """Lists the cameras in the order of ``input_features``, then the empty ones, which LeRobot's config.json has twice."""
         cameras = [key for key, spec in (self.input_features or {}).items() if spec.type == "VISUAL"]
         return list(dict.fromkeys(cameras + [f"{EMPTY_CAMERA}{i}" for i in range(self.empty_cameras)]))
 
     @property
     def state_dim(self) -> int | None:
-        """Dimensions of the robot's state; None when no feature says."""
+        """Returns the dimensions of the robot's state; None if no feature states them."""
         spec = (self.input_features or {}).get(STATE)
         return None if spec is None else spec.shape[0]
 
     @property
     def action_dim(self) -> int | None:
-        """Dimensions of the robot's action; None when no feature says."""
+        """Returns the dimensions of the robot's action; None if no feature states them."""
         spec = (self.output_features or {}).get(ACTION)
         return None if spec is None else spec.shape[0]
 
-    def adopt_features(
-        self, cameras: tuple[str, ...], state_dim: int, action_dim: int, action_names: Sequence[str] | None
-    ) -> None:
-        """Takes over what the data set has, for a config that leaves its features open."""
-        image = FeatureSpec("VISUAL", [3, *self.image_resolution])
-        self.input_features = {
-            **{slot: (self.input_features or {}).get(slot, image) for slot in cameras},
-            STATE: FeatureSpec("STATE", [state_dim]),
+    def adopt_features(self, spec: SampleSpec, action_names: Sequence[str] | None) -> None:
+        """Fills in the data set's features, for a config that leaves them open."""
+        assert spec.state_dim is not None and spec.action_dim is not None
+        known = self.input_features or {}
+        images = {
+            slot: known.get(slot, FeatureSpec("VISUAL", [3, *self.image_resolution])) for slot in spec.camera_slots
         }
-        self.output_features = {ACTION: FeatureSpec("ACTION", [action_dim])}
+        self.input_features = {**images, STATE: FeatureSpec("STATE", [spec.state_dim])}
+        self.output_features = {ACTION: FeatureSpec("ACTION", [spec.action_dim])}
         if self.use_relative_actions and action_names is not None:  # LeRobot decides by them what is relative
             self.action_feature_names = list(action_names)
         self._check_features()
 
     def to_lerobot(self, last_update: int = 30_000) -> dict[str, Any]:
-        """What LeRobot 0.6.1 writes as ``config.json``; it loads there if the sizes are standard ones.
+        """Returns ``config.json`` as LeRobot 0.6.1 writes it; LeRobot loads it if the sizes are standard ones.
 
         ``last_update`` stands in for a null ``scheduler_decay_steps``, which LeRobot does not know.
         """

@@ -13,7 +13,7 @@ from torch import nn
 from agent.parallel.processes import Processes
 
 if TYPE_CHECKING:
-    from agent.models.base import Policy
+    from agent.models.policy import Policy
 
 log = logging.getLogger(__name__)
 

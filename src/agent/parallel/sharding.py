@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from agent.parallel.processes import Processes
+
+if TYPE_CHECKING:
+    from agent.models.policy import Policy
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ class Rows(NamedTuple):
     """Number of the first of them."""
 
 
-def shard(policy: Any, processes: Processes, reduced: torch.dtype | None) -> None:
+def shard(policy: Policy, processes: Processes, reduced: torch.dtype | None) -> None:
     """Splits a policy's parameters over the processes, in place, before they have memory.
 
     Each of ``policy.shard_units()`` is gathered when it is called and given back after; what is in none of them is the

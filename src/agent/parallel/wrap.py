@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import nn
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.nn.parallel import DistributedDataParallel
 
+    from agent.models.policy import Policy
+
 
 def parallelize(
-    policy: Any, processes: Processes, *, activation_checkpointing: str, compile_mode: str | None
+    policy: Policy, processes: Processes, *, activation_checkpointing: str, compile_mode: str | None
 ) -> nn.Module:
     """Wraps a policy that is on its device, in the one order that works: checkpoint, compile, DDP.
 

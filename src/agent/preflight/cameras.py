@@ -16,7 +16,6 @@ from agent.preflight.survey import Survey
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-    from agent.data.recorded.metadata import Metadata
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,8 @@ def check(context: Context) -> list[Row]:
             rows.append(failed(name, found.mismatch))
         if found.source is not None and found.mismatch is None:
             rows.append(Row(name, "pass", _spelled(found, context)))
+            if not context.spec.images:
+                continue
             try:
                 cells.append(_cells(found, context))
             except RuntimeError as error:  # the survey reads only some frames, and this one was not among them
@@ -55,25 +56,19 @@ def _spelled(found: Survey, context: Context) -> str:
     """Says which cameras, state and action of a data set the model gets."""
     assert found.source is not None and found.metadata is not None
     source, features = found.source, found.metadata.features
-    slots = list(context.model.camera_slots) or list(source.cameras)
+    slots = list(context.spec.camera_slots) or list(source.cameras)
     lines = []
     for slot in slots:
         key = source.cameras.get(slot)
         shape = " × ".join(str(side) for side in features[key]["shape"]) if key is not None else ""
         lines.append(f"{slot} ← {key} ({shape})" if key is not None else f"{slot} ← nothing: masked")
     for what, key, most in (
-        ("state", found.config.state, context.model.max_state_dim),
-        ("action", found.config.action, context.model.max_action_dim),
+        ("state", found.config.state, context.spec.max_state_dim),
+        ("action", found.config.action, context.spec.max_action_dim),
     ):
         names = labels_of(features[key], "dimension")
         lines.append(f"{what} ← {key}: {', '.join(names)} ({len(names)}, padded to {most})")
     return "\n".join(lines)
-
-
-def names_of(metadata: Metadata, key: str) -> list[str]:
-    """Gives the names of a feature's dimensions, or numbers where the data set has no names."""
-    feature = metadata.features[key]
-    return dimension_names(feature, int(np.prod(feature["shape"])), "dimension")
 
 
 def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | None]]:
@@ -87,9 +82,9 @@ def _cells(found: Survey, context: Context) -> list[tuple[list[str], Picture | N
     place = int(np.flatnonzero(source.episodes == episode)[0])
     lengths = source.metadata.episodes["length"][source.episodes]
     raw = source.read(int(lengths[:place].sum() + lengths[place] // 2))
-    height, width = context.model.image_resolution
+    height, width = context.spec.image_resolution
     cells: list[tuple[list[str], Picture | None]] = []
-    for slot in list(context.model.camera_slots) or list(source.cameras):
+    for slot in list(context.spec.camera_slots) or list(source.cameras):
         label = [found.config.repo_id, slot, f"from {source.cameras.get(slot, 'nothing')}"]
         picture = None
         if slot in raw.images:

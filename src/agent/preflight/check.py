@@ -22,10 +22,10 @@ from agent.preflight import (
     loading,
     memory,
     normalised,
+    pace,
     rehearsal,
     schedule,
     start,
-    time_limit,
 )
 from agent.preflight.context import Context
 from agent.preflight.pace import MFU
@@ -54,7 +54,7 @@ CHECKS: dict[str, Check] = {
     "disk": disk.check,
     "update": rehearsal.check,
     "loader": loading.check,
-    "time": time_limit.check,
+    "time": pace.check,
 }
 
 

@@ -73,8 +73,9 @@ def _unused(context: Context) -> Iterator[tuple[str, str]]:
                 )
     if data.val.datasets and data.val.fraction != type(data.val)().fraction:
         yield "data.val.fraction", "data.val.datasets is given"
-    if config.load_from_checkpoint is not None and context.model.paligemma_pretrained_path is not None:
-        yield "model_cfg.paligemma_pretrained_path", "load_from_checkpoint is given"
+    if config.load_from_checkpoint is not None:
+        given = (key for key in context.model.base_weights if getattr(context.model, key) is not None)
+        yield from ((f"model_cfg.{key}", "load_from_checkpoint is given") for key in given)
     if not data.train.num_workers and data.train.prefetch_factor != type(data.train)().prefetch_factor:
         yield "data.train.prefetch_factor", "data.train.num_workers is 0"
     if config.parallel == "fsdp" and context.gpus[0] == 1:

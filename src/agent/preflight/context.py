@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from agent.batch import EMPTY_CAMERA
 from agent.preflight import needs
 from agent.preflight.report import NotChecked
 from agent.preflight.slurm import Job, find_job
@@ -19,9 +20,11 @@ from agent.preflight.survey import Survey, survey
 from agent.settings.gpus import GPUS, Gpu, recognised
 
 if TYPE_CHECKING:
+    from agent.batch import SampleSpec
     from agent.checkpoints.store import CheckpointStore
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.build import Data
+    from agent.models.lerobot_config import TrainableConfig
     from agent.parallel.launch import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -52,9 +55,14 @@ class Context:
     """Fraction of the time that training would wait for data read as fast as here; the check of the loader sets it."""
 
     @property
-    def model(self) -> Any:
+    def model(self) -> TrainableConfig:
         """The model's config."""
-        return self.config.model_cfg
+        return self.config.trainable
+
+    @property
+    def spec(self) -> SampleSpec:
+        """What the model wants of a sample."""
+        return self.config.family.sample_spec(self.model)
 
     @cached_property
     def folder(self) -> Path:
@@ -153,7 +161,8 @@ class Context:
     def tokenizer_problem(self) -> ValueError | None:
         """Why the tokenizer cannot be loaded; None if it can."""
         try:
-            needs.tokenizer(self.config).look()
+            if (item := needs.tokenizer(self.config)) is not None:
+                item.look()
         except ValueError as error:
             return error
         return None
@@ -172,7 +181,9 @@ class Context:
             if found.bad:
                 dataset.episodes, dataset.split = found.good.tolist(), None
         if self.tokenizer_problem is not None:
-            config.model_cfg.tokenizer_path = str(STAND_IN)  # type: ignore[attr-defined]
+            prompt = config.family.prompt(config.trainable)
+            assert prompt is not None
+            setattr(config.model_cfg, prompt.key, str(STAND_IN))
         return config
 
     @cached_property
@@ -195,7 +206,7 @@ class Context:
 
         from agent.parallel.launch import Launch
         from agent.parallel.processes import Processes
-        from agent.training.building import build_run_data
+        from agent.training.run_data import build_run_data
 
         return build_run_data(self.usable, Processes(Launch(), torch.device("cpu")), self.own[0])
 
@@ -231,16 +242,18 @@ class Context:
     @property
     def cameras(self) -> int:
         """How many cameras have an image in at least one data set; all of the model's if that is not known."""
+        if not self.spec.images:
+            return 0
         slots = {slot for found in self.surveys if found.source is not None for slot in found.source.cameras}
-        return len(slots) or len([slot for slot in self.model.camera_slots if ".empty_camera_" not in slot]) or 1
+        return len(slots) or len([slot for slot in self.model.camera_slots if not slot.startswith(EMPTY_CAMERA)]) or 1
 
     @property
     def language_tokens(self) -> int:
         """How many tokens the longest instruction takes in a batch; the model's limit if the data cannot be read."""
         if self._built[0] is None or self.tokenizer_problem is not None:
-            return self.model.tokenizer_max_length
+            return self.spec.tokenizer_max_length
         longest = max(len(self.data.reader.tokens(text)) for text in self.texts)
-        return min(-(-longest // 8) * 8, self.model.tokenizer_max_length)
+        return min(-(-longest // 8) * 8, self.spec.tokenizer_max_length)
 
     @cached_property
     def texts(self) -> list[str]:
@@ -250,8 +263,6 @@ class Context:
         return sorted(tasks | {text for task in tasks for text in reader.paraphrases.get(task, [])})
 
     def model_size(self) -> int:
-        """Counts the parameters of the model."""
-        from agent.models import registry
-
-        shapes = registry.adapter(self.model).shapes(self.model)
+        """The number of the model's parameters."""
+        shapes = self.config.family.names.shapes(self.model)
         return sum(math.prod(shape) for shape in shapes.values())

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.models import registry
+from agent.models.common.memory import Training
 from agent.preflight.combinations import validates
 from agent.preflight.context import Context
 from agent.preflight.report import NotChecked, Row
@@ -70,18 +70,15 @@ def checkpoint_bytes(context: Context) -> tuple[int, int]:
     config = context.config
     half = config.precision == "bfloat16_stochastic"
     with torch.device("meta"):
-        policy = registry.policy_class(context.model)(context.model)
+        policy = config.family.policy(context.model)
     if half:
         policy.to(torch.bfloat16)
-    tensors, _ = registry.pretrained_contents(context.model)(context.model, policy.state_dict(), {}, 1)
+    tensors, _ = config.family.saved.pretrained_contents(context.model, policy.state_dict(), {}, 1)
     numbers = [tensor for some in tensors.values() for tensor in some.values()]
     held = sum(tensor.numel() * tensor.element_size() for tensor in numbers)
     two_bytes = 2 * sum(tensor.numel() for tensor in numbers)
-    predictor = registry.memory(context.model)
-    state = predictor.Training(
-        batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision, ema=True
-    )
-    memory = predictor.predict(context.model, state)
+    state = Training(batch=1, cameras=context.cameras, optimizer=config.optimizer, precision=config.precision, ema=True)
+    memory = config.family.memory(context.model, state)
     training = memory.optimizer
     # Of what is not trained the average has the weights themselves, in their type.
     average = held + (memory.ema // 2 if half else 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from agent.models import registry
+from agent.models.common.memory import Training
 from agent.preflight.context import Context
 from agent.preflight.report import Row
 from agent.settings.gpus import GPUS, Gpu
@@ -40,9 +40,8 @@ def predicted(context: Context, batch: int, alone: int = 0) -> int:
     """Predicts the bytes that a card must have for a batch in the job, or in ``alone`` micro-batches of one process."""
     config, gpus = context.config, 1 if alone else context.gpus[0]
     several = alone > 1 if alone else config.global_batch_size > batch * gpus
-    predictor = registry.memory(context.model)
     sharded = config.parallel == "fsdp" and gpus > 1
-    training = predictor.Training(
+    training = Training(
         batch=batch,
         cameras=context.cameras,
         language_tokens=context.language_tokens,
@@ -56,7 +55,7 @@ def predicted(context: Context, batch: int, alone: int = 0) -> int:
         accumulates=several or (gpus > 1 and not sharded),
         shards=gpus if sharded else 1,
     )
-    return predictor.predict(context.model, training).card
+    return config.family.memory(context.model, training).card
 
 
 def largest_batch(context: Context, memory: int) -> int:

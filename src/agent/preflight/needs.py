@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from agent.preflight.refusal import Refusal
 from agent.spelling import amount
 
 if TYPE_CHECKING:
+    from agent.batch import Prompt
     from agent.configuration_pipeline import TrainPipelineConfig
     from agent.data.configuration import DatasetConfig
-    from agent.data.samples.transforms import SampleSpec
     from agent.data.source import Source
 
 _DATASET_REVISION = "v3.0"  # what agent.data.recorded.files asks for
@@ -129,7 +129,8 @@ def items(config: TrainPipelineConfig, sources: list[Source]) -> Iterator[Item]:
         look = partial(_look_for_dataset, dataset, config, sources)
         download = partial(_fetch_dataset, dataset, key) if dataset.root is None else None
         yield Item("data set", key, dataset.repo_id, look, download)
-    yield tokenizer(config)
+    if (words := tokenizer(config)) is not None:
+        yield words
     if (item := weights(config)) is not None:
         yield item
 
@@ -140,24 +141,23 @@ def data_sets(config: TrainPipelineConfig) -> Iterator[tuple[str, DatasetConfig]
         yield from ((f"data.{role}.datasets.{number}", dataset) for number, dataset in enumerate(datasets))
 
 
-def tokenizer(config: TrainPipelineConfig) -> Item:
-    """Describes the tokenizer."""
-    model: Any = config.model_cfg
-    path = model.tokenizer_path
+def tokenizer(config: TrainPipelineConfig) -> Item | None:
+    """The tokenizer; None for a policy that reads no instructions."""
+    if (prompt := config.family.prompt(config.trainable)) is None:
+        return None
+    path, key = prompt.tokenizer, f"model_cfg.{prompt.key}"
     repository = None if Path(path).expanduser().is_dir() or "@" in path else hub.parse(path)
-    fetch = partial(_fetch_tokenizer, repository, "model_cfg.tokenizer_path") if repository else None
-    return Item("tokenizer", "model_cfg.tokenizer_path", path, partial(_look_for_tokenizer, path), fetch)
+    fetch = partial(_fetch_tokenizer, repository, key) if repository else None
+    return Item("tokenizer", key, path, partial(_look_for_tokenizer, prompt), fetch)
 
 
 def weights(config: TrainPipelineConfig) -> Item | None:
-    """Describes the weights that a new run begins with; None if they are drawn at random."""
-    from agent.checkpoints.weights import find_weights
+    """The weights that a new run begins with; None if it draws them."""
+    from agent.checkpoints.finding import find_weights
 
-    model: Any = config.model_cfg
-    for key, reference in (
-        ("load_from_checkpoint", config.load_from_checkpoint),
-        ("model_cfg.paligemma_pretrained_path", model.paligemma_pretrained_path),
-    ):
+    model = config.trainable
+    base = ((f"model_cfg.{key}", getattr(model, key)) for key in model.base_weights)
+    for key, reference in (("load_from_checkpoint", config.load_from_checkpoint), *base):
         if reference is not None:  # the first one that is given counts
             local = Path(reference).expanduser().exists() or hub.parse(reference) is None
             fetch = None if local else partial(find_weights, reference, key)
@@ -168,13 +168,15 @@ def weights(config: TrainPipelineConfig) -> Item | None:
 def _look_for_weights(config: TrainPipelineConfig, key: str, reference: str) -> Found:
     from agent.checkpoints.finding import find_weights
     from agent.checkpoints.weights import account
-    from agent.models import registry
 
     files = find_weights(reference, key)
-    adapter = registry.adapter(config.model_cfg)
-    match = adapter.from_lerobot if key == "load_from_checkpoint" else adapter.from_paligemma
-    shapes = adapter.shapes(config.model_cfg)
-    coverage, _ = account(shapes, files, partial(match, config=config.model_cfg), adapter.fit)
+    names, model = config.family.names, config.trainable
+    match = (
+        partial(names.from_policy, config=model)
+        if key == "load_from_checkpoint"
+        else partial(names.from_base, key.removeprefix("model_cfg."), config=model)
+    )
+    coverage, _ = account(names.shapes(model), files, match, names.fit)
     return Found(files[0].parent, files, coverage.table())
 
 
@@ -198,8 +200,9 @@ def _fetch_dataset(dataset: DatasetConfig, key: str) -> None:
 def _look_for_dataset(dataset: DatasetConfig, config: TrainPipelineConfig, sources: list[Source]) -> Found:
     from agent.data.source import open_source
 
-    model: Any = config.model_cfg
-    source = open_source(dataset, model.chunk_size, config.data.train.video_backend, config.data.train.tolerance_s)
+    source = open_source(
+        dataset, config.trainable.chunk_size, config.data.train.video_backend, config.data.train.tolerance_s
+    )
     sources.append(source)
     root = source.metadata.root
     note = f"{source}: {len(source.episodes)} episodes, {len(source)} frames"
@@ -216,12 +219,12 @@ def _fetch_tokenizer(repository: hub.Repository, key: str) -> None:
         )
 
 
-def _look_for_tokenizer(path: str) -> Found:
+def _look_for_tokenizer(prompt: Prompt) -> Found:
     from huggingface_hub import snapshot_download
 
     from agent.data.samples.task_tokens import load_tokenizer
 
-    tokenizer = load_tokenizer(path)
+    path, tokenizer = prompt.tokenizer, load_tokenizer(prompt.tokenizer, prompt.advice)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         folder = Path(snapshot_download(path, allow_patterns=[], local_files_only=True))
@@ -249,7 +252,9 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
 
     count = len(config.data.train.datasets)
     training, validation = sources[:count], sources[count:]
-    _, notes = check_features(sources, sample_spec(config), *assign_robots(training, validation, config.data.train))
+    _, notes = check_features(
+        sources, config.family.sample_spec(config.trainable), *assign_robots(training, validation, config.data.train)
+    )
     if not config.data.val.datasets and config.data.val.fraction:
         for source in training:
             hold_out(source.episodes, config.data.val.fraction)
@@ -258,15 +263,6 @@ def check_together(config: TrainPipelineConfig, sources: list[Source]) -> list[s
             config.task_paraphrase, {task for source in training for task in source.metadata.tasks.values()}
         )
     return notes
-
-
-def sample_spec(config: TrainPipelineConfig) -> SampleSpec:
-    """Says what the model expects of a sample."""
-    from agent.data.samples.transforms import SampleSpec
-
-    values: dict[str, Any] = {field.name: getattr(config.model_cfg, field.name) for field in fields(SampleSpec)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return SampleSpec(**values)
 
 
 def job_environment(config: TrainPipelineConfig) -> dict[str, str]:

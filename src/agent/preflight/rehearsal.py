@@ -85,7 +85,9 @@ def _config(context: Context, place: Path, device: str) -> TrainPipelineConfig:
     config.per_device_batch_size, config.global_batch_size = batch, batch * (2 if accumulates else 1)
     config.n_updates = max(config.n_updates or 2, 2)
     if not _weights_are_here(config):  # a row says so; what is drawn at random does for a rehearsal
-        config.load_from_checkpoint, config.model_cfg.paligemma_pretrained_path = None, None  # type: ignore[attr-defined]
+        config.load_from_checkpoint = None
+        for key in config.trainable.base_weights:
+            setattr(config.model_cfg, key, None)
     return config
 
 
@@ -128,19 +130,19 @@ def _update(context: Context, run: Run, batches: list[Batch]) -> Row:
     """Makes two updates on the same batch, because the first allocates memory, and times the last."""
     import torch
 
-    from agent.training.trainer import _Clock, train_step
+    from agent.training.step import Clock, train_step
 
     device = run.processes.device
     cuda = device.type == "cuda"
     run.model.train()
-    clock, losses, seconds = _Clock(), [], 0.0
+    clock, losses, seconds = Clock(), [], 0.0
     for _ in range(2):
         begin = time.perf_counter()
         try:
             result = train_step(run, iter(batches), clock)
         except FloatingPointError as error:
             return Row("update", "fail", str(error), _NOT_FINITE)
-        losses.append(float(result.loss_sum) / run.config.global_batch_size)
+        losses.append(float(result.loss_sums["loss"]) / run.config.global_batch_size)
         if cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - begin

@@ -56,13 +56,15 @@ def _course(context: Context) -> list[Row]:
     whole, _ = context.own
     settled = deepcopy(config)
     kept = settle(settled, whole[0] if whole else None)
+    begins = settled.trainable.scheduler_decay_start
+    assert begins is not None, "settled now"
     rate = LearningRate.plan(
         model.optimizer_lr,
         model.scheduler_decay_lr,
         model.scheduler_warmup_steps,
         model.scheduler_decay_steps,
         numbers.n_updates,
-        settled.model_cfg.scheduler_decay_start,  # type: ignore[attr-defined]
+        begins,
     )
     last = numbers.n_updates - 1
     points = {update: rate.at(update) for update in (0, last // 4, last // 2, last * 3 // 4, last)}
@@ -92,13 +94,15 @@ def _course(context: Context) -> list[Row]:
 
 
 def _tokens(context: Context) -> list[Row]:
+    if context.config.family.prompt(context.model) is None:
+        return []
     try:
         if context.tokenizer_problem is not None:
             raise NotChecked("the tokenizer is not here")
         tokens, texts = context.data.reader.tokens, context.texts
     except NotChecked as error:
         return [unchecked("instructions", error, "")]
-    most = context.model.tokenizer_max_length
+    most = context.spec.tokenizer_max_length
     if not tokens.too_long:
         longest = max(len(tokens(text)) for text in texts)
         return [Row("instructions", "pass", f"{len(texts)}, the longest of {longest} tokens; {most} are allowed")]

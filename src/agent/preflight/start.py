@@ -25,7 +25,8 @@ def check(context: Context) -> list[Row]:
     rows = _own(context)
     if own_step(context) is None:
         rows += _weights(context)
-    return [*rows, _look(needs.tokenizer(context.config))]
+    tokenizer = needs.tokenizer(context.config)
+    return [*rows, *([_look(tokenizer)] if tokenizer is not None else [])]
 
 
 def own_step(context: Context) -> int | None:
@@ -101,7 +102,7 @@ def _resume(context: Context, checkpoint: Path) -> Row:
 
 
 def _owes_a_validation(run_dir: Path, checkpoint: Path) -> bool:
-    """Says whether the last start was stopped before a validation that is still due, as training decides it at a start."""
+    """As ``metrics_line.forget_reported`` decides it when the run starts."""
     state = json.loads(Folder(checkpoint / TRAINING).text("state.json"))
     return state.get("unreported") is not None and not JsonLines(run_dir / "metrics.jsonl").has(state["step"])
 

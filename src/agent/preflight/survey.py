@@ -23,7 +23,6 @@ from agent.data.recorded.episodes import choose_episodes
 from agent.data.recorded.metadata import Metadata, read_metadata
 from agent.data.recorded.stretches import mapped_videos, picture_problems
 from agent.data.source import Source, open_source
-from agent.preflight import needs
 from agent.preflight.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def survey(
             root = files.locate(dataset.repo_id, dataset.root, dataset.revision)
         found.metadata = read_metadata(dataset.repo_id, root)
         found.chosen = choose_episodes(found.metadata, dataset.episodes, dataset.split)
-        train, size = config.data.train, needs.sample_spec(config).image_resolution
+        train, size = config.data.train, config.family.sample_spec(config.trainable).image_resolution
         wanted = WantedStore(train.frame_store, train.frame_quality, size, began_with or {})
         stored = find_store(found.metadata, dataset.frames, wanted, found.chosen) is not None
         _look_at_files(found, found.metadata, not stored, patience)
@@ -177,7 +176,7 @@ def _columns(found: Survey, metadata: Metadata, names: tuple[str, ...]) -> Colum
 
 def _open(found: Survey, config: TrainPipelineConfig, wanted: WantedStore) -> None:
     _require_some(found)
-    train, model = config.data.train, needs.sample_spec(config)
+    train, model = config.data.train, config.family.sample_spec(config.trainable)
     usable = replace(found.config, episodes=found.good.tolist(), split=None)
     with hub.offline():
         source = open_source(

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from agent.batch import Draws
 from agent.serving.latency import Latencies
 
 log = logging.getLogger(__name__)
-Act = Callable[[Sequence[dict[str, Any]], Sequence[np.ndarray]], Sequence[np.ndarray | Exception]]
+Act = Callable[[Sequence[dict[str, Any]], Sequence[Draws]], Sequence[np.ndarray | RuntimeError]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Answer:
 @dataclass
 class _Waiting:
     observation: dict[str, Any]
-    noise: np.ndarray
+    draws: Draws
     is_gone: Callable[[], bool]
     answer: asyncio.Future[Answer | None]
     arrived: float = field(default_factory=time.monotonic)
@@ -60,13 +61,13 @@ class Batcher:
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="inference")
 
-    async def infer(self, observation: dict[str, Any], noise: np.ndarray, is_gone: Callable[[], bool]) -> Answer | None:
-        """Waits for the policy's answer to a checked observation; None if ``is_gone`` when its turn comes.
+    async def infer(self, observation: dict[str, Any], draws: Draws, is_gone: Callable[[], bool]) -> Answer | None:
+        """The policy's answer to a checked observation; None if ``is_gone`` when its turn comes.
 
         Raises:
             Exception: whatever the policy raised on this observation.
         """
-        waiting = _Waiting(observation, noise, is_gone, asyncio.get_running_loop().create_future())
+        waiting = _Waiting(observation, draws, is_gone, asyncio.get_running_loop().create_future())
         self._queue.put_nowait(waiting)
         return await waiting.answer
 
@@ -121,7 +122,7 @@ class Batcher:
     def _one_by_one_if_need_be(self, batch: list[_Waiting]) -> Sequence[np.ndarray | Exception]:
         """Computes the actions in the thread. A batch that raises is tried one by one, so that no request fails another."""
         try:
-            return self._act([w.observation for w in batch], [w.noise for w in batch])
+            return self._act([w.observation for w in batch], [w.draws for w in batch])
         except Exception as error:  # the clients get it, and the log
             log.exception("the policy failed on a batch of %d", len(batch))
             if len(batch) == 1:

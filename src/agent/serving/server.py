@@ -21,6 +21,7 @@ import websockets.asyncio.server as websocket_server
 from websockets.exceptions import ConnectionClosed
 from websockets.protocol import State
 
+from agent.batch import Draws
 from agent.serving import wire
 from agent.serving.batching import Batcher
 from agent.serving.configuration import Limits
@@ -28,7 +29,6 @@ from agent.serving.latency import Latencies
 from agent.serving.requests import Translation
 
 if TYPE_CHECKING:
-    import numpy as np
     from websockets.http11 import Request, Response
 
     from agent.inference import LoadedPolicy
@@ -184,9 +184,9 @@ class Server:
                 self._complain(connection, "refused", said)
                 await self._send(connection, f"refused: {said}")
             else:
-                noise = self._policy.noise(seed, "serve", number)
+                draws = self._policy.draws(seed, "serve", number)
                 number += 1
-                before_ms = await self._answer(connection, observation, noise, start, before_ms)
+                before_ms = await self._answer(connection, observation, draws, start, before_ms)
             self._at_work.discard(connection)
         await connection.close(*_STOPPING)
 
@@ -199,13 +199,13 @@ class Server:
         self,
         connection: websocket_server.ServerConnection,
         observation: dict[str, Any],
-        noise: np.ndarray,
+        draws: Draws,
         start: float,
         before_ms: float | None,
     ) -> float | None:
         """Sends the actions; returns how long all of it took, in milliseconds."""
         try:
-            answer = await self._batcher.infer(observation, noise, lambda: connection.state is not State.OPEN)
+            answer = await self._batcher.infer(observation, draws, lambda: connection.state is not State.OPEN)
         except Exception as error:  # the server goes on
             self._latencies.failed += 1
             said = f"{type(error).__name__}: {error}"

@@ -31,7 +31,7 @@ def serve(options: argparse.Namespace) -> None:
     Raises:
         ValueError: for everything that the user has to put right.
     """
-    from agent.tracking.metrics import setup_logging
+    from agent.tracking.console import setup_logging
 
     token = _token(options)
     renames = _renames(options.rename)
@@ -109,7 +109,7 @@ def _warm_up(policy: LoadedPolicy, max_batch: int) -> None:
     for size in [1, 1, max_batch] if policy.device.type == "cuda" else [1, 1]:
         start = time.monotonic()
         try:
-            policy.act([observation] * size, [policy.noise(0, "warm up", k) for k in range(size)])
+            policy.act([observation] * size, [policy.draws(0, "warm up", k) for k in range(size)])
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"--max_batch: a batch of {size} does not fit into the memory of {policy.device}; write a smaller one, or "

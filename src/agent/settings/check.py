@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import draccus
 
-from agent.settings import older_keys, other_models
+from agent.models import other_models
+from agent.settings import older_keys
 from agent.spelling import literal, nearest
 
 UNKNOWN = "unknown key"

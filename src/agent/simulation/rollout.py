@@ -49,7 +49,7 @@ class PolicyActor:
     def act(self, observation: Mapping[str, Any], step: int) -> np.ndarray:
         if not self._chunk:
             # One observation at a time: in a batch rounding would depend on the others, and episodes on their number.
-            (actions,) = self._policy.act([observation], [self._policy.noise(self._seed, self._purpose, step)])
+            (actions,) = self._policy.act([observation], [self._policy.draws(self._seed, self._purpose, step)])
             self._chunk = list(actions[: self._action_steps])
         return self._chunk.pop(0)
 

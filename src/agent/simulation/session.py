@@ -41,7 +41,7 @@ def evaluate_sim(options: argparse.Namespace) -> None:
         import_simulator()
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed; {INSTALL}") from None
-    from agent.checkpoints.weights import find_weights
+    from agent.checkpoints.finding import find_weights
     from agent.simulation.evaluation import Request, evaluate
     from agent.simulation.watching import watch
 

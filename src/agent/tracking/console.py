@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from agent.progress import LinesAboveBars
+from agent.tracking.progress import LinesAboveBars
 
 
 def setup_logging(rank: int, debug: bool) -> None:

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent.progress import bar, clock
 from agent.tracking.jsonl import JsonLines
+from agent.tracking.progress import bar, clock
 from agent.tracking.wandb_follower import WandbFollower
 from agent.tracking.wandb_sink import WandbConfig
 

@@ -61,7 +61,7 @@ def _start(attempt: Attempt, stop: StopRequest, watchdog: Watchdog) -> Run:
 
     # A collective waits longer than any phase may take, so that the watchdog, which prints the stacks, ends a hang.
     hours = 8 * config.hang_timeout_minutes / 60 + 1 if config.hang_timeout_minutes else 24 * 30
-    device = choose_device(launch, config.model_cfg.device)  # type: ignore[attr-defined]
+    device = choose_device(launch, config.trainable.device)
     processes = Processes(launch, device, timedelta(hours=hours))
     attempt.folder = processes.on_main(lambda: _open_folder(config, stop, processes))
     attempt.begun = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,14 +61,8 @@ _FREE_ON_RESUME = (
     "data.train.tolerance_s",
     "data.train.datasets.N.root",
     "data.val.datasets",
-    *(
-        f"model_cfg.{key}"
-        for key in (
-            "device compile_model compile_mode gradient_checkpointing pretrained_path pretrained_revision push_to_hub "
-            "repo_id private tags license n_action_steps num_inference_steps paligemma_pretrained_path tokenizer_path"
-        ).split()
-    ),
 )
+"""Keys of the training YAML that may change; ``TrainableConfig.free_on_resume`` has those of the model."""
 
 
 # Keys whose null leaves it to the run, which keeps to what it began with; and what that is for one that begins.
@@ -132,7 +126,7 @@ def changes_since_checkpoint(checkpoint: Path, config: TrainPipelineConfig, data
     """
     training = Folder(checkpoint / TRAINING)
     saved = _completed(_saved_config(checkpoint), config)
-    changes = changes_since(saved, dump(config))
+    changes = changes_since(saved, config)
     state = json.loads(training.text("state.json"))
     trained_on = state["data_fingerprint"]
     if data is None or data.fingerprint == trained_on:
@@ -187,20 +181,23 @@ def _completed(saved: Any, config: Any) -> Any:
     return whole
 
 
-def changes_since(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines ``key: old → new`` of all keys that a resume must not change silently."""
-    lines = []
+def changes_since(saved: dict[str, Any], config: TrainPipelineConfig) -> list[str]:
+    """Lines ``key: old → new`` of all keys that a resume must not change silently; ``saved`` is the config of before."""
+    free = {*_FREE_ON_RESUME, *(f"model_cfg.{key}" for key in config.trainable.free_on_resume)}
+    return list(_differences(saved, dump(config), free))
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], free: Set[str], prefix: str = "") -> Iterator[str]:
     for key in [*saved, *(k for k in current if k not in saved)]:
         name = f"{prefix}{key}"
         old, new = saved.get(key), current.get(key)
-        if old == new or re.sub(r"\.\d+\.", ".N.", name) in _FREE_ON_RESUME:
+        if old == new or re.sub(r"\.\d+\.", ".N.", name) in free:
             continue
         if new is None and name in _LEFT_OPEN:
             continue
         if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
             old, new = ({str(i): item for i, item in enumerate(items)} for items in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += changes_since(old, new, f"{name}.")
+            yield from _differences(old, new, free, f"{name}.")
         else:
-            lines.append(f"{name}: {old} → {new}")
-    return lines
+            yield f"{name}: {old} → {new}"

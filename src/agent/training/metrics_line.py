@@ -57,10 +57,11 @@ def numbers_of(run: Run, result: StepResult, clock: Clock) -> dict[str, float | 
     config, state, processes = run.config, run.state, run.processes
     step_s, waited = clock.read()
     of_this_process = [waited if rank == processes.rank else 0.0 for rank in range(processes.world_size)]
-    loss, *waits = processes.sum([float(result.loss_sum), *of_this_process])
+    sums = processes.sum([*map(float, result.loss_sums.values()), *of_this_process])
+    losses, waits = sums[: len(result.loss_sums)], sums[len(result.loss_sums) :]
     return {
         "step": state.step,
-        "loss": _finite(loss / config.global_batch_size),
+        **{n: _finite(some / config.global_batch_size) for n, some in zip(result.loss_sums, losses, strict=True)},
         "lr": result.lr,
         "grad_norm": _finite(result.grad_norm),
         "step_s": step_s,

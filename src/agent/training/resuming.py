@@ -21,7 +21,8 @@ from agent.checkpoints.tensor_reader import Checksums
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.data.normalization.normalizer import NARROW_RULE
-from agent.models import registry
+from agent.deployment.robots import saved_statistics
+from agent.models.policy import Policy
 from agent.optim.ema import Ema
 from agent.parallel.processes import Processes
 from agent.training.config_changes import changes_since_checkpoint, settle
@@ -68,7 +69,7 @@ def resume(
     checkpoints: CheckpointStore,
     found: list[Path],
     processes: Processes,
-    policy: Any,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None = None,
 ) -> TrainState | None:
@@ -116,17 +117,17 @@ def _load(
     config: TrainPipelineConfig,
     data: Data,
     path: Path,
-    policy: Any,
+    policy: Policy,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     checksums: Checksums | None,
 ) -> TrainState:
     _refuse_changes(config, data, path)
-    adapter = registry.adapter(config.model_cfg)
+    names = config.family.names
     read = partial(
         weights.load_into,
-        match=partial(adapter.from_lerobot, config=config.model_cfg),
-        fit=adapter.fit,
+        match=partial(names.from_policy, config=config.trainable),
+        fit=names.fit,
         checksums=checksums,
     )
     state = policy.state_dict()
@@ -187,13 +188,13 @@ def keep_statistics(config: TrainPipelineConfig, data: Data, checkpoint: Path) -
     Returns:
         A line for each feature whose statistics are others today.
     """
-    saved = registry.deployment(config.model_cfg).saved_statistics(checkpoint / PRETRAINED, config.model_cfg)
+    saved = saved_statistics(checkpoint / PRETRAINED, config.trainable)
     lines = []
     for robot in data.robots:
         of_robot = saved[robot.name if len(data.robots) > 1 else None]
         for feature, normalizer in (("state", robot.state), ("action", robot.action)):
             now = normalizer.statistics
-            then = {name: values for name, values in of_robot[feature].items() if name in now.known}
+            then: dict[str, Any] = {name: values for name, values in of_robot[feature].items() if name in now.known}
             others = [n for n in then if not np.array_equal(then[n], getattr(now, n), equal_nan=True)]
             if not others:
                 continue

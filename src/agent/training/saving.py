@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from agent.checkpoints.writer import CheckpointWriter, Outcome
 from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization.normalizer import to_lerobot_stats
 from agent.data.normalization.robot import names_document, robots_document
-from agent.models import registry
+from agent.models.policy import Policy
 from agent.optim.optimizer import allocate_state, optimizer_tensors
 from agent.parallel.wrap import is_sharded_module
 from agent.training.replicas import check_replicas
@@ -161,13 +160,15 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
     robot = run.data.robots[0]
     statistics = to_lerobot_stats(robot.state_statistics, robot.action_statistics)
     further = {"robots": robots_document(run.data.robots), "names": names_document(robot)}
-    contents = partial(registry.pretrained_contents(run.config.model_cfg), **further)
+    saved, model = run.config.family.saved, run.config.trainable
     weights = run.policy.state_dict()
     versions = {PRETRAINED: weights} | ({PRETRAINED_EMA: run.ema.state(weights)} if run.ema is not None else {})
     files: dict[str, dict[str, Tensor]] = {}
     rounded = _stored(run)
     for folder, tensors in versions.items():
-        pretrained, write_pretrained = contents(run.config.model_cfg, tensors, statistics, run.plan.n_updates)
+        pretrained, write_pretrained = saved.pretrained_contents(
+            model, tensors, statistics, run.plan.n_updates, **further
+        )
         files |= {f"{folder}/{name}": some for name, some in pretrained.items()}
         if f"{folder}/{_WEIGHTS}" in rounded:  # these are for others; what goes on is what was
             files[f"{_EXACT[folder]}/{_WEIGHTS}"] = pretrained[_WEIGHTS]
@@ -209,7 +210,7 @@ def exact_weights(checkpoint: Path, of: str = PRETRAINED) -> Path:
 
 
 def restore(
-    checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Any, checksums: Checksums | None = None
+    checkpoint: Path, optimizer: torch.optim.Optimizer, policy: Policy, checksums: Checksums | None = None
 ) -> TrainState:
     """Puts the optimizer's state back and returns the counters.
 

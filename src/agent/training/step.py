@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class StepResult:
     """What is known of an update once it is made."""
 
-    loss_sum: torch.Tensor
-    """Sum of this process's sample losses, still on the device."""
+    loss_sums: dict[str, torch.Tensor]
+    """Name of each loss, and ``loss`` for the weighted sum → sum over this process's samples."""
     grad_norm: float
     """Before clipping; not finite if the update was skipped."""
     lr: float
@@ -41,16 +41,25 @@ def train_step(run: Run, batches: Iterator[Batch], clock: Clock) -> StepResult:
     config, state, steps = run.config, run.state, run.plan.accumulation_steps
     # DDP averages over the processes; with this factor the sum over everything is the mean over the global batch.
     scale = run.processes.world_size / config.global_batch_size
+    parts = run.policy.loss_weights if len(run.policy.loss_weights) > 1 else {}  # a single one is the loss itself
     seen: list[_Seen] = []
     for micro in range(steps):
         with clock.waiting_for_data():
             batch = next(batches)
         with accumulating(run.model, last=micro == steps - 1):
             with run.precision():
-                losses = run.model(to_device(batch, run.processes.device))
+                named = run.model(to_device(batch, run.processes.device))
+                losses = run.policy.total(named)
             (losses.sum() * scale).backward()
         # Copies: a batch is one block of memory, which any of its tensors would keep until the update's end.
-        seen.append(_Seen(batch.sample_index.clone(), batch.provenance.clone(), losses.detach()))
+        seen.append(
+            _Seen(
+                batch.sample_index.clone(),
+                batch.provenance.clone(),
+                losses.detach(),
+                [named[name].detach() for name in parts],
+            )
+        )
     max_norm = config.max_grad_norm or math.inf
     grad_norm = float(clip_gradients(run.optimizer, max_norm))
     lr = run.learning_rate.at(state.step)
@@ -70,7 +79,10 @@ def train_step(run: Run, batches: Iterator[Batch], clock: Clock) -> StepResult:
     forget_gradients(run.model, run.optimizer)
     state.step += 1
     state.samples_seen += config.global_batch_size
-    return StepResult(torch.stack([part.losses.sum() for part in seen]).sum(), grad_norm, lr)
+    sums = {"loss": torch.stack([part.losses.sum() for part in seen]).sum()}
+    for place, name in enumerate(parts):
+        sums[f"loss/{name}"] = torch.stack([part.parts[place].sum() for part in seen]).sum()
+    return StepResult(sums, grad_norm, lr)
 
 
 class _Seen(NamedTuple):
@@ -80,6 +92,8 @@ class _Seen(NamedTuple):
     provenance: torch.Tensor
     losses: torch.Tensor
     """(B,) on the device."""
+    parts: list[torch.Tensor]
+    """The same of each named loss, where there are several."""
 
 
 def _name_the_samples(run: Run, seen: list[_Seen], grad_norm: float) -> str:

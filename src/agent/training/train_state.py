@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from agent.checkpoints.store import CheckpointStore
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data
 from agent.lifecycle.run_folder import RunFolder
+from agent.models.policy import Policy
 from agent.optim.ema import Ema
 from agent.optim.learning_rate import LearningRate
 from agent.parallel.processes import Processes
@@ -50,7 +50,7 @@ class Run:
     folder: RunFolder | None  # on rank 0
     checkpoints: CheckpointStore
     data: Data
-    policy: Any
+    policy: Policy
     model: nn.Module  # the policy, or DDP around it
     optimizer: torch.optim.Optimizer
     learning_rate: LearningRate

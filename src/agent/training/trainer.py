@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator
 
 from agent.batch import Batch, to_device
-from agent.configuration_pipeline import dump_yaml
 from agent.data.loading.loader import Share, TrainLoader
+from agent.lifecycle.stopping import StopRequest
 from agent.lifecycle.watchdog import Watchdog
 from agent.parallel.compilation import agree_on_compilation
 from agent.parallel.wrap import forget_gradients
@@ -31,16 +31,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
         The reason for an early stop, empty when the run is finished.
     """
     config, state, processes = run.config, run.state, run.processes
-    loader = TrainLoader(
-        run.data.reader,
-        run.data.mixture,
-        global_batch=config.global_batch_size,
-        per_device_batch=config.per_device_batch_size,
-        share=Share(processes.rank, processes.world_size, state.samples_seen),
-        num_workers=config.data.train.num_workers,
-        prefetch_factor=config.data.train.prefetch_factor,
-        pin=processes.device.type == "cuda",
-    )
+    loader = _loader(run)
     run.model.train()
     saver, clock = Saver(run), Clock()
     report = RunReport(config.run_dir) if run.folder is not None else None
@@ -127,9 +118,7 @@ def _loader(run: Run) -> TrainLoader:
         run.data.mixture,
         global_batch=config.global_batch_size,
         per_device_batch=config.per_device_batch_size,
-        rank=run.processes.rank,
-        world=run.processes.world_size,
-        first_sample=run.state.samples_seen,
+        share=Share(run.processes.rank, run.processes.world_size, run.state.samples_seen),
         num_workers=config.data.train.num_workers,
         prefetch_factor=config.data.train.prefetch_factor,
         pin=run.processes.device.type == "cuda",
@@ -154,7 +143,7 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
         if number:  # these are in the buckets as they were
             run.optimizer.zero_grad(set_to_none=True)
         with run.precision():
-            loss = run.model(to_device(first, run.processes.device)).sum()
+            loss = run.policy.total(run.model(to_device(first, run.processes.device))).sum()
         loss.backward()
     forget_gradients(run.model, run.optimizer)
     agree_on_compilation(run.policy, run.processes)

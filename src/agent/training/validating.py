@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from agent.data.loading.loader import validation_batches
 from agent.data.recorded.dimension_names import labels_of
-from agent.progress import followed
-from agent.validation.measurement import DatasetNames, evaluate
+from agent.tracking.progress import followed
+from agent.validation.measurement import DatasetNames, HeldOut, evaluate
 from agent.validation.picture import draw
 from agent.validation.record import Evaluation, ValidationRecords, document
 
@@ -103,17 +103,14 @@ def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
         run.policy,
         followed(batches, what, number, "batch", speaks=run.processes.is_main),
         run.processes,
-        size=size,
-        unnormalize=reader.unnormalize,
-        mean_actions=reader.mean_actions,
-        datasets=[_names(source) for source in reader.sources],
+        held_out=HeldOut(size, reader.unnormalize, reader.mean_actions, [_names(source) for source in reader.sources]),
         thresholds=config.eval_thresholds,
         precision=run.precision,
         interrupted=lambda: run.processes.any(stop.pending()),
     )
 
 
-def _names(source: Any) -> DatasetNames:
+def _names(source: Source) -> DatasetNames:
     return DatasetNames(source.config.repo_id, labels_of(source.metadata.features[source.config.action], "action"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,6 +16,7 @@ from agent.validation.record import Chunk, DatasetErrors, Errors, Evaluation
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from agent.models.policy import Policy
     from agent.parallel.processes import Processes
 
 CHUNKS = 8  # shown of a validation set, evenly spaced
@@ -27,6 +28,20 @@ class DatasetNames(NamedTuple):
     name: str
     dimensions: list[str]
     """(a,)"""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A whole validation set, of which every process has a share."""
+
+    size: int
+    """Samples."""
+    unnormalize: Callable[[Tensor, ValidationBatch], np.ndarray]
+    """From normalised actions (B, T, A) of a batch to (B, T, a) in the units of each sample's data set."""
+    mean_actions: np.ndarray
+    """(data sets, a) mean of the training actions, the first baseline."""
+    datasets: Sequence[DatasetNames]
+    """By the number in a batch's ``provenance``."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +64,11 @@ class _Row:
 
 
 def evaluate(
-    policy: Any,
+    policy: Policy,
     batches: Iterable[ValidationBatch],
     processes: Processes,
     *,
-    size: int,
-    unnormalize: Callable[[Tensor, ValidationBatch], np.ndarray],
-    mean_actions: np.ndarray,
-    datasets: Sequence[DatasetNames],
+    held_out: HeldOut,
     thresholds: list[float],
     precision: Callable[[], AbstractContextManager],
     interrupted: Callable[[], bool] = lambda: False,
@@ -67,10 +79,7 @@ def evaluate(
         policy: the policy, not wrapped by DDP.
         batches: this process's share of the validation set, as many as every other process has.
         processes: the process group.
-        size: samples of the whole set.
-        unnormalize: normalised actions (B, T, A) of a batch → (B, T, a) in the units of each sample's data set.
-        mean_actions: (data sets, a) mean of the training actions, the first baseline.
-        datasets: by the number in a batch's ``provenance``.
+        held_out: what the whole set is.
         thresholds: distances for ``acc``.
         precision: makes the autocast context.
         interrupted: asked after each batch, by all processes together, which get the same answer.
@@ -85,7 +94,7 @@ def evaluate(
 
     was_training = policy.training
     policy.eval()
-    shown = {number * size // CHUNKS for number in range(CHUNKS)}
+    shown = {number * held_out.size // CHUNKS for number in range(CHUNKS)}
     rows: list[_Row] = []
     with torch.no_grad():
         for number, item in enumerate(batches):
@@ -94,14 +103,14 @@ def evaluate(
                 return None
             batch = to_device(item.batch, processes.device)
             with precision():
-                losses = policy(batch)
-                sampled = policy.sample_actions(batch.observation, batch.noise)
-            predicted = unnormalize(sampled.float().cpu(), item)
-            rows += _rows(item, losses.tolist(), predicted, mean_actions, thresholds, shown)
+                losses = policy.total(policy(batch))
+                sampled = policy.sample_actions(batch.observation, batch.draws)
+            predicted = held_out.unnormalize(sampled.float().cpu(), item)
+            rows += _rows(item, losses.tolist(), predicted, held_out.mean_actions, thresholds, shown)
     policy.train(was_training)
     # Added up in the order of the samples, so that the number of processes cannot change the last digit.
     everything = sorted((row for share in processes.gather(rows) for row in share), key=lambda row: row.index)
-    return _summary(everything, datasets, thresholds)
+    return _summary(everything, held_out.datasets, thresholds)
 
 
 def _rows(

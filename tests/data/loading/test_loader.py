@@ -24,13 +24,12 @@ from support.launching import MODEL, Workplace
 from support.records import recorded, samples_of_updates
 from support.samples import built, dataset_config, worker_processes
 
-from agent.batch import map_tensors
+from agent.batch import SampleSpec, map_tensors
 from agent.data import prepare
 from agent.data.frames.manifest import Manifest
 from agent.data.frames.store import read_index
 from agent.data.loading.loader import TrainLoader
 from agent.data.recorded.video import Moment, decode_frame
-from agent.data.samples.transforms import SampleSpec
 
 FRONT = "observation.images.front"
 FEW = ("--n_updates", "3", "--eval_freq", "0", "--save_model_freq", "100")

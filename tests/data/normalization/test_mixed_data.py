@@ -17,8 +17,10 @@ import pytest
 from support.datasets import write_dataset
 from support.forked import ForkServer
 from support.launching import REPOSITORY, Workplace
+from support.samples import prompt_of
 
 from agent import export
+from agent.batch import SampleSpec
 from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import Share, TrainLoader, validation_batches
@@ -26,7 +28,7 @@ from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statist
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
-from agent.data.samples.transforms import SampleSpec
+from agent.models.flow_matching import FlowDraws
 from agent.reproducibility import stream
 
 FRONT = "observation.images.front"
@@ -34,8 +36,8 @@ SPEC = SampleSpec(4, 16, 10, (32, 32), 16)
 ARM, HAND = {"state": 7, "action": 7}, {"state": 9, "action": 5}  # dimensions of the two robots
 
 
-def draw(purpose: str, k: int) -> tuple[np.ndarray, float]:
-    return stream(5, purpose, k).standard_normal((4, 10)).astype(np.float32), 0.5
+def draw(purpose: str, k: int) -> FlowDraws:
+    return FlowDraws(stream(5, purpose, k).standard_normal((4, 10)).astype(np.float32), np.float32(0.5))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def built(
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
         normalization=Normalization({"VISUAL": "IDENTITY", "STATE": "MEAN_STD", "ACTION": "QUANTILES"}, given),
-        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
+        wording=Wording(prompt_of(REPOSITORY / "demo" / "tokenizer")),
     )
 
 

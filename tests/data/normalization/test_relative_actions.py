@@ -27,9 +27,11 @@ from support.lerobot import (  # ``small``: sizes that LeRobot takes for its own
     small,  # noqa: F401
     their_actions,
 )
+from support.samples import prompt_of
 from support.stores import write_pretrained
 
 from agent import export
+from agent.batch import SampleSpec
 from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import validation_batches
@@ -39,8 +41,8 @@ from agent.data.normalization.relative import Chunks, chunk_statistics, relative
 from agent.data.normalization.robot_statistics import Normalization, RelativeActions
 from agent.data.recorded.dimension_names import names_of
 from agent.data.samples.instructions import Wording
-from agent.data.samples.transforms import SampleSpec
-from agent.models.pi0 import statistics as given
+from agent.models.flow_matching import FlowDraws
+from agent.models.pi import statistics as given
 from agent.reproducibility import stream
 
 NAMES = ["shoulder", "elbow", "wrist", "Gripper_left"]
@@ -58,8 +60,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def draw(purpose: str, k: int) -> tuple[np.ndarray, float]:
-    return stream(5, purpose, k).standard_normal((4, 10)).astype(np.float32), 0.5
+def draw(purpose: str, k: int) -> FlowDraws:
+    return FlowDraws(stream(5, purpose, k).standard_normal((4, 10)).astype(np.float32), np.float32(0.5))
 
 
 def built(
@@ -73,7 +75,7 @@ def built(
         draw=partial(draw, "noise"),
         validation_draw=partial(draw, "validation"),
         normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=relative),
-        wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
+        wording=Wording(prompt_of(REPOSITORY / "demo" / "tokenizer")),
     )
 
 
@@ -310,7 +312,7 @@ def test_data_sets_normalised_together_agree_on_what_is_relative(root: Path, tmp
             normalization=Normalization(
                 {"STATE": "MEAN_STD", "ACTION": "MEAN_STD"}, relative=RelativeActions(["gripper"], None)
             ),
-            wording=Wording(str(REPOSITORY / "demo" / "tokenizer")),
+            wording=Wording(prompt_of(REPOSITORY / "demo" / "tokenizer")),
         )
 
     with pytest.raises(ValueError, match="lab/other.*(names|stay absolute)"):

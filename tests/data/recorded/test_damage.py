@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from support.samples import FRONT, opened
 
-from agent.data.source import DatasetConfig, open_source
+from agent.data.configuration import DatasetConfig
+from agent.data.source import open_source
 
 
 def cut_short(path: Path) -> None:

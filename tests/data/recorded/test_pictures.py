@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.datasets import write_dataset
+from support.samples import prompt_of
 
+from agent.batch import SampleSpec
 from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.frames.making import prepare
@@ -22,7 +24,6 @@ from agent.data.frames.store import WantedStore
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
 from agent.data.samples.instructions import Wording
-from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source, open_source
 
 FRONT = "observation.images.front"
@@ -93,7 +94,7 @@ def test_pictures_that_are_no_colours_are_refused_before_anything_is_read(tmp_pa
             draw=None,
             validation_draw=None,
             normalization=Normalization({}),
-            wording=Wording("nowhere"),
+            wording=Wording(prompt_of("nowhere")),
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 from support.datasets import DEFAULT_TASKS
 from support.samples import built, dataset_config, opened
 
-from agent.data.loading.loader import ValDataConfig
+from agent.data.configuration import ValDataConfig
 
 
 def test_empty_instruction(video, tmp_path, tokenizer):

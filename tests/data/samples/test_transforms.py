@@ -10,13 +10,19 @@ import shutil
 import subprocess
 import sys
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from support.datasets import DEFAULT_TASKS
+from support.launching import with_support
+from support.samples import prompt_of
 
+from agent.data.resizing import resize_with_pad
 from agent.data.samples.task_tokens import cached_task_tokens, load_tokenizer, make_task_tokens
-from agent.data.samples.transforms import load_paraphrases, pad_vector, paraphrase, resize_with_pad
+from agent.data.samples.transforms import load_paraphrases, pad_vector, paraphrase
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.family import PI0Family
 
 
 @pytest.mark.parametrize("size", [(64, 80), (80, 64), (48, 48), (31, 97), (10, 10)])
@@ -43,7 +49,7 @@ def test_tokens_equal_lerobots(tokenizer):
     from lerobot.processor.converters import create_transition
 
     tasks = [DEFAULT_TASKS[0], "open the drawer\n", "open " * 30]
-    tokens = make_task_tokens(tokenizer, 16, tasks)
+    tokens = make_task_tokens(prompt_of(tokenizer), tasks)
     step = TokenizerProcessorStep(tokenizer_name=tokenizer, max_length=16)
     for task in tasks:
         transition = create_transition(observation={}, complementary_data={"task": task})
@@ -53,7 +59,7 @@ def test_tokens_equal_lerobots(tokenizer):
     assert tokens.too_long == {tasks[2]: 32}  # bos, 30 words, newline
     assert "32 tokens and is cut at 16" in tokens.warnings()[0]
     with pytest.raises(ValueError, match="an instruction is empty"):
-        make_task_tokens(tokenizer, 16, ["\n"])
+        make_task_tokens(prompt_of(tokenizer), ["\n"])
 
 
 def test_tokens_are_kept_until_the_tokenizer_or_the_instructions_change(tokenizer, tmp_path):
@@ -64,8 +70,8 @@ def test_tokens_are_kept_until_the_tokenizer_or_the_instructions_change(tokenize
 
     def check(length: int, texts: list[str], files: int) -> None:
         for _ in range(2):
-            kept = cached_task_tokens(str(folder), length, texts, tmp_path)
-            fresh = make_task_tokens(str(folder), length, texts)
+            kept = cached_task_tokens(prompt_of(folder, length), texts, tmp_path)
+            fresh = make_task_tokens(prompt_of(folder, length), texts)
             assert [kept(t).tolist() for t in texts] == [fresh(t).tolist() for t in texts]
             assert (kept.too_long, kept.pad_token_id) == (fresh.too_long, fresh.pad_token_id)
             assert kept.warnings() == fresh.warnings()
@@ -85,9 +91,11 @@ def test_tokens_are_kept_until_the_tokenizer_or_the_instructions_change(tokenize
 def test_a_start_that_knows_the_tokens_needs_no_transformers(tokenizer, tmp_path):
     code = (
         "import sys; from agent.data.samples.task_tokens import cached_task_tokens as f; from pathlib import Path; "
-        f"f({tokenizer!r}, 16, ['open the drawer'], Path({str(tmp_path)!r})); print('transformers' in sys.modules)"
+        "from support.samples import prompt_of as p; "
+        f"f(p({tokenizer!r}), ['open the drawer'], Path({str(tmp_path)!r})); print('transformers' in sys.modules)"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    settings: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "env": with_support()}
+    runs = [subprocess.run([sys.executable, "-c", code], **settings) for _ in range(2)]
     assert [run.stdout.strip() for run in runs] == ["True", "False"]
 
 
@@ -95,7 +103,7 @@ def test_missing_tokenizer(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     with pytest.raises(ValueError, match=r"model_cfg.tokenizer_path\).*no such folder.*gated.*hf auth login"):
-        load_tokenizer(str(tmp_path / "nowhere"))
+        load_tokenizer(str(tmp_path / "nowhere"), PI0Family().prompt(PI0Config()).advice)
     with pytest.raises(ValueError, match="the folder holds no tokenizer"):
         load_tokenizer(str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

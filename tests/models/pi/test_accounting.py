@@ -28,6 +28,7 @@ from agent.batch import ActionChunk, Batch, Observation, to_device
 from agent.models.common import gemma, siglip
 from agent.models.common.memory import Training
 from agent.models.common.sizes import GEMMA, VISION, GemmaVariant, VisionVariant
+from agent.models.flow_matching import FlowDraws
 from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi.accounting import flop_by_part, flop_per_sample
 from agent.models.pi.configuration import PI0Config
@@ -75,7 +76,7 @@ def test_the_flop_are_those_of_the_passes(changes: dict[str, Any], cameras: int,
     policy.init_weights(torch.Generator().manual_seed(0))
     freeze(policy, policy.frozen_parameters())
     with FlopCounterMode(display=False) as counter:
-        policy(batch).sum().backward()
+        policy(batch)["flow"].sum().backward()
     parts = flop_by_part(config, cameras, draws=draws)
     products = sum(flop for name, flop in parts.items() if "attention" not in name)
     # The counter does not know the CPU's attention kernel, so that this is about the products with parameters alone.
@@ -141,12 +142,12 @@ def passes(config: PI0Config, training: Training, prepare: Any = lambda policy: 
         recompute(policy.wrap_units(), training.activation_checkpointing)
         batch = make_batch(config, training.cameras, training.batch, training.draws)
         parameters = [sharding.rows(parameter).local for parameter in policy.parameters()]
-        given = [*parameters, *batch.observation.images.values(), batch.noise, batch.actions.values]
+        given = [*parameters, *batch.observation.images.values(), batch.draws.noise, batch.actions.values]
         autocast = torch.autocast("cpu", dtype=torch.bfloat16) if training.use_bf16 else contextlib.nullcontext()
         with Live(given) as live, following_shards(live):
             for _ in range(2 if training.accumulates else 1):
                 with autocast:
-                    losses = policy(batch)
+                    losses = policy(batch)["flow"]
                 kept = live.now
                 losses.sum().backward()
     return kept, live.peak
@@ -254,7 +255,7 @@ def test_weights_gradients_and_state_are_counted_exactly(changes: dict[str, Any]
     optimizer = make_optimizer(
         policy, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, eight_bit=eight_bit, seed=0
     )
-    policy(make_batch(config, 2, 1, 1)).sum().backward()
+    policy(make_batch(config, 2, 1, 1))["flow"].sum().backward()
     clip_gradients(optimizer, 1.0)
     apply_update(optimizer, 1e-3, 0)
     memory = predict(config, Training(1, 2, optimizer="adamw8bit" if eight_bit else "adamw"))
@@ -315,8 +316,7 @@ def make_batch(config: PI0Config, cameras: int, size: int, draws: int) -> Batch:
             is_pad=torch.zeros(size, config.chunk_size, dtype=torch.bool),
             dim_mask=torch.ones(size, config.max_action_dim, dtype=torch.bool),
         ),
-        noise=torch.zeros(size, *several, *chunk),
-        time=torch.full((size, *several), 0.5),
+        draws=FlowDraws(torch.zeros(size, *several, *chunk), torch.full((size, *several), 0.5)),
         sample_index=torch.arange(size),
         provenance=torch.zeros(size, 3, dtype=torch.int64),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import draccus
@@ -21,6 +22,9 @@ from agent.models.lerobot_config import FeatureSpec
 from agent.models.pi import adapter
 from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
+
+from_paligemma = partial(adapter.from_base, "paligemma_pretrained_path")
+
 
 HEADS = {
     "model.paligemma_with_expert.paligemma.lm_head.weight",
@@ -57,7 +61,7 @@ def test_every_tensor_of_a_policy_finds_its_place(file):
     names = reference("pi0_tensors_lerobot_0.6.json" if file == "openpi" else file)
     if file == "openpi":
         names = {name.removeprefix("model."): shape for name, shape in names.items()}
-    match = adapter.from_lerobot(names, config)
+    match = adapter.from_policy(names, config)
     assert {ours: names[theirs] for ours, theirs in match.sources.items()} == adapter.shapes(config)
     assert len(match.waived) == 2 and all("head" in reason for reason in match.waived.values())
     assert not match.extra and not match.layout.fresh
@@ -66,7 +70,7 @@ def test_every_tensor_of_a_policy_finds_its_place(file):
 def test_a_file_that_stores_the_tied_embedding_once_as_the_head():
     embedding = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
     head = "model.paligemma_with_expert.paligemma.lm_head.weight"
-    match = adapter.from_lerobot(set(reference("pi0_tensors_lerobot_0.6.json")) - {embedding}, PI0Config())
+    match = adapter.from_policy(set(reference("pi0_tensors_lerobot_0.6.json")) - {embedding}, PI0Config())
     assert match.sources[adapter.EMBEDDING] == head and head not in match.waived
     assert match.sources.keys() == adapter.shapes(PI0Config()).keys()
 
@@ -74,7 +78,9 @@ def test_a_file_that_stores_the_tied_embedding_once_as_the_head():
 @pytest.mark.parametrize("layout", adapter.PALIGEMMAS, ids=lambda layout: layout.title)
 def test_paligemma_brings_everything_but_the_expert(layout):
     config = PI0Config()
-    match = adapter.from_paligemma([*full_names(layout), "lm_head.weight", "model.surplus.weight"], config)
+    match = adapter.from_base(
+        "paligemma_pretrained_path", [*full_names(layout), "lm_head.weight", "model.surplus.weight"], config
+    )
     assert match.layout is layout
     missing = adapter.shapes(config).keys() - match.sources.keys()
     assert {name.split(".")[0] for name in match.sources} == {"vision", "projector", "language"}
@@ -103,7 +109,7 @@ def test_weights_survive_the_way_out_and_in(tmp_path):
     other.init_weights(torch.Generator().manual_seed(1))
     tensor_file.write(tmp_path / "model.safetensors", adapter.to_lerobot(model.state_dict(), config))
     loaded = load_file(tmp_path / "model.safetensors")
-    match = adapter.from_lerobot(loaded, config)
+    match = adapter.from_policy(loaded, config)
     other.load_state_dict({ours: loaded[theirs] for ours, theirs in match.sources.items()}, strict=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
@@ -122,7 +128,7 @@ def test_paligemma_of_transformers_fits(tmp_path):
     theirs = PaliGemmaForConditionalGeneration(
         PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=16)
     ).state_dict()
-    match = adapter.from_paligemma(theirs, config)
+    match = from_paligemma(theirs, config)
     shapes = adapter.shapes(config)
     assert not match.extra
     for ours, name in match.sources.items():

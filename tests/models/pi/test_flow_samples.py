@@ -12,18 +12,18 @@ import pytest
 import torch
 from support.forked import ForkServer
 from support.launching import Workplace
-from support.small_model import CAMERAS, TIME, K, lively_model, make_batch, relative, several_pairs
+from support.small_model import CAMERAS, SAMPLING, K, flow, lively_model, make_batch, relative, several_pairs
 
 from agent.batch import Batch
 from agent.checkpoints.manifest import MANIFEST, seal
-from agent.models.flow_matching import draw, draw_several
-from agent.models.pi0.model import PI0
+from agent.models.flow_matching import FlowDraws
+from agent.models.pi.model import PI0
 from agent.parallel.recompute import recompute
 
 
 def pair(batch: Batch, j: int) -> Batch:
     """The batch with draw ``j`` alone."""
-    return replace(batch, noise=batch.noise[:, j], time=batch.time[:, j])
+    return replace(batch, draws=FlowDraws(flow(batch).noise[:, j], flow(batch).time[:, j]))
 
 
 def full_batch(padded: bool) -> Batch:
@@ -40,7 +40,7 @@ def full_batch(padded: bool) -> Batch:
 def loss_and_gradients(model: PI0, *batches: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean over the batches, one pass each."""
     model.zero_grad()
-    loss = torch.stack([model(batch) for batch in batches]).mean(0)
+    loss = torch.stack([model(batch)["flow"] for batch in batches]).mean(0)
     loss.mean().backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -62,18 +62,19 @@ def test_k_draws_are_the_mean_of_k_passes(padded: bool, checkpointing: bool) -> 
 @pytest.mark.parametrize("padded", [False, True])
 def test_suffixes_do_not_see_each_other(padded: bool) -> None:
     model, batch = lively_model(), several_pairs(full_batch(padded))
-    other = replace(batch, noise=batch.noise.clone(), time=batch.time.clone())
-    other.noise[:, 1] += 1.0
-    other.time[:, 1] *= 0.5
+    draws = FlowDraws(flow(batch).noise.clone(), flow(batch).time.clone())
+    draws.noise[:, 1] += 1.0
+    draws.time[:, 1] *= 0.5
+    other = replace(batch, draws=draws)
     errors, changed = model.velocity_errors(batch), model.velocity_errors(other)
-    assert errors.shape == batch.noise.shape
+    assert errors.shape == draws.noise.shape
     assert torch.equal(errors[:, 0], changed[:, 0]) and torch.equal(errors[:, 2], changed[:, 2])
     assert not torch.equal(errors[:, 1], changed[:, 1])
 
 
 def test_a_draw_dimension_of_one_changes_no_bit() -> None:
     model, batch = lively_model(), full_batch(True)
-    one = replace(batch, noise=batch.noise[:, None], time=batch.time[:, None])
+    one = replace(batch, draws=FlowDraws(flow(batch).noise[:, None], flow(batch).time[:, None]))
     for ours, theirs in zip(loss_and_gradients(model, one), loss_and_gradients(model, batch), strict=True):
         if isinstance(ours, dict):
             assert all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
@@ -92,13 +93,14 @@ def test_a_batch_without_padding_needs_no_mask() -> None:
 
 
 def test_draws_are_a_function_of_seed_sample_and_number() -> None:
-    noise, times = draw_several(K, 7, 123, 6, 32, **TIME)
+    several = replace(SAMPLING, pairs=K)
+    noise, times = several(123).noise, several(123).time
     assert (noise.shape, noise.dtype, times.shape, times.dtype) == ((K, 6, 32), np.float32, (K,), np.float32)
-    more, more_times = draw_several(K + 2, 7, 123, 6, 32, **TIME)
-    assert np.array_equal(more[:K], noise) and np.array_equal(more_times[:K], times)
-    first, first_time = draw(7, 123, 6, 32, **TIME)
-    assert np.array_equal(noise[0], first) and times[0] == first_time
-    everything = np.concatenate([draw_several(K, 7, k, 6, 32, **TIME)[0].reshape(K, -1) for k in range(50)])
+    more = replace(SAMPLING, pairs=K + 2)(123)
+    assert np.array_equal(more.noise[:K], noise) and np.array_equal(more.time[:K], times)
+    first = SAMPLING(123)
+    assert np.array_equal(noise[0], first.noise) and times[0] == first.time
+    everything = np.concatenate([several(k).noise.reshape(K, -1) for k in range(50)])
     # No two draws share numbers, nor do draws of the same sample correlate.
     assert len(np.unique(everything[:, 0])) == 50 * K
     assert abs(np.corrcoef(everything) - np.eye(50 * K)).max() < 0.4

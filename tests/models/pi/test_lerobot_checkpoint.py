@@ -31,9 +31,9 @@ from support.lerobot import (  # ``small``: sizes that LeRobot takes for its own
 
 from agent import export
 from agent.data.normalization.normalizer import to_lerobot_stats
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import PI0Config
-from agent.models.pi0.model import PI0
+from agent.models.pi import adapter
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0
 
 MODES = ["MEAN_STD", "MIN_MAX", "QUANTILES", "QUANTILE10", "IDENTITY"]
 

@@ -19,9 +19,10 @@ from support.small_model import (
     CAMERAS,
     EXPERT,
     LANGUAGE,
+    SAMPLING,
     STATE_DIM,
-    TIME,
     VISION,
+    flow,
     lively_model,
     make_batch,
     relative,
@@ -34,12 +35,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from agent.batch import ActionChunk, Batch, Observation
 from agent.describe_config import field_texts
 from agent.models.common.modules import attend
-from agent.models.common.sizes import GemmaVariant, VisionVariant
-from agent.models.flow_matching import draw, euler, interpolate, per_sample_loss
-from agent.models.pi0 import adapter
-from agent.models.pi0.configuration import FeatureSpec, GemmaVariant, PI0Config
-from agent.models.pi0.layers import attend
-from agent.models.pi0.model import PI0, prepare_images
+from agent.models.common.sizes import GemmaVariant
+from agent.models.flow_matching import FlowDraws, FlowSampling, euler, interpolate, per_sample_loss
+from agent.models.lerobot_config import FeatureSpec
+from agent.models.pi import adapter
+from agent.models.pi.configuration import PI0Config
+from agent.models.pi.model import PI0, prepare_images
 from agent.parallel.recompute import recompute
 
 TOLERANCE = 1e-5
@@ -54,8 +55,9 @@ def select(batch: Batch, i: int, cameras: list[str]) -> Batch:
         *(x[i : i + 1] for x in (o.state, o.tokens, o.token_mask)),
     )
     actions = ActionChunk(*(x[i : i + 1] for x in (a.values, a.is_pad, a.dim_mask)))
-    rest = (x[i : i + 1] for x in (batch.noise, batch.time, batch.sample_index, batch.provenance))
-    return Batch(observation, actions, *rest)
+    rest = (x[i : i + 1] for x in (batch.sample_index, batch.provenance))
+    draws = FlowDraws(flow(batch).noise[i : i + 1], flow(batch).time[i : i + 1])
+    return Batch(observation, actions, draws, *rest)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def their_inputs(policy, observation: Observation) -> tuple:
 
 def their_errors(policy, batch: Batch) -> Tensor:
     inputs = their_inputs(policy, batch.observation)
-    return policy.model(*inputs, batch.actions.values, batch.noise, batch.time)
+    return policy.model(*inputs, batch.actions.values, flow(batch).noise, flow(batch).time)
 
 
 CASES = {
@@ -109,7 +111,7 @@ def test_loss_gradients_and_actions_equal_lerobots(lerobot, case, checkpointing)
     recompute(ours.wrap_units(), "full" if checkpointing else "none")
     theirs = lerobot.build(ours)
 
-    loss = ours(batch)
+    loss = ours(batch)["flow"]
     loss.mean().backward()
     their_loss = their_errors(theirs, batch)[:, :, :ACTION_DIM].mean((1, 2))
     their_loss.mean().backward()
@@ -127,8 +129,8 @@ def test_loss_gradients_and_actions_equal_lerobots(lerobot, case, checkpointing)
                 scale = their_gradients[adapter.LEROBOT.theirs(name).replace("bias", "weight")].norm()
                 deviations[name] = float((parameter.grad - their_gradient).norm() / scale)
 
-    their_actions = theirs.model.sample_actions(*their_inputs(theirs, batch.observation), noise=batch.noise)
-    deviations["actions"] = relative(ours.sample_actions(batch.observation, batch.noise), their_actions)
+    their_actions = theirs.model.sample_actions(*their_inputs(theirs, batch.observation), noise=flow(batch).noise)
+    deviations["actions"] = relative(ours.sample_actions(batch.observation, batch.draws), their_actions)
     worst = max(deviations, key=deviations.get)
     gradient = max(v for k, v in deviations.items() if k not in ("loss", "actions"))
     print(f"{case}: loss {deviations['loss']:.1e}, gradients {gradient:.1e}, actions {deviations['actions']:.1e}")
@@ -143,17 +145,17 @@ def test_padded_steps_and_dimensions_do_not_change_the_errors_but_leave_the_loss
     errors = ours.velocity_errors(batch)
     assert relative(errors, their_errors(lerobot.build(ours), batch)) < TOLERANCE
     expected = torch.stack([errors[0, :, :7].mean(), errors[1, :4, :7].mean(), errors[2, :, :7].mean()])
-    torch.testing.assert_close(ours(batch), expected)
+    torch.testing.assert_close(ours(batch)["flow"], expected)
 
 
 def test_a_sample_without_a_camera_equals_that_sample_alone():
     model, batch = lively_model(), make_batch()
     batch.observation.image_masks[CAMERAS[0]][1] = False
-    alone = torch.cat([model(select(batch, i, CAMERAS[1:] if i == 1 else CAMERAS)) for i in range(3)])
-    assert relative(model(batch), alone) < TOLERANCE
-    actions = model.sample_actions(batch.observation, batch.noise)
+    alone = torch.cat([model(select(batch, i, CAMERAS[1:] if i == 1 else CAMERAS))["flow"] for i in range(3)])
+    assert relative(model(batch)["flow"], alone) < TOLERANCE
+    actions = model.sample_actions(batch.observation, batch.draws)
     one = select(batch, 1, CAMERAS[1:])
-    assert relative(actions[1:2], model.sample_actions(one.observation, one.noise)) < TOLERANCE
+    assert relative(actions[1:2], model.sample_actions(one.observation, one.draws)) < TOLERANCE
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])
@@ -222,7 +224,7 @@ def test_every_parameter_is_either_frozen_or_gets_a_gradient(changes, checkpoint
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     batch = make_batch(cameras=[] if "input_features" in changes else CAMERAS)
-    model(batch).mean().backward()
+    model(batch)["flow"].mean().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (name in frozen), name
         assert parameter.grad is None or parameter.grad.any() or name.endswith("k_proj.bias"), name
@@ -267,9 +269,9 @@ def test_initial_weights_depend_on_the_seed_alone():
 
 def test_mixed_precision_is_close():
     model, batch = lively_model(), make_batch()
-    exact = model(batch)
+    exact = model(batch)["flow"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = model(batch)
+        rough = model(batch)["flow"]
     rough.mean().backward()
     assert rough.dtype == torch.float32
     assert relative(rough, exact) < 2e-2
@@ -310,18 +312,26 @@ def test_wrap_units_are_all_layers():
 # ---- flow matching
 
 
+def drawn(sampling: FlowSampling, k: int) -> tuple[np.ndarray, np.float32]:
+    draws = sampling(k)
+    return draws.noise, draws.time
+
+
 def test_draws_are_a_function_of_their_arguments():
-    noise, time = draw(7, 123, 6, 32, **TIME)
-    again, same_time = draw(7, 123, 6, 32, **TIME)
+    (noise, time), (again, same_time) = drawn(SAMPLING, 123), drawn(SAMPLING, 123)
     assert np.array_equal(noise, again) and time == same_time
-    assert noise.dtype == np.float32 and noise.shape == (6, 32) and isinstance(time, float)
-    others = [draw(7, 124, 6, 32, **TIME), draw(8, 123, 6, 32, **TIME), draw(7, 123, 6, 32, **TIME, purpose="val")]
+    assert noise.dtype == np.float32 and noise.shape == (6, 32) and isinstance(time, np.float32)
+    others = [
+        drawn(SAMPLING, 124),
+        drawn(replace(SAMPLING, seed=8), 123),
+        drawn(replace(SAMPLING, purpose="val"), 123),
+    ]
     assert all(not np.array_equal(noise, other) and time != t for other, t in others)
-    assert draw(7, 123, 50, 32, **TIME)[1] == time
+    assert drawn(replace(SAMPLING, shape=(50, 32)), 123)[1] == time
 
 
 def test_draws_have_the_right_distribution():
-    draws = [draw(0, k, 10, 8, **TIME) for k in range(4000)]
+    draws = [drawn(replace(SAMPLING, seed=0, shape=(10, 8)), k) for k in range(4000)]
     noise, times = np.stack([n for n, _ in draws]), np.array([t for _, t in draws])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs(times.mean() - (0.6 * 0.999 + 0.001)) < 0.015 and 0 < times.min() < times.max() <= 1

@@ -20,7 +20,7 @@ from support.launching import MODEL, Workplace
 from support.older_files import ONLY_THEN, V1, Files
 
 from agent.configuration_pipeline import dump
-from agent.models.pi0 import adapter, vintages
+from agent.models.pi import adapter, vintages
 from agent.models.registry import ModelConfig
 from agent.settings import older_keys
 from agent.training.config_changes import changes_since
@@ -175,10 +175,10 @@ def test_no_paligemma_was_an_empty_text_too(files: Files) -> None:
 def test_a_resume_sees_no_change_between_the_vintages(files: Files) -> None:
     saved = dump(files.load())
     files.model(*ONLY_THEN, num_inference_steps=10, image_resolution=[224, 224])
-    assert changes_since(saved, dump(files.load())) == []
+    assert changes_since(saved, files.load()) == []
     files.model(resize_imgs_with_padding=[448, 448])
     changed = ["model_cfg.image_resolution.0: 224 → 448", "model_cfg.image_resolution.1: 224 → 448"]
-    assert changes_since(saved, dump(files.load())) == changed
+    assert changes_since(saved, files.load()) == changed
 
 
 def test_other_models_know_no_older_names() -> None:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -29,10 +29,12 @@ from agent.data.frames.times import index_file
 from agent.data.recorded.metadata import spelled
 from agent.data.recorded.pictures import NoColours, check_pictures
 from agent.safe_files import alone, write_bytes
+from agent.spelling import amount
 
 if TYPE_CHECKING:
     from agent.configuration_pipeline import TrainPipelineConfig
-    from agent.data.source import Source
+    from agent.spelling import amount
+from agent.data.source import Source
 
 log = logging.getLogger("agent.data.prepare")  # the command by which all of this is known
 
@@ -56,7 +58,7 @@ def prepare(source: Source, wanted: WantedStore, *, skip_bad_episodes: bool, wor
             there = next(place for place in (folder, *folder.absolute().parents) if os.path.isdir(place))
             free = shutil.disk_usage(there).free
             raise ValueError(
-                f"{source}: the disk of {folder} is full ({_readable(free)} free). What is finished stays: make room "
+                f"{source}: the disk of {folder} is full ({amount(free)} free). What is finished stays: make room "
                 "and run the same command again, or name another place with `frames: FOLDER` in the data set's entry."
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -104,7 +106,7 @@ def _prepare(work: Preparation, skip_bad_episodes: bool, workers: int) -> None:
         )
     work.finish()
     size = sum(path.stat().st_size for path in work.folder.rglob("*") if path.is_file())
-    log.info("%s: the frame store %s is complete, %s", work.source, work.folder, _readable(size))
+    log.info("%s: the frame store %s is complete, %s", work.source, work.folder, amount(size))
 
 
 def _announce(work: Preparation, parts: list[Part]) -> None:
@@ -122,11 +124,11 @@ def _announce(work: Preparation, parts: list[Part]) -> None:
     free = shutil.disk_usage(work.folder).free
     log.info(
         "%s: %d pictures to decode (%s) into %s, about %s (%s; %s free)",
-        *(work.source, frames, ", ".join(work.cameras), work.folder, _readable(need), basis, _readable(free)),
+        *(work.source, frames, ", ".join(work.cameras), work.folder, amount(need), basis, amount(free)),
     )
     if need > free:
         raise ValueError(
-            f"{work.source}: the frame store takes about {_readable(need)} more, {work.folder} has {_readable(free)} free. "
+            f"{work.source}: the frame store takes about {amount(need)} more, {work.folder} has {amount(free)} free. "
             "Make room, or name another place with `frames: FOLDER` in the data set's entry"
             + ("" if work.encoding.kind == "jpeg" else ", or take --data.train.frame_store jpeg")
         )
@@ -199,14 +201,6 @@ def _result(future: Future) -> Any:
         ) from error
 
 
-def _readable(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
-
-
 def prepare_all(
     config: TrainPipelineConfig, *, skip_bad_episodes: bool = False, workers: int | None = None
 ) -> list[str]:
@@ -218,13 +212,9 @@ def prepare_all(
     from agent import hub
     from agent.data.features import check_features
     from agent.data.normalization.robot_names import assign_robots
-    from agent.data.samples.transforms import SampleSpec
     from agent.data.source import open_source
 
-    model: Any = config.model_cfg
-    values: dict[str, Any] = {item.name: getattr(model, item.name) for item in fields(SampleSpec)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    spec = SampleSpec(**values)
+    spec = config.family.sample_spec(config.trainable)
     train = config.data.train
     wanted = WantedStore(train.frame_store, train.frame_quality, spec.image_resolution)
     try:

@@ -14,6 +14,7 @@ from agent import hub
 from agent.data.recorded.episode_table import read_episodes
 from agent.data.recorded.info_file import check_info, first_empty_line, read_json_object, split_bounds, splits_of
 from agent.data.recorded.task_table import read_tasks
+from agent.spelling import ranges
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,7 @@ def _is_depth(feature: dict[str, Any]) -> bool:
 
 def spelled(episodes: Sequence[int] | np.ndarray) -> str:
     """Spells episode numbers for a message: ``0-3, 7``; long lists are cut."""
-    numbers = np.unique(np.asarray(episodes, dtype=np.int64))
-    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
-    parts = [f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs if len(run)]
-    return ", ".join(parts[:8]) + (", …" if len(parts) > 8 else "")
+    return ranges(np.unique(np.asarray(episodes, dtype=np.int64)).tolist(), most=8)
 
 
 def read_metadata(repo_id: str, root: Path) -> Metadata:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from agent.batch import SampleSpec
 from agent.data.normalization.robot import Robot
 from agent.data.samples.augmentation import augmentations
 from agent.data.samples.instructions import Wording, collect
 from agent.data.samples.reader import Draw, SampleReader
 from agent.data.samples.task_tokens import cached_task_tokens
-from agent.data.samples.transforms import SampleSpec
 from agent.data.source import Source
 
 
@@ -64,7 +64,7 @@ def make_readers(
     ]
     augmented = [f"{s}: pictures of {', '.join(c)} are augmented" for s, c in zip(training, changes, strict=True) if c]
     texts, place = instructions.texts, training[0].metadata.root
-    tokens = cached_task_tokens(wording.tokenizer_path, spec.tokenizer_max_length, texts, place)
+    tokens = cached_task_tokens(wording.prompt, texts, place)
     paraphrases = instructions.paraphrases
     return Readers(
         training=SampleReader(training, robots[:count], tokens, spec, draw, seed, paraphrases, changes),

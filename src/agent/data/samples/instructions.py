@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
+from agent.batch import Prompt
 from agent.data.samples.transforms import load_paraphrases
 from agent.data.source import Source
 
@@ -16,8 +17,8 @@ from agent.data.source import Source
 class Wording:
     """How instructions are worded, and become tokens."""
 
-    tokenizer_path: str
-    """A folder or hub id."""
+    prompt: Prompt | None
+    """From an instruction to its tokens; None for a policy that reads none."""
     task_paraphrase: str | None = None
     """A JSON file of instruction → paraphrases, for training samples."""
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.batch import ActionChunk, Batch, Observation, ValidationBatch
+from agent.batch import ActionChunk, Batch, Draws, Observation, SampleSpec, ValidationBatch, stack_draws
 from agent.data.normalization.robot import Robot
 from agent.data.resizing import resize_with_pad
 from agent.data.samples.augmentation import Augmentation
 from agent.data.samples.task_tokens import TaskTokens
-from agent.data.samples.transforms import SampleSpec, pad_vector, paraphrase
+from agent.data.samples.transforms import pad_vector, paraphrase
 from agent.data.source import Source
 
 if TYPE_CHECKING:
     import torch
 
-Draw = Callable[[int], tuple[np.ndarray, float | np.ndarray]]
-"""k → flow-matching noise (T, A) and time, or K of them, (K, T, A) and (K,); a pure function."""
+Draw = Callable[[int], Draws]
+"""A sample's number → its random numbers, of the policy's own type; a pure function."""
 
 
 @dataclass
@@ -39,10 +39,7 @@ class Sample:
     """(T,) bool."""
     dim_mask: np.ndarray
     """(A,) bool."""
-    noise: np.ndarray
-    """(T, A) float32, or (K, T, A)."""
-    time: float | np.ndarray
-    """One number, or (K,) float32."""
+    draws: Draws
     k: int
     provenance: tuple[int, int, int]
     raw_state: np.ndarray
@@ -80,9 +77,7 @@ class SampleReader:
             RuntimeError: if the frame cannot be read, naming data set, episode and frame.
         """
         raw, robot = self.sources[dataset].read(position), self.robots[dataset]
-        noise, time = self.draw(k)
-        height, width = self.spec.image_resolution
-        images = {slot: resize_with_pad(image, height, width) for slot, image in raw.images.items()}
+        images = {slot: resize_with_pad(image, *self.spec.image_resolution) for slot, image in raw.images.items()}
         if self.augmentations:
             for slot, change in self.augmentations[dataset].items():
                 images[slot] = change(images[slot], self.seed, k, slot)
@@ -93,8 +88,7 @@ class SampleReader:
             actions=pad_vector(robot.encode(raw.actions, raw.state), self.spec.max_action_dim),
             is_pad=raw.action_is_pad,
             dim_mask=np.arange(self.spec.max_action_dim) < raw.actions.shape[-1],
-            noise=noise,
-            time=time,
+            draws=self.draw(k),
             k=k,
             provenance=(dataset, raw.episode, raw.frame),
             raw_state=raw.state,
@@ -126,42 +120,67 @@ class SampleReader:
         return actions
 
 
-def collate(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> Batch:
-    """One batch of samples.
+def collate_observation(
+    images: Sequence[Mapping[str, torch.Tensor]],
+    state: torch.Tensor,
+    tokens: Sequence[Sequence[int] | np.ndarray],
+    spec: SampleSpec,
+    pad_token_id: int,
+) -> Observation:
+    """The observations of a batch, in training and where a policy acts.
 
     Camera slots that no sample has are left out, and so is language padding beyond the longest instruction,
     rounded up to a multiple of 8: both would be masked everywhere.
+
+    Args:
+        images: of each sample, camera slot → (3, H, W) uint8 of the policy's size.
+        state: (B, S) float32, normalised.
+        tokens: of each sample, without padding.
+        spec: what the policy wants.
+        pad_token_id: what fills up the tokens.
     """
+    import torch
+
+    stacked, masks = {}, {}
+    for slot in spec.camera_slots:
+        mask = torch.tensor([slot in some for some in images])
+        if mask.any():
+            blank = torch.zeros(3, *spec.image_resolution, dtype=torch.uint8)
+            masks[slot] = mask
+            stacked[slot] = torch.stack([some.get(slot, blank) for some in images])
+    lengths = np.asarray([len(some) for some in tokens])
+    longest = min(-(-int(lengths.max()) // 8) * 8, spec.tokenizer_max_length)
+    padded = np.full((len(tokens), longest), pad_token_id, dtype=np.int64)
+    for row, some in zip(padded, tokens, strict=True):
+        row[: len(some)] = some
+    token_mask = np.arange(longest) < lengths[:, None]
+    return Observation(
+        images=stacked,
+        image_masks=masks,
+        state=state,
+        tokens=torch.from_numpy(padded),
+        token_mask=torch.from_numpy(token_mask),
+        padded=not (token_mask.all() and all(bool(mask.all()) for mask in masks.values())),
+    )
+
+
+def collate(samples: Sequence[Sample], spec: SampleSpec, pad_token_id: int) -> Batch:
+    """One batch of samples."""
     import torch
 
     def stacked(name: str) -> torch.Tensor:
         return torch.from_numpy(np.stack([getattr(sample, name) for sample in samples]))
 
-    images, masks = {}, {}
-    blank = torch.zeros(3, *spec.image_resolution, dtype=torch.uint8)
-    for slot in spec.camera_slots:
-        mask = torch.tensor([slot in sample.images for sample in samples])
-        if mask.any():
-            masks[slot] = mask
-            images[slot] = torch.stack([sample.images.get(slot, blank) for sample in samples])
-    lengths = np.asarray([len(sample.tokens) for sample in samples])
-    longest = min(-(-int(lengths.max()) // 8) * 8, spec.tokenizer_max_length)
-    tokens = np.full((len(samples), longest), pad_token_id, dtype=np.int64)
-    for row, sample in zip(tokens, samples, strict=True):
-        row[: len(sample.tokens)] = sample.tokens
-    token_mask = np.arange(longest) < lengths[:, None]
     return Batch(
-        observation=Observation(
-            images=images,
-            image_masks=masks,
-            state=stacked("state"),
-            tokens=torch.from_numpy(tokens),
-            token_mask=torch.from_numpy(token_mask),
-            padded=not (token_mask.all() and all(bool(mask.all()) for mask in masks.values())),
+        observation=collate_observation(
+            [sample.images for sample in samples],
+            stacked("state"),
+            [sample.tokens for sample in samples],
+            spec,
+            pad_token_id,
         ),
         actions=ActionChunk(values=stacked("actions"), is_pad=stacked("is_pad"), dim_mask=stacked("dim_mask")),
-        noise=stacked("noise"),
-        time=torch.from_numpy(np.asarray([sample.time for sample in samples], dtype=np.float32)),
+        draws=stack_draws([sample.draws for sample in samples]),
         sample_index=torch.tensor([sample.k for sample in samples], dtype=torch.int64),
         provenance=torch.tensor([sample.provenance for sample in samples], dtype=torch.int64),
     )

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from agent import hub
+from agent.batch import Prompt
 from agent.data import cache
 
 _VERSION = 1
@@ -55,12 +56,11 @@ class TaskTokens:
         ]
 
 
-def cached_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str], root: Path) -> TaskTokens:
+def cached_task_tokens(prompt: Prompt | None, tasks: Iterable[str], root: Path) -> TaskTokens:
     """``make_task_tokens``, or the same tokens from an earlier start with the same tokenizer files and instructions.
 
     Args:
-        tokenizer_path: a local folder or a hub id.
-        max_length: L before trimming.
+        prompt: how an instruction becomes tokens; None for a policy that reads none.
         tasks: the instructions of all data sets, and their paraphrases.
         root: of the data set beside which they are kept.
 
@@ -68,34 +68,36 @@ def cached_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str
         ValueError: as ``make_task_tokens``.
     """
     texts = sorted(set(tasks))
-    name = _name(tokenizer_path, max_length, texts)
+    if prompt is None:
+        return TaskTokens(0, 0, {text: [] for text in texts}, {})
+    name = _name(prompt, texts)
     if name is None:
-        return make_task_tokens(tokenizer_path, max_length, texts)
-    tokens = cache.find(root, name, partial(_read, max_length=max_length))
+        return make_task_tokens(prompt, texts)
+    tokens = cache.find(root, name, partial(_read, max_length=prompt.max_length))
     if tokens is None:
-        tokens = make_task_tokens(tokenizer_path, max_length, texts)
+        tokens = make_task_tokens(prompt, texts)
         cache.keep(root, name, partial(_write, tokens=tokens, texts=texts))
     return tokens
 
 
-def make_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str]) -> TaskTokens:
+def make_task_tokens(prompt: Prompt, tasks: Iterable[str]) -> TaskTokens:
     """Tokenizes instructions.
 
-    An instruction ends with exactly the newline that π0's prompts end with, is cut at ``max_length`` and padded
-    on the right, like LeRobot's ``Pi0NewLineProcessor`` and ``TokenizerProcessorStep``.
+    The prompt of an instruction is cut at ``max_length``, and a batch pads it on the right, like LeRobot's
+    ``TokenizerProcessorStep``.
 
     Raises:
         ValueError: if the tokenizer cannot be had or has no padding token, or an instruction is empty.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer, max_length = load_tokenizer(prompt.tokenizer, prompt.advice), prompt.max_length
     if tokenizer.pad_token_id is None:
-        raise ValueError(f"the tokenizer at {tokenizer_path} (model_cfg.tokenizer_path) has no padding token")
+        raise ValueError(f"the tokenizer at {prompt.tokenizer} (model_cfg.tokenizer_path) has no padding token")
     made: dict[str, list[int]] = {}
     too_long: dict[str, int] = {}
     for task in sorted(set(tasks)):
         if not task.strip():
             raise ValueError("an instruction is empty: every episode needs a task in words")
-        text = task if task.endswith("\n") else task + "\n"
+        text = prompt.text(task)
         tokens = tokenizer(text)["input_ids"]
         if len(tokens) > max_length:
             too_long[task] = len(tokens)
@@ -105,12 +107,19 @@ def make_task_tokens(tokenizer_path: str, max_length: int, tasks: Iterable[str])
     return TaskTokens(max_length, int(tokenizer.pad_token_id), made, too_long)
 
 
-def _name(tokenizer_path: str, max_length: int, texts: Sequence[str]) -> str | None:
+def _name(prompt: Prompt, texts: Sequence[str]) -> str | None:
     """Of what is kept, with all that it was made from; None if the tokenizer is not on this machine yet."""
-    folder = _local_folder(tokenizer_path)
+    folder = _local_folder(prompt.tokenizer)
     if folder is None:
         return None
-    settings = [_VERSION, max_length, texts, version("transformers"), version("tokenizers")]
+    settings = [
+        _VERSION,
+        prompt.max_length,
+        texts,
+        [prompt.text(text) for text in texts],
+        version("transformers"),
+        version("tokenizers"),
+    ]
     digest = xxhash.xxh3_128(json.dumps(settings).encode())
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".model", ".txt", ".jinja") and path.is_file():
@@ -147,8 +156,12 @@ def _read(path: Path, max_length: int) -> TaskTokens:
     return TaskTokens(max_length, kept["pad_token_id"], kept["tokens"], kept["too_long"])
 
 
-def load_tokenizer(tokenizer_path: str) -> Any:
+def load_tokenizer(tokenizer_path: str, advice: str = "") -> Any:
     """The tokenizer of a local folder or of the hub, from the local cache when it is there.
+
+    Args:
+        tokenizer_path: a local folder or a hub id.
+        advice: see ``Prompt``.
 
     Raises:
         ValueError: at once, with what to do, if it cannot be had.
@@ -158,12 +171,12 @@ def load_tokenizer(tokenizer_path: str) -> Any:
     folder = Path(tokenizer_path).expanduser()
     looks_local = tokenizer_path.startswith((".", "/", "~")) or tokenizer_path.count("/") != 1
     if looks_local and not folder.is_dir():
-        _refuse_tokenizer(tokenizer_path, "there is no such folder", None)
+        _refuse_tokenizer(tokenizer_path, "there is no such folder", None, advice)
     if folder.is_dir():
         try:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            _refuse_tokenizer(tokenizer_path, "the folder holds no tokenizer that transformers reads", error)
+            _refuse_tokenizer(tokenizer_path, "the folder holds no tokenizer that transformers reads", error, advice)
     try:
         # For a large vocabulary transformers asks the hub even with local_files_only, unless it is offline as a whole.
         with hub.offline():
@@ -171,11 +184,11 @@ def load_tokenizer(tokenizer_path: str) -> Any:
     except (OSError, ValueError):
         pass  # not in the cache
     if not _hub_answers():
-        _refuse_tokenizer(tokenizer_path, "it is not in the local cache and the hub cannot be reached", None)
+        _refuse_tokenizer(tokenizer_path, "it is not in the local cache and the hub cannot be reached", None, advice)
     try:
         return AutoTokenizer.from_pretrained(tokenizer_path)
     except (OSError, ValueError) as error:  # the hub's and transformers' own errors are OSErrors
-        _refuse_tokenizer(tokenizer_path, (str(error).strip().splitlines() or ["no reason given"])[0], error)
+        _refuse_tokenizer(tokenizer_path, (str(error).strip().splitlines() or ["no reason given"])[0], error, advice)
 
 
 def _hub_answers() -> bool:
@@ -192,10 +205,9 @@ def _hub_answers() -> bool:
     return True
 
 
-def _refuse_tokenizer(tokenizer_path: str, reason: str, error: Exception | None) -> NoReturn:
+def _refuse_tokenizer(tokenizer_path: str, reason: str, error: Exception | None, advice: str) -> NoReturn:
     raise ValueError(
         f"the tokenizer {tokenizer_path!r} (model_cfg.tokenizer_path) cannot be loaded: {reason}. "
-        "google/paligemma-3b-pt-224 is gated: accept its licence at "
-        "https://huggingface.co/google/paligemma-3b-pt-224 and run `hf auth login`; or set "
-        "model_cfg.tokenizer_path to a local folder with tokenizer.json and tokenizer_config.json."
+        f"{f'{advice}s' if advice else 'S'}et model_cfg.tokenizer_path to a local folder with tokenizer.json and "
+        "tokenizer_config.json."
     ) from error

@@ -4,34 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from agent.reproducibility import stream
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """What the model wants of a sample, as plain values: the data code knows no model."""
-
-    chunk_size: int
-    """T, actions per sample."""
-    max_state_dim: int
-    """S, to which the state is padded."""
-    max_action_dim: int
-    """A, to which the actions are padded."""
-    image_resolution: tuple[int, int]
-    """Height and width of what the model sees."""
-    tokenizer_max_length: int
-    """Most tokens of an instruction."""
-    camera_slots: tuple[str, ...] = ()
-    """The model's camera features; empty to infer them, with the dimensions, from the first data set."""
-    state_dim: int | None = None
-    """The robot's own state dimensions; None to infer."""
-    action_dim: int | None = None
-    """The robot's own action dimensions; None to infer."""
 
 
 def pad_vector(values: np.ndarray, size: int) -> np.ndarray:

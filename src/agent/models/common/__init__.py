@@ -1,4 +1,5 @@
 """Parts that several families share: transformer layers, tables of sizes, predicted memory, names of tensors.
 
-Nothing here knows a family. Read `sizes.py` for the tables, then the file of the part that a family builds on.
+In come sizes and shapes; out go modules without weights, bytes and mappings of names. Nothing here imports a family.
+Start reading at ``sizes.py``, then the file of the part that a family builds on.
 """

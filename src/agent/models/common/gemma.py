@@ -1,4 +1,4 @@
-"""Gemma's transformer (https://arxiv.org/abs/2403.08295), which serves as language model and as action expert."""
+"""Implements Gemma's transformer (https://arxiv.org/abs/2403.08295), used as language model and as action expert."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agent.models.common.sizes import GemmaVariant
 
 
 class GemmaAttention(nn.Module):
-    """Attention with grouped queries: several heads share a key-value head."""
+    """Computes grouped-query attention: several query heads share a key-value head."""
 
     def __init__(self, table: GemmaVariant) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class GemmaAttention(nn.Module):
 
 
 class GemmaMLP(nn.Module):
-    """Gated linear unit, (B, N, D) → (B, N, D)."""
+    """Applies a gated linear unit, (B, N, D) → (B, N, D)."""
 
     def __init__(self, table: GemmaVariant) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class GemmaMLP(nn.Module):
 
 
 class GemmaLayer(nn.Module):
-    """A layer of the language model or of the expert."""
+    """Is one layer of the language model or of the expert."""
 
     def __init__(self, table: GemmaVariant) -> None:
         super().__init__()
@@ -63,10 +63,10 @@ class GemmaLayer(nn.Module):
         past: KeysValues | None = None,
         keys_values_only: bool = False,
     ) -> tuple[Tensor, KeysValues]:
-        """Hidden states (B, N, D) after the layer, and the layer's own keys and values.
+        """Returns the hidden states (B, N, D) after the layer, and the layer's own keys and values.
 
-        ``past`` are keys and values to attend to before the layer's own. With ``keys_values_only`` the hidden
-        states come back as they went in.
+        ``past`` holds keys and values that are attended to before the layer's own. With ``keys_values_only`` the hidden
+        states are returned unchanged.
         """
         normed = self.input_layernorm(hidden)
         own = self.self_attn.keys_values(normed, rope)
@@ -78,7 +78,7 @@ class GemmaLayer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """Layers and final norm; the language model also has the token embedding, the expert has none."""
+    """Holds the layers and the final norm, and the token embedding of the language model; the expert has none."""
 
     def __init__(self, table: GemmaVariant, embedding: bool) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""How much of a GPU's memory training takes, from sizes alone: nothing is built, torch is not imported.
+"""Predicts the GPU memory of training from sizes alone, without building a model or importing torch.
 
-Weights, gradients and the optimizer's state are counted exactly. Activations are what autograd keeps, tensor by tensor,
-of each unit of the model, with fused attention. The peak is looked for at every unit of the backward pass: the
-activations of this and all earlier units, the gradients of all later ones, what this unit computes again, and what it
-has in hand besides. A family lists its units in the order of the forward pass.
+Weights, gradients and optimizer state are counted exactly. Activations are the tensors that autograd keeps of each unit of
+the model, with fused attention. The peak is the maximum over the units in the backward pass of: the activations of this and
+all earlier units, the gradients of all later ones, the activations that this unit recomputes, and its temporary buffers. A
+family lists its units in the order of the forward pass.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from agent.models.common.sizes import GemmaVariant, VisionVariant
 
 _OPTIMIZER_BLOCK = 256  # numbers that share a scale in the eight-bit optimizer
 _OPTIMIZER_SMALL = 4096  # it keeps the state of smaller tensors in float32
-_OPTIMIZER_PIECE = (1 << 22) * 40  # bytes in hand while an update is computed piece by piece
+_OPTIMIZER_PIECE = (1 << 22) * 40  # bytes of buffers while an update is computed piece by piece
 CONTEXT = 600 << 20
-"""Bytes of the CUDA context and cuBLAS's workspace on the card, which torch does not count. An allowance."""
+"""An allowance in bytes for the CUDA context and cuBLAS's workspace, which torch does not count."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What decides on memory besides the model; values as in the training YAML."""
+    """Holds the settings beside the model that determine memory; values are those of the training YAML."""
 
     batch: int
     """Samples that the GPU holds at once."""
     cameras: int
     """Cameras with an image."""
     language_tokens: int | None = None
-    """Of the longest instruction, rounded up to 8; the model's most when not given."""
+    """Tokens of the longest instruction, rounded up to a multiple of 8; None for the model's maximum."""
     draws: int = 1
     """``flow_samples_per_observation``."""
     activation_checkpointing: str = "none"
@@ -37,53 +37,53 @@ class Training:
     precision: str = "float32_master"
     use_bf16: bool = True
     accumulates: bool = False
-    """Several micro-batches per update: gradients lie there during the forward pass."""
+    """Whether an update has several micro-batches, so that gradients exist during the forward pass."""
     ema: bool = False
     """Whether there is an ``ema_decay``."""
     shards: int = 1
-    """Processes that share weights, gradients, optimizer and average, as ``parallel: fsdp`` has it; 1 for none."""
+    """Processes that shard weights, gradients, optimizer and average (``parallel: fsdp``); 1 for no sharding."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes; of one process."""
+    """Holds the predicted memory of one process, in bytes."""
 
     parameters: int
     gradients: int
     optimizer: int
     activations: int
-    """Kept at the end of the forward pass, without copies of weights."""
+    """Activations kept at the end of the forward pass, without copies of weights."""
     ema: int
-    """Of the weights' moving average, float32."""
+    """The moving average of the weights, in float32."""
     peak: int
-    """Most bytes that torch has allocated at once."""
+    """The most that torch has allocated at once."""
 
     @property
     def card(self) -> int:
-        """What the card must have: the peak and an allowance for what torch does not count."""
+        """Returns the memory that the GPU must have: the peak plus an allowance for what torch does not count."""
         return self.peak + CONTEXT
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of the model that runs at once, in the order of the forward pass. Numbers of parameters; bytes."""
+    """Describes a piece of the model that runs at once: its parameters as numbers of elements, its activations in bytes."""
 
     shapes: tuple[tuple[int, ...], ...]
-    """Of all parameters."""
+    """Shapes of all parameters, the trained ones first."""
     frozen: int = 0
-    """Numbers of parameters that are not trained."""
+    """Elements of the parameters that are not trained."""
     products: int = 0
-    """Numbers of trained matrices and their biases, of which autocast makes a bfloat16 copy."""
+    """Elements of the trained matrices and their biases, of which autocast makes a bfloat16 copy."""
     kept: int = 0
-    """Bytes kept for the backward pass, with the checkpointing asked for."""
+    """Bytes kept for the backward pass, with the activation checkpointing that is set."""
     again: int = 0
-    """Bytes of activations that the backward pass computes again."""
+    """Bytes of activations that the backward pass recomputes."""
     hand: int = 0
-    """Bytes that its backward pass has in hand at once, besides."""
+    """Bytes of temporary buffers in its backward pass."""
     passing: int = 0
-    """Bytes that its forward pass has in hand at once and nobody keeps, of a unit that is not trained."""
+    """Bytes of temporary buffers in the forward pass of a unit that is not trained."""
     layer: bool = False
-    """Whether it is gathered in the type of its products where the model is sharded."""
+    """Whether sharding gathers its weights in the type of its matrix products."""
 
     @property
     def numbers(self) -> int:
@@ -95,7 +95,7 @@ class Unit:
 
 
 def predict(model: Iterable[Unit], training: Training) -> Memory:
-    """The memory of one process that trains this model, unit by unit, on one GPU.
+    """Predicts the memory of one process that trains a model, given as its units, on one GPU.
 
     Raises:
         ValueError: for an unknown value of ``training``.
@@ -122,8 +122,8 @@ def predict(model: Iterable[Unit], training: Training) -> Memory:
 
 
 def _peak_of_passes(units: list[Unit], training: Training, number: int) -> int:
-    """Most bytes of activations, gradients and copies of weights; ``number`` is the size of a weight's number."""
-    # Autocast keeps the copies of the weights until the forward pass ends; those that autograd kept live on.
+    """Returns the peak of activations, gradients and copies of weights; ``number`` is the bytes of one weight."""
+    # Autocast keeps its copies of the weights until the forward pass ends; autograd keeps those that it saved for longer.
     copied = 2 if training.use_bf16 and number == 4 else 0
     stay = copied if training.activation_checkpointing == "none" else 0
     activations = sum(unit.kept for unit in units)
@@ -148,17 +148,17 @@ def _most_passing(units: list[Unit]) -> int:
 
 
 def _peak_of_shards(units: list[Unit], training: Training, number: int) -> int:
-    """The same under FSDP2, which gathers a unit's weights for its passes and keeps of its gradients a share.
+    """Returns the peak under FSDP2, which gathers a unit's weights for its passes and keeps a shard of its gradients.
 
-    In the backward pass the unit before is gathered ahead. Gradients are added up over the processes in float32, from a
-    copy. Of weights that are gathered anew for it the backward pass keeps no copy.
+    In the backward pass the preceding unit is gathered ahead of time. Gradients are summed over the processes in float32,
+    from a copy. The backward pass keeps no copy of weights that are gathered again for it.
     """
     width = 2 if training.use_bf16 else number
     gathered = [(width if unit.layer else number) * unit.numbers for unit in units]
     before = number * sum(unit.trained for unit in units) // training.shards if training.accumulates else 0
     most = held = done = 0
     for unit, weights in zip(units, gathered, strict=True):
-        # as it came from the processes, and in its own order
+        # The gathered weights exist twice: as received from the processes, and in the tensors' own layout.
         most = max(most, before + held + weights + max(weights, unit.passing))
         held += unit.kept
     for place, unit in reversed(list(enumerate(units))):
@@ -171,7 +171,7 @@ def _peak_of_shards(units: list[Unit], training: Training, number: int) -> int:
 
 
 def _state(unit: Unit, optimizer: str) -> int:
-    """Bytes of the optimizer's state."""
+    """Returns the bytes of the optimizer's state for a unit."""
     total, left = 0, unit.trained
     for shape in unit.shapes:
         numbers = product_of(shape)
@@ -188,15 +188,15 @@ def _state(unit: Unit, optimizer: str) -> int:
 def vision_units(
     table: VisionVariant, patches: int, tokens: int, product: int, mode: str, trained: bool
 ) -> Iterator[Unit]:
-    """Embedding and layers of a vision tower; its images may not exist.
+    """Yields the units of a vision tower: its embedding and its layers. ``tokens`` is 0 if there are no images.
 
     Args:
-        table: its sizes.
-        patches: tokens of an image.
-        tokens: of all images that are held at once.
+        table: the tower's sizes.
+        patches: tokens of one image.
+        tokens: tokens of all images of a micro-batch.
         product: bytes of a number in a matrix product.
-        mode: ``activation_checkpointing``.
-        trained: whether it is trained.
+        mode: the value of ``activation_checkpointing``.
+        trained: whether the tower is trained.
     """
     w, m = table.width, table.mlp_dim
     embedding = ((w, 3, table.patch_size, table.patch_size), (w,), (patches, w))
@@ -228,7 +228,7 @@ def vision_units(
 def gemma_unit(
     table: GemmaVariant, tokens: int, past: int, product: int, mode: str, trained: bool, keys_values_only: bool = False
 ) -> Unit:
-    """A layer of the language model, or of the expert with ``past`` keys and values before its own."""
+    """Returns the unit of a language model's layer, or of an expert's layer, which also attends to ``past`` tokens."""
     w, m, heads, pair = table.width, table.mlp_dim, table.heads * table.head_dim, table.kv_heads * table.head_dim
     keys_values = ((pair, w), (pair, w), (w,))
     rest = ((heads, w), (w, heads), (m, w), (m, w), (w, m), (w,))
@@ -237,7 +237,8 @@ def gemma_unit(
     norm, inputs = tokens * (4 * w + 4 + product * w), tokens * 4 * w
     own_pair = 2 * product * pair * tokens
     if not trained:
-        # No gradient: keys and values alone remain, for the expert; in hand are two residuals, a norm, the MLP's three.
+        # Without gradients only keys and values remain, for the expert; the temporary buffers are two residuals, a norm and
+        # the MLP's three products.
         passing = 0 if keys_values_only else tokens * (8 * w + product * (w + 3 * m))
         return Unit(shapes, frozen=sum(map(product_of, shapes)), kept=own_pair, passing=passing, layer=True)
     if keys_values_only:
@@ -250,10 +251,10 @@ def gemma_unit(
         again = all_kept - inputs
         return Unit(shapes, sum(map(product_of, rest)), matrices, kept[mode], again, tokens * 4 * w, layer=True)
     scores = 4 * table.heads * tokens
-    # The expert's own keys and values follow the prefix's in a copy.
+    # The expert's own keys and values are concatenated to the prefix's, which makes a copy.
     attended = own_pair + 2 * product * pair * past
     all_kept = 2 * norm + attended + tokens * product * (2 * heads + 4 * m) + scores
-    # Of the language model, the keys and values stay as the expert's input.
+    # The language model's keys and values are kept, because they are the expert's input.
     full = inputs + (0 if past else own_pair)
     blocks = full + tokens * product * (2 * heads + 2 * w + 2 * m) + scores + own_pair // (1 if past else 2)
     kept_bytes = {"none": all_kept, "blocks": blocks, "full": full}[mode]

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (https://arxiv.org/abs/2303.15343): a picture becomes one token per patch."""
+"""Implements SigLIP's vision tower (https://arxiv.org/abs/2303.15343), which turns an image into one token per patch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.models.common.sizes import VisionVariant
 
 
 class VisionAttention(nn.Module):
-    """Tokens (B, P, D) of an image attend to each other."""
+    """Lets the tokens (B, P, D) of an image attend to each other."""
 
     def __init__(self, table: VisionVariant) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two linear layers, (B, P, D) → (B, P, D)."""
+    """Applies two linear layers, (B, P, D) → (B, P, D)."""
 
     def __init__(self, table: VisionVariant) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """A layer of the vision tower, (B, P, D) → (B, P, D)."""
+    """Is one layer of the vision tower, (B, P, D) → (B, P, D)."""
 
     def __init__(self, table: VisionVariant) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class VisionLayer(nn.Module):
 
 
 class Vision(nn.Module):
-    """SigLIP's vision tower (https://arxiv.org/abs/2303.15343) without its pooling head."""
+    """Holds the parts of SigLIP's vision tower, without its pooling head."""
 
     def __init__(self, table: VisionVariant, image_size: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sizes of the transformers that policies are built of, by name or as a table of a model JSON. Imports no torch."""
+"""Defines the sizes of the transformers in a policy, by name or as a table in a model JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -51,7 +51,11 @@ VISION = {"so400m": VisionVariant()}
 
 
 def resolve(key: str, value: Any, known: dict[str, Any]) -> Any:
-    """The table of sizes behind a variant's name; a table stands for itself."""
+    """Returns the table of sizes behind a variant's name; a table is returned as it is.
+
+    Raises:
+        ValueError: if no variant has that name.
+    """
     if not isinstance(value, str):
         return value
     if value not in known:
@@ -62,5 +66,5 @@ def resolve(key: str, value: Any, known: dict[str, Any]) -> Any:
 
 
 def patches_per_camera(vision: VisionVariant, side: int) -> int:
-    """Tokens of a square image with ``side`` pixels on each side."""
+    """Returns the number of tokens of a square image with ``side`` pixels on each side."""
     return (side // vision.patch_size) ** 2

@@ -1,8 +1,8 @@
-"""What a π0 costs: the arithmetic of a training step, from the sizes of its config alone.
+"""Counts the floating-point operations of a training step of π0 from the sizes in its config alone.
 
-A multiplication and an addition are two FLOP. A matrix product with a trained parameter costs 2 FLOP per number of the
+A multiplication and an addition are two FLOP. A matrix product with a trained parameter costs 2 FLOP per element of the
 matrix and token in the forward pass and 4 in the backward pass, half of them for the gradient of its input. Norms,
-activation functions and rotations are not counted: they are below a hundredth.
+activation functions and rotations are not counted: they are less than a hundredth.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 def flop_per_sample(
     config: PI0Config, cameras_present: int, language_tokens: int | None = None, draws: int = 1
 ) -> float:
-    """FLOP of forward and backward pass for one sample, recomputed activations not counted.
+    """Returns the FLOP of forward and backward pass for one sample; recomputed activations are not counted.
 
     Args:
-        config: the model.
-        cameras_present: cameras that the sample has; absent ones are not computed.
-        language_tokens: of its instruction; all ``tokenizer_max_length`` when not given.
-        draws: flow-matching draws of an observation.
+        config: the model's config.
+        cameras_present: number of cameras that the sample has; absent ones are not computed.
+        language_tokens: tokens of the sample's instruction; None for ``tokenizer_max_length``.
+        draws: flow-matching draws per observation.
     """
     return sum(flop_by_part(config, cameras_present, language_tokens, draws).values())
 
@@ -31,7 +31,7 @@ def flop_per_sample(
 def flop_by_part(
     config: PI0Config, cameras_present: int, language_tokens: int | None = None, draws: int = 1
 ) -> dict[str, float]:
-    """The same by part: ``vision``, ``language``, ``expert`` and their attention. Arguments as above."""
+    """Splits ``flop_per_sample`` into ``vision``, ``language``, ``expert`` and the attention of each."""
     patches = cameras_present * config.patches_per_camera
     language_tokens = config.tokenizer_max_length if language_tokens is None else language_tokens
     prefix, suffix = patches + language_tokens, 1 + draws * config.chunk_size
@@ -44,12 +44,12 @@ def flop_by_part(
     per_patch = 3 * vision.patch_size**2 * vision.width
     vision_layer = 4 * vision.width**2 + 2 * vision.width * vision.mlp_dim
     vision_flop = 2.0 * patches * vision.depth * vision_layer * vision_passes
-    vision_flop += 2.0 * patches * per_patch * min(vision_passes, 2)  # an image wants no gradient
+    vision_flop += 2.0 * patches * per_patch * min(vision_passes, 2)  # an image needs no gradient
     vision_flop += 2.0 * patches * vision.width * language.width * projector_passes
     seen = config.patches_per_camera
     vision_attention = 4.0 * patches * seen * vision.width * vision.depth * vision_passes
 
-    # Of the last prefix layer only keys and values are computed.
+    # The last prefix layer computes only keys and values.
     language_numbers = language.depth * _keys_values(language) + (language.depth - 1) * _rest(language)
     language_flop = 2.0 * prefix * language_numbers * prefix_passes
     heads = language.heads * language.head_dim
@@ -59,7 +59,7 @@ def flop_by_part(
     expert_flop = 6.0 * suffix * expert.depth * (_keys_values(expert) + _rest(expert))
     expert_flop += 6.0 * actions * (2 * config.max_action_dim * expert.width + 3 * expert.width**2)
     expert_flop += 6.0 * config.max_state_dim * expert.width
-    # The state sees the prefix and itself, an action the state and its own draw's actions too.
+    # The state attends to the prefix and itself; an action also attends to the state and to the actions of its own draw.
     seen_by_all = prefix + 1 + actions * (prefix + 1 + config.chunk_size)
     expert_attention = 4.0 * seen_by_all * expert.heads * expert.head_dim * expert.depth * 3
     return {
@@ -73,10 +73,10 @@ def flop_by_part(
 
 
 def _keys_values(table: GemmaVariant) -> int:
-    """Numbers of a layer's key and value projections."""
+    """Returns the elements of a layer's key and value projections."""
     return 2 * table.width * table.kv_heads * table.head_dim
 
 
 def _rest(table: GemmaVariant) -> int:
-    """Numbers of a layer's other matrices."""
+    """Returns the elements of a layer's other matrices."""
     return 2 * table.width * table.heads * table.head_dim + 3 * table.width * table.mlp_dim

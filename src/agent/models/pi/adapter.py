@@ -1,7 +1,7 @@
-"""Names of π0's tensors here and elsewhere: LeRobot (0.6 and older), openpi's PyTorch port, Hugging Face PaliGemma.
+"""Maps π0's tensor names to those of LeRobot (0.6 and older), openpi's PyTorch port and Hugging Face's PaliGemma.
 
-The model knows only its own names. A ``Layout`` says how a foreign checkpoint names the same tensors, what it may
-hold that we leave behind, and what it does not hold; reading files and accounting for every key is done elsewhere.
+The model knows only its own names. A ``Layout`` says how another program's checkpoint names the same tensors and which of
+them it does not contain; ``agent.checkpoints.weights`` reads the files and accounts for every tensor.
 """
 
 from __future__ import annotations
@@ -15,14 +15,11 @@ import torch
 from agent.models.common.names import Layout, Match
 from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
-from agent.models.pi.statistics import read_statistics
-
-__all__ = ["fit", "from_lerobot", "from_paligemma", "read_statistics", "to_lerobot"]
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# PaliGemma's parts: our beginning of a name, the same in transformers from 4.52 on, and before.
+# Prefixes of PaliGemma's tensor names: ours, then those of transformers from 4.52 on; older ones are derived below.
 PALIGEMMA_PARTS = [
     ("vision.patch_embedding.", "model.vision_tower.vision_model.embeddings.patch_embedding."),
     ("vision.position_embedding.", "model.vision_tower.vision_model.embeddings.position_embedding."),
@@ -44,7 +41,7 @@ SMALL_PARTS = [
 ]
 
 EMBEDDING = "language.embedding.weight"
-# What a checkpoint may hold and this model leaves behind, and why.
+# Tensors that a checkpoint may contain and this model does not load, with the reason.
 WAIVED = [
     (r"(.*\.)?gemma_expert\.lm_head\.weight", "the expert's language head is never used"),
     (r"(.*\.)?lm_head\.weight", "the language head is tied to the token embedding"),
@@ -53,7 +50,7 @@ WAIVED = [
         "statistics of the data it was made with; used with `data.statistics: checkpoint` only",
     ),
 ]
-# What PaliGemma does not bring, and why.
+# Tensors that PaliGemma does not contain, with the reason.
 FRESH = [
     (
         r"(expert|state_proj|action_in_proj|action_time_mlp_in|action_time_mlp_out|action_out_proj)\..*",
@@ -81,7 +78,7 @@ PALIGEMMAS = [
 
 
 def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Match:
-    """Sorts the tensor names of a checkpoint, by the layout that explains most of them."""
+    """Assigns the tensor names of a checkpoint to ours, by the layout that explains most of them."""
     names, known = list(names), shapes(config)
     layout = max(layouts, key=lambda layout: sum(layout.ours(name) in known for name in names))
     sources: dict[str, str] = {}
@@ -96,8 +93,8 @@ def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Mat
             waived[name] = reason
         else:
             extra.append(name)
-    # safetensors stores tied tensors once, and openpi's files keep the head. Where a file has both, the embedding
-    # counts: LeRobot unties them and trains the embedding alone.
+    # safetensors stores tied tensors once, and openpi's files keep the head. Where a file has both, the embedding is used,
+    # because LeRobot unties them and trains only the embedding.
     head = next((name for name in waived if name.endswith("lm_head.weight") and "gemma_expert" not in name), None)
     if EMBEDDING not in sources and head is not None:
         sources[EMBEDDING] = head
@@ -105,18 +102,19 @@ def match(names: Iterable[str], layouts: list[Layout], config: PI0Config) -> Mat
     return Match(layout, sources, waived, extra)
 
 
-def from_lerobot(names: Iterable[str], config: PI0Config) -> Match:
-    """Sorts the tensor names of a π0 policy: LeRobot's, old or new, or openpi's."""
+def from_policy(names: Iterable[str], config: PI0Config) -> Match:
+    """Assigns the tensor names of a π0 policy in LeRobot's format, old or new, or openpi's."""
     return match(names, POLICIES, config)
 
 
-def from_paligemma(names: Iterable[str], config: PI0Config) -> Match:
-    """Sorts the tensor names of a Hugging Face PaliGemma; the expert is left fresh."""
+def from_base(key: str, names: Iterable[str], config: PI0Config) -> Match:
+    """Assigns the tensor names of a Hugging Face PaliGemma, which leaves the expert with its initial weights."""
+    assert key in config.base_weights, key
     return match(names, PALIGEMMAS, config)
 
 
 # The projections between the robot's padded vectors and the model: name → the config key of the padded size, and the
-# dimension of the tensor that has it.
+# tensor dimension that has this size.
 _PADDED = {
     "state_proj.weight": ("max_state_dim", 1),
     "action_in_proj.weight": ("max_action_dim", 1),
@@ -126,14 +124,9 @@ _PADDED = {
 
 
 def fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> tuple[bool, str] | None:
-    """What is to be said of our tensor ``name`` if it has shape ``theirs`` in a file and ``ours`` in the model.
-
-    Returns:
-        Whether to load the part that both have in common, and by which rule or what to write instead; None for a shape
-        that is simply wrong.
-    """
+    """Decides what happens to a tensor whose shape differs, see ``agent.models.family.TensorNames.fit``."""
     if name == EMBEDDING and theirs[1:] == ours[1:] and theirs[0] > ours[0]:
-        # The image placeholder and padding, which π0 has no use for.
+        # The additional rows are the image placeholder and padding, which π0 does not use.
         return (True, "rows that Hugging Face appended to the vocabulary are left behind")
     if name in _PADDED:
         key, dim = _PADDED[name]
@@ -141,19 +134,19 @@ def fit(name: str, theirs: tuple[int, ...], ours: tuple[int, ...]) -> tuple[bool
             return None
         if theirs[dim] > ours[dim]:
             return (False, f"write {key}: {theirs[dim]}, the dimensions that a robot lacks are padded with zeros")
-        # Zero columns do not see what is in the new dimensions and zero rows predict no motion there: the same function.
+        # Zero columns ignore the new dimensions and zero rows predict no motion in them, so the function is the same.
         return (True, f"{key} is {theirs[dim]} in the file: the weights of the added dimensions are zero")
     return None
 
 
 def shapes(config: PI0Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the model, without building it."""
+    """Returns the name and shape of every tensor of the model, without allocating it."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in PI0(config).state_dict().items()}
 
 
 def expected(config: PI0Config) -> dict[str, str]:
-    """Our name of every tensor of the model → LeRobot 0.6's."""
+    """Maps our name of every tensor of the model → LeRobot 0.6's name."""
     return {name: _lerobot_name(name) for name in shapes(config)}
 
 
@@ -164,15 +157,16 @@ def _lerobot_name(name: str) -> str:
 
 
 def to_lerobot(state_dict: dict[str, Tensor], config: PI0Config) -> dict[str, Tensor]:
-    """Our tensors under LeRobot 0.6's names, with the two language heads that its strict loading demands.
+    """Returns our tensors under LeRobot 0.6's names, with the two language heads that its strict loading requires.
 
-    The tensors are the model's own. The language head shares the embedding's memory and the expert's head is one zero
-    expanded, so neither costs any; ``agent.checkpoints.tensor_file`` writes both, the safetensors library wants copies.
+    The tensors are the model's own. The language head shares the embedding's memory and the expert's head is a single zero,
+    expanded, so neither takes memory. ``agent.checkpoints.tensor_file`` can write both; the safetensors library would
+    require copies.
     """
     out = {_lerobot_name(name): tensor for name, tensor in state_dict.items()}
     prefix = "model.paligemma_with_expert."
     out[f"{prefix}paligemma.lm_head.weight"] = state_dict[EMBEDDING]
-    # Nothing reads the expert's head: a small type saves half a gigabyte.
+    # Nothing reads the expert's head, so it is stored in a small type, which saves half a gigabyte.
     zero = torch.zeros((), dtype=torch.bfloat16, device="cpu")
     out[f"{prefix}gemma_expert.lm_head.weight"] = zero.expand(config.expert.vocab_size, config.expert.width)
     return out

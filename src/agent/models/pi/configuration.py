@@ -1,20 +1,19 @@
-"""Every field of π0's model JSON. Imports no torch: a configuration error must show within a second."""
+"""Defines and checks the keys of π0's model JSON. It imports no torch: a configuration error must show within a second."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from agent.models.base import ModelConfig, Reading
+from agent.models.base import Reading
 from agent.models.common.sizes import GEMMA, VISION, GemmaVariant, VisionVariant, patches_per_camera, resolve
 from agent.models.lerobot_config import SharedKey, TrainableConfig, refuse
 from agent.models.pi import vintages
 
 
-@ModelConfig.register_subclass("pi0")
 @dataclass
 class PI0Config(TrainableConfig):
-    """π0 (https://arxiv.org/abs/2410.24164). Fields and defaults are LeRobot 0.6.1's unless the text says more."""
+    """Holds π0's keys. Fields and defaults are LeRobot 0.6.1's unless a key's text differs."""
 
     title: ClassVar[str] = "π0"
     older_names: ClassVar[dict[str, str]] = vintages.RENAMED
@@ -30,6 +29,12 @@ class PI0Config(TrainableConfig):
         "paligemma_pretrained_path",
         "freeze_lm_head",
         "vision_variant",
+    )
+    free_on_resume: ClassVar[tuple[str, ...]] = (
+        *TrainableConfig.free_on_resume,
+        *base_weights,
+        "num_inference_steps",
+        "tokenizer_path",
     )
     positive: ClassVar[tuple[str, ...]] = (*TrainableConfig.positive, "num_inference_steps", "tokenizer_max_length")
 
@@ -72,10 +77,11 @@ class PI0Config(TrainableConfig):
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Reading:
-        """See ``ModelConfig``; knows LeRobot's ``config.json`` of 2025."""
+        """Reads today's files and LeRobot's ``config.json`` of 2025, see ``ModelConfig``."""
         variant = values.get("action_expert_variant", cls.action_expert_variant)
         expert = asdict(GEMMA[variant]) if isinstance(variant, str) and variant in GEMMA else variant
-        width = expert.get("width") if isinstance(expert, dict) else None  # what is wrong there is said elsewhere
+        # A mistake in the expert's sizes is reported later, when the value is decoded.
+        width = expert.get("width") if isinstance(expert, dict) else None
         return vintages.read(values, width, {f.name: f.default for f in fields(cls)})
 
     def _refuse_unsupported(self) -> None:
@@ -128,21 +134,24 @@ class PI0Config(TrainableConfig):
 
     @property
     def language(self) -> GemmaVariant:
-        """Sizes of the language model."""
+        """Returns the sizes of the language model."""
         return resolve("paligemma_variant", self.paligemma_variant, GEMMA)
 
     @property
     def expert(self) -> GemmaVariant:
-        """Sizes of the action expert."""
+        """Returns the sizes of the action expert."""
         return resolve("action_expert_variant", self.action_expert_variant, GEMMA)
 
     @property
     def vision(self) -> VisionVariant:
-        """Sizes of the vision tower."""
+        """Returns the sizes of the vision tower."""
         return resolve("vision_variant", self.vision_variant, VISION)
 
     def to_lerobot(self, last_update: int = 30_000) -> dict[str, Any]:
-        """See ``TrainableConfig``. A table of sizes that has a name goes by it; LeRobot refuses any other by itself."""
+        """Returns LeRobot's ``config.json``, see ``TrainableConfig``.
+
+        A table of sizes that has a name is written as this name; LeRobot refuses other tables by itself.
+        """
         out = super().to_lerobot(last_update)
         for key, table in (("paligemma_variant", self.language), ("action_expert_variant", self.expert)):
             out[key] = next((name for name, known in GEMMA.items() if known == table), asdict(table))
@@ -152,5 +161,5 @@ class PI0Config(TrainableConfig):
 
     @property
     def patches_per_camera(self) -> int:
-        """Tokens of an image."""
+        """Returns the number of tokens of an image."""
         return patches_per_camera(self.vision, self.image_resolution[0])

@@ -1,21 +1,21 @@
-"""π0 as other programs store it: the names of its tensors, and what stands beside them.
+"""Collects the contents of a π0 export for each format: tensor names, statistics and config files.
 
 ``lerobot``     LeRobot 0.6.1, which is also how checkpoints are written here
 ``lerobot_v1``  LeRobot before 0.4 (2025): other names, statistics among the weights, a config.json of its own keys
 ``openpi``      openpi's PyTorch port: 0.6's names without ``model.``, statistics in ``assets/``
 
-What a program would do differently without a word is refused; sizes that it does not know, it refuses by itself, and
-a note says so.
+An export is refused if the other program would silently compute something else. Sizes that the other program does not know
+are exported with a note, because it refuses them by itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from agent.models.common.sizes import GEMMA, VISION
+from agent.models.family import Contents, Statistics
 from agent.models.lerobot_config import ACTION, STATE
 from agent.models.pi import adapter
 from agent.models.pi.configuration import PI0Config
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    Statistics = dict[str, dict[str, np.ndarray]]
-
-# Format → their name of the token embedding, by which the layout is found.
+# Maps format → its name of the token embedding, which identifies the layout.
 _EMBEDDINGS = {
     "lerobot": "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight",
     "lerobot_v1": "model.paligemma_with_expert.paligemma.language_model.model.embed_tokens.weight",
@@ -37,24 +35,10 @@ _HEADS = {
     "lerobot_v1": "model.paligemma_with_expert.paligemma.language_model.lm_head.weight",
     "openpi": "paligemma_with_expert.paligemma.lm_head.weight",
 }
-# What the normalisation of each mode reads.
+# The statistics that each normalisation mode reads.
 _V1_STATISTICS = {"IDENTITY": (), "MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max")}
 _OPENPI_STATISTICS = {"MEAN_STD": ("mean", "std"), "QUANTILES": ("mean", "std", "q01", "q99")}
 _PERIODS = (4e-3, 4.0)  # fixed in LeRobot v1 and openpi
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What an export consists of, the weights' values and the model card aside."""
-
-    names: dict[str, str | None]
-    """Each tensor's name in ``model.safetensors`` → ours, or None for the expert's head, which is zero."""
-    statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Further tensors of that file."""
-    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """File → JSON."""
-    notes: list[str] = field(default_factory=list)
-    """What the user should know, a sentence each."""
 
 
 def contents(
@@ -65,22 +49,10 @@ def contents(
     dtype: torch.dtype,
     asset: str,
 ) -> Contents:
-    """What an export of a checkpoint consists of.
-
-    Args:
-        target: ``lerobot``, ``lerobot_v1`` or ``openpi``.
-        config: of the checkpoint.
-        written: its config.json.
-        statistics: feature → statistic → (dims,); None if the checkpoint has none.
-        dtype: of the exported weights.
-        asset: name of the statistics in openpi, by its habit the data set's.
-
-    Raises:
-        ValueError: if the other program would compute something else, or statistics are needed and not there.
-    """
-    names = tensor_names(target, config)
+    """Collects the contents of an export, see ``agent.models.family.SavedForm.export``."""
+    names, heads = tensor_names(target, config), {expert_head(target): zero_head(config)}
     if target == "lerobot":
-        return Contents(names, documents={"config.json": written}, notes=_size_notes(target, config))
+        return Contents(names, heads, {"config.json": written}, _size_notes(target, config))
     _check_periods(target, config)
     if config.use_relative_actions and target == "lerobot_v1":
         raise ValueError(
@@ -94,8 +66,8 @@ def contents(
             "policy_preprocessor.json with a normalizer_processor; export a checkpoint that has its processors"
         )
     if target == "lerobot_v1":
-        buffers = _v1_buffers(modes, statistics)
-        return Contents(names, buffers, {"config.json": _v1_config(config, written)}, _size_notes(target, config))
+        heads |= _v1_buffers(modes, statistics)
+        return Contents(names, heads, {"config.json": _v1_config(config, written)}, _size_notes(target, config))
     documents = {
         "config.json": _openpi_config(config, dtype),
         f"assets/{asset}/norm_stats.json": _openpi_statistics(modes, statistics),
@@ -109,29 +81,33 @@ def contents(
             "it was trained on actions relative to the state: put DeltaActions and AbsoluteActions into openpi's data config, "
             f"with a mask that leaves out the dimensions named {absolute}"
         )
-    return Contents(names, documents=documents, notes=notes)
+    return Contents(names, heads, documents, notes)
 
 
-def tensor_names(target: str, config: PI0Config) -> dict[str, str | None]:
-    """Every tensor's name in a format → ours; None for the expert's language head, which nothing reads."""
+def tensor_names(target: str, config: PI0Config) -> dict[str, str]:
+    """Maps every tensor's name in a format → our name."""
     layout = next(layout for layout in adapter.POLICIES if layout.theirs(adapter.EMBEDDING) == _EMBEDDINGS[target])
-    names: dict[str, str | None] = {}
+    names: dict[str, str] = {}
     for ours in adapter.shapes(config):
         theirs = layout.theirs(ours)
         assert theirs is not None, f"{ours} has no name in {target}"
         names[theirs] = ours
-    # LeRobot's strict loading wants the tied embedding under both names. openpi's is safetensors' load_model, which
+    # LeRobot's strict loading requires the tied embedding under both names. openpi loads with safetensors' load_model, which
     # refuses the second name of a tied tensor; openpi itself writes the head.
     names[_HEADS[target]] = adapter.EMBEDDING
     if target == "openpi":
         del names[_EMBEDDINGS[target]]
-    prefix = _EMBEDDINGS[target].partition("paligemma_with_expert.")[0]
-    names[f"{prefix}paligemma_with_expert.gemma_expert.lm_head.weight"] = None
     return names
 
 
+def expert_head(target: str) -> str:
+    """Returns a format's name of the expert's language head, which loading requires although nothing reads it."""
+    prefix = _EMBEDDINGS[target].partition("paligemma_with_expert.")[0]
+    return f"{prefix}paligemma_with_expert.gemma_expert.lm_head.weight"
+
+
 def zero_head(config: PI0Config) -> Tensor:
-    """The expert's language head: one zero expanded, in a small type, since it is stored in full."""
+    """Returns the expert's language head: one zero, expanded, in a small type because the file stores it in full."""
     return torch.zeros((), dtype=torch.bfloat16).expand(config.expert.vocab_size, config.expert.width)
 
 
@@ -144,7 +120,7 @@ def _check_periods(target: str, config: PI0Config) -> None:
 
 
 def _size_notes(target: str, config: PI0Config) -> list[str]:
-    """One line if the program that reads the format does not know these sizes."""
+    """Returns a note if the program that reads the format does not know these sizes."""
     sizes = (config.language, config.expert, config.vision)
     dims = (config.max_state_dim, config.max_action_dim)
     # LeRobot has a name for gemma_300m, but fixes the width of the projector to that of gemma_2b.
@@ -157,7 +133,7 @@ def _size_notes(target: str, config: PI0Config) -> list[str]:
 
 
 def _v1_buffers(modes: dict[str, str], statistics: Statistics) -> dict[str, Tensor]:
-    """The statistics under the names of LeRobot v1's normalisation modules; none for IDENTITY."""
+    """Returns the statistics under the names of LeRobot v1's normalisation modules; there are none for IDENTITY."""
     places = {"STATE": (STATE, ("normalize_inputs",)), "ACTION": (ACTION, ("normalize_targets", "unnormalize_outputs"))}
     buffers = {}
     for kind, (feature, modules) in places.items():
@@ -181,7 +157,7 @@ def _statistic(statistics: Statistics, feature: str, name: str) -> np.ndarray:
 
 
 def _v1_config(config: PI0Config, written: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the keys of LeRobot v1, which refuses any other."""
+    """Returns ``config.json`` with exactly the keys of LeRobot v1, which refuses others."""
     same = (
         "type n_obs_steps normalization_mapping input_features output_features chunk_size n_action_steps "
         "max_state_dim max_action_dim empty_cameras tokenizer_max_length freeze_vision_encoder train_expert_only "
@@ -202,7 +178,7 @@ def _v1_config(config: PI0Config, written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _openpi_config(config: PI0Config, dtype: torch.dtype) -> dict[str, Any]:
-    """What openpi's conversion writes for reference; openpi itself takes the sizes from its training config."""
+    """Returns the file that openpi's conversion writes for reference; openpi takes the sizes from its training config."""
     written = config.to_lerobot()
     return {
         "action_dim": config.max_action_dim,
@@ -214,7 +190,7 @@ def _openpi_config(config: PI0Config, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _openpi_statistics(modes: dict[str, str], statistics: Statistics) -> dict[str, Any]:
-    """``norm_stats.json``."""
+    """Returns the content of openpi's ``norm_stats.json``."""
     if set(modes.values()) not in ({"MEAN_STD"}, {"QUANTILES"}):
         raise ValueError(
             f"config.json: normalization_mapping is {modes['STATE']} for STATE and {modes['ACTION']} for ACTION; openpi "
@@ -223,7 +199,8 @@ def _openpi_statistics(modes: dict[str, str], statistics: Statistics) -> dict[st
     values: dict[str, dict[str, list[float]]] = {}
     for theirs, feature in {"state": STATE, "actions": ACTION}.items():
         needed = _OPENPI_STATISTICS[modes["STATE"]]
-        # Quantiles that it does not read it may have all the same; statistics that came with weights can lack them.
+        # Quantiles are written even where the mode does not read them, if there are any: statistics that came with weights
+        # can lack them.
         more = [
             name
             for name in _OPENPI_STATISTICS["QUANTILES"]

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory training a π0 takes, from its config alone: the units that ``models.common.memory`` adds up."""
+"""Predicts the GPU memory of training π0 from its config, by listing the units that ``models.common.memory`` adds up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent.models.pi.configuration import PI0Config
 
 
 def predict(config: PI0Config, training: Training) -> Memory:
-    """The memory of one process that trains this model on one GPU.
+    """Predicts the memory of one process that trains this model on one GPU.
 
     Raises:
         ValueError: for an unknown value of ``training``.
@@ -42,13 +42,13 @@ def _units(config: PI0Config, training: Training) -> Iterator[Unit]:
         (expert.width, 2 * expert.width), (expert.width,), (expert.width, expert.width), (expert.width,),
         (config.max_action_dim, expert.width), (config.max_action_dim,), (expert.width,),
     )  # fmt: skip
-    # Inputs of the time MLP and of its second layer, of the final norm and of the output; about.
+    # Approximately the inputs of the time MLP and of its second layer, of the final norm and of the output.
     kept = suffix * expert.width * (2 * product + 3 * product + 4 + 4)
     yield Unit(small, products=sum(map(product_of, small)), kept=kept, hand=kept)
 
 
 def _joint(config: PI0Config, patch_tokens: int, product: int, trained: bool) -> Unit:
-    """The vision tower's last norm, the projector, the token embedding."""
+    """Returns the unit of the vision tower's last norm, the projector and the token embedding."""
     w, language = config.vision.width, config.language
     norm = ((w,), (w,))
     projector = ((language.width, w), (language.width,))
@@ -57,7 +57,7 @@ def _joint(config: PI0Config, patch_tokens: int, product: int, trained: bool) ->
     norm_trains = projects and not config.freeze_vision_encoder
     frozen = (0 if norm_trains else 2 * w) + (0 if projects else language.width * (w + 1))
     frozen += product_of(embedding) if config.freeze_lm_head or not trained else 0
-    # What is trained first, what is frozen last: so the optimizer's state is counted.
+    # Trained shapes come first and frozen ones last, as the count of the optimizer's state expects.
     ordered = [(norm_trains, norm), (projects, projector), (trained and not config.freeze_lm_head, (embedding,))]
     shapes = tuple(shape for _, group in sorted(ordered, key=lambda entry: not entry[0]) for shape in group)
     kept = patch_tokens * ((4 * w + 8) * norm_trains + product * w) if projects else 0

@@ -1,23 +1,23 @@
-"""π0 in plain PyTorch: a SigLIP vision tower, a Gemma language model and a Gemma action expert.
+"""Implements π0 in plain PyTorch: a SigLIP vision tower, a Gemma language model and a Gemma action expert.
 
 Images and instruction form the prefix, which attends to itself. Robot state and noisy actions form the suffix: at
 each layer the expert attends to that layer's prefix keys and values and to the suffix. See π0
-(https://arxiv.org/abs/2410.24164), PaliGemma (https://arxiv.org/abs/2407.07726) and openpi. The numbers are those
-of LeRobot 0.6.1; the arrangement is not: the prefix never waits for the suffix, and what the loss does not reach is
-not computed. Shape suffixes are explained in ``agent.batch``.
+(https://arxiv.org/abs/2410.24164), PaliGemma (https://arxiv.org/abs/2407.07726) and openpi. The results are those of
+LeRobot 0.6.1, but the order of the computation differs: the prefix never waits for the suffix, and tensors that the loss
+does not reach are not computed. Shape suffixes are explained in ``agent.batch``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.batch import Batch, Observation
-from agent.models.base import Policy
+from agent.batch import EMPTY_CAMERA, Batch, Draws, Observation
 from agent.models.common.gemma import Gemma
 from agent.models.common.modules import (
     Conv2d,
@@ -31,24 +31,24 @@ from agent.models.common.modules import (
     rotary,
 )
 from agent.models.common.siglip import Vision
-from agent.models.flow_matching import euler, interpolate, per_sample_loss
-from agent.models.lerobot_config import EMPTY_CAMERA
+from agent.models.flow_matching import FlowDraws, euler, interpolate, per_sample_loss
 from agent.models.pi.configuration import PI0Config
+from agent.models.policy import Policy
 
 
 def sinusoidal(time: Tensor, width: int, min_period: float, max_period: float) -> Tensor:
-    """Embedding of time (…, width): sines, then cosines, of periods from ``min_period`` to ``max_period``."""
+    """Embeds time as (…, width): sines, then cosines, of periods from ``min_period`` to ``max_period``."""
     fraction = torch.linspace(0.0, 1.0, width // 2, dtype=torch.float64, device=time.device)
     period = min_period * (max_period / min_period) ** fraction
-    # float64: the shortest period makes angles of over a thousand, of which float32 would lose four digits.
+    # In float64, because the shortest period gives angles above a thousand, which would lose four digits in float32.
     angles = (1.0 / period * 2 * math.pi) * time[..., None]
     return torch.cat((angles.sin(), angles.cos()), dim=-1).type_as(time)
 
 
 def prepare_images(images: Tensor, resolution: tuple[int, int]) -> Tensor:
-    """Images (B, 3, H, W), uint8 in [0, 255] or float in [0, 1] → float32 in [-1, 1] of the model's size.
+    """Converts images (B, 3, H, W), uint8 in [0, 255] or float in [0, 1], to float32 in [-1, 1] at the model's size.
 
-    Another size is scaled to fit and padded with black on both sides, as in openpi's ``resize_with_pad``.
+    Images of another size are scaled to fit and padded with black on both sides, as in openpi's ``resize_with_pad``.
     """
     images = images.float() / 255.0 if images.dtype == torch.uint8 else images.float()
     height, width = resolution
@@ -62,17 +62,19 @@ def prepare_images(images: Tensor, resolution: tuple[int, int]) -> Tensor:
 
 
 class Prefix(NamedTuple):
-    """All that the suffix needs to know of images and instruction, and how it attends to them."""
+    """Holds what the suffix needs of images and instruction: keys and values, its own positions, and its mask."""
 
     keys_values: list[KeysValues]
     rope: Rope
-    """Of the suffix."""
+    """Cosine and sine of the suffix's positions."""
     mask: Tensor
-    """(B or 1, 1, 1 + K·T, N + 1 + K·T): what each token of the suffix sees."""
+    """(B or 1, 1, 1 + K·T, N + 1 + K·T) bool: which tokens each token of the suffix attends to."""
 
 
-class PI0(nn.Module, Policy):
-    """The policy. Build it under ``torch.device("meta")`` or not; either way call ``init_weights`` or load some."""
+class PI0(Policy):
+    """Is π0's network. After building it, on any device, call ``init_weights`` or load weights."""
+
+    loss_weights: ClassVar[Mapping[str, float]] = {"flow": 1.0}
 
     def __init__(self, config: PI0Config) -> None:
         super().__init__()
@@ -90,31 +92,35 @@ class PI0(nn.Module, Policy):
 
     # ---- contract
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Loss of each sample, (B,) float32."""
-        return per_sample_loss(self.velocity_errors(batch), batch.actions.is_pad, batch.actions.dim_mask)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the flow-matching loss of each sample, (B,) float32."""
+        errors = self.velocity_errors(batch)
+        return {"flow": per_sample_loss(errors, batch.actions.is_pad, batch.actions.dim_mask)}
 
     def velocity_errors(self, batch: Batch) -> Tensor:
-        """Squared error of the predicted velocity, float32, padding included: of the shape of ``batch.noise``."""
-        noisy, target = interpolate(batch.actions.values, batch.noise, batch.time)
-        prefix = self.encode_prefix(batch.observation, draws=1 if batch.time.dim() == 1 else batch.time.shape[1])
-        return (target - self.velocity(prefix, batch.observation.state, noisy, batch.time)).square()
+        """Returns the squared error of the predicted velocity, float32, in the shape of the noise, padding included."""
+        assert isinstance(batch.draws, FlowDraws)
+        noise, time = batch.draws.noise, batch.draws.time
+        noisy, target = interpolate(batch.actions.values, noise, time)
+        prefix = self.encode_prefix(batch.observation, draws=1 if time.dim() == 1 else time.shape[1])
+        return (target - self.velocity(prefix, batch.observation.state, noisy, time)).square()
 
     @torch.no_grad()
-    def sample_actions(self, observation: Observation, noise: Tensor, num_steps: int | None = None) -> Tensor:
-        """Actions (B, T, A), normalised, from initial noise (B, T, A); the prefix is computed once."""
+    def sample_actions(self, observation: Observation, draws: Draws, num_steps: int | None = None) -> Tensor:
+        """Predicts normalised actions (B, T, A) from initial noise (B, T, A); the prefix is computed once."""
+        assert isinstance(draws, FlowDraws)
         prefix = self.encode_prefix(observation)
         return euler(
             lambda noisy_BTA, time_B: self.velocity(prefix, observation.state, noisy_BTA, time_B),
-            noise,
+            draws.noise,
             num_steps or self.config.num_inference_steps,
         )
 
     def frozen_parameters(self) -> dict[str, str]:
-        """See ``Policy``."""
+        """Lists the parameters that must not be trained, see ``Policy``."""
         config, last = self.config, f"language.layers.{len(self.language.layers) - 1}."
         unreached = "of the last prefix layer, only keys and values reach the loss"
-        rules = {  # the first that fits gives the reason
+        rules = {  # the first rule that matches gives the reason
             "language.norm.": "the prefix's final norm does not reach the loss",
             f"{last}self_attn.q_proj.": unreached,
             f"{last}self_attn.o_proj.": unreached,
@@ -134,16 +140,16 @@ class PI0(nn.Module, Policy):
         return {name: why for name in names for why in [v for k, v in rules.items() if name.startswith(k)][:1]}
 
     def wrap_units(self) -> list[nn.Module]:
-        """See ``Policy``."""
+        """Lists the layers of all three transformers, see ``Policy``."""
         return [*self.vision.layers, *self.language.layers, *self.expert.layers]
 
     def shard_units(self) -> list[nn.Module]:
-        """See ``Policy``: the token embedding is the largest tensor of all."""
+        """Adds the token embedding, the largest tensor, see ``Policy``."""
         return [self.language.embedding, *self.wrap_units()]
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """See ``Policy``. The distributions are those of Hugging Face's SigLIP and Gemma, and torch's ``Linear``."""
+        """Draws weights as Hugging Face's SigLIP and Gemma and torch's ``Linear`` do, see ``Policy``."""
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
                 nn.init.zeros_(module.weight)
@@ -151,7 +157,7 @@ class PI0(nn.Module, Policy):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, Conv2d):
-                # LeCun's normal distribution.
+                # This is LeCun's normal distribution.
                 fan_in = module.weight[0].numel()
                 nn.init.trunc_normal_(module.weight, std=fan_in**-0.5 / 0.87962566103423978, generator=generator)
                 assert module.bias is not None
@@ -177,15 +183,15 @@ class PI0(nn.Module, Policy):
 
     @property
     def cameras(self) -> list[str]:
-        """The camera slots that can hold an image."""
+        """Lists the camera slots that can hold an image."""
         return [slot for slot in self.config.camera_slots if not slot.startswith(EMPTY_CAMERA)]
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → tokens (B, P, D)."""
+        """Embeds images (B, 3, H, W) in [-1, 1] as tokens (B, P, D)."""
         train = not (self.config.freeze_vision_encoder or self.config.train_expert_only)
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             hidden = self.vision.patch_embedding(images).flatten(2).transpose(1, 2)
-            # float32 under autocast, also over weights of bfloat16: it is the residual stream.
+            # The residual stream is float32, under autocast and with bfloat16 weights too.
             hidden = hidden + self.vision.position_embedding.weight.float()
             for layer in self.vision.layers:
                 hidden = layer(hidden)
@@ -193,7 +199,7 @@ class PI0(nn.Module, Policy):
         return self.projector(hidden)
 
     def embed_prefix(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Tokens of the present cameras and of the instruction (B, N, D), and which of them are real (B, N)."""
+        """Returns the tokens of the present cameras and the instruction (B, N, D), and which of them are real (B, N)."""
         slots = [slot for slot in self.config.camera_slots if slot in observation.images]
         assert len(slots) == len(observation.images), (
             f"the batch has cameras {sorted(observation.images)}, the model knows {self.config.camera_slots}"
@@ -202,7 +208,7 @@ class PI0(nn.Module, Policy):
         batch_size = len(observation.tokens)
         tokens, masks = [], []
         if slots:
-            # All cameras in one call: the tower sees one large batch instead of several small ones.
+            # All cameras go through in one call, so that the tower gets one large batch instead of several small ones.
             images = [prepare_images(observation.images[slot], self.config.image_resolution) for slot in slots]
             patches = self.embed_images(torch.cat(images))
             for slot, patches_BPD in zip(slots, patches.split(batch_size), strict=True):
@@ -212,11 +218,11 @@ class PI0(nn.Module, Policy):
         # Gemma scales its token embeddings; image tokens stay as they are.
         tokens.append(self.language.embedding(observation.tokens).float() * width**0.5)
         masks.append(observation.token_mask)
-        # float32, also under autocast: it is the residual stream, to which every layer adds a little.
+        # The residual stream, to which every layer adds a little, is float32 under autocast too.
         return torch.cat([t.float() for t in tokens], dim=1), torch.cat(masks, dim=1)
 
     def encode_prefix(self, observation: Observation, draws: int = 1) -> Prefix:
-        """Keys and values of images and instruction at every layer, and positions and mask of a suffix of K draws."""
+        """Computes each layer's keys and values of the prefix, and positions and mask of a suffix of K draws."""
         train = not self.config.train_expert_only
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
             hidden, real_BN = self.embed_prefix(observation)
@@ -227,9 +233,9 @@ class PI0(nn.Module, Policy):
             for i, layer in enumerate(self.language.layers):
                 hidden, own = layer(hidden, rope, mask, None, i == last)
                 keys_values.append(own)
-        # The suffix: the state, then the actions of draw after draw. Its positions continue after the real tokens of
-        # the prefix, each draw's as if it were the only one. The state sees the prefix and itself, and thus is the
-        # same for all draws; the actions see the state too, and those of their own draw.
+        # The suffix is the state, then the actions of each draw. Its positions continue after the real tokens of the prefix,
+        # for each draw as if it were the only one. The state attends to the prefix and itself, so it is the same for all
+        # draws; the actions also attend to the state and to the actions of their own draw.
         chunk, device = self.config.chunk_size, real_BN.device
         draw_of = torch.arange(draws * chunk, device=device) // chunk
         positions = count_BN[:, -1:] + F.pad(torch.arange(draws * chunk, device=device) % chunk + 1, (1, 0))
@@ -240,7 +246,7 @@ class PI0(nn.Module, Policy):
         return Prefix(keys_values, rotary(positions, self.config.expert.head_dim), seen[:, None])
 
     def embed_suffix(self, state_BS: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """Tokens of state and of noisy actions mixed with time, (B, 1 + K·T, D)."""
+        """Returns the tokens of the state and of the noisy actions mixed with time, (B, 1 + K·T, D)."""
         time_D = sinusoidal(time, self.config.expert.width, self.config.min_period, self.config.max_period)
         actions = self.action_in_proj(noisy)
         mixed = torch.cat((actions, time_D.unsqueeze(-2).expand_as(actions).type_as(actions)), dim=-1)
@@ -248,7 +254,7 @@ class PI0(nn.Module, Policy):
         return torch.cat((self.state_proj(state_BS)[:, None], actions.flatten(1, -2)), dim=1).float()
 
     def velocity(self, prefix: Prefix, state_BS: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """The predicted velocity, float32, at noisy actions (B, T, A) and time (B,), or (B, K, T, A) and (B, K)."""
+        """Predicts the velocity, float32, at noisy actions (B, T, A) and time (B,), or (B, K, T, A) and (B, K)."""
         assert noisy.shape[-2] == self.config.chunk_size, noisy.shape
         hidden = self.embed_suffix(state_BS, noisy, time)
         for layer, past in zip(self.expert.layers, prefix.keys_values, strict=True):

@@ -1,7 +1,7 @@
-"""The ``config.json`` of LeRobot's first π0 (2025) in today's keys: some have another name, some have no effect, and
-some may ask for what this code does not do.
+"""Translates the ``config.json`` of LeRobot's first π0 (2025) to today's keys.
 
-Imports no torch. What an older file leaves out had another default then; the log says so.
+Some keys have another name today, some have no effect, and some may ask for what this code does not do. Where an older file
+leaves out a key whose default was another then, the log says so. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 from agent.models.base import Reading
 from agent.models.lerobot_config import USE_AMP
+from agent.spelling import literal
 
 RENAMED = {"num_steps": "num_inference_steps", "resize_imgs_with_padding": "image_resolution"}
 
@@ -18,7 +19,7 @@ NO_EFFECT = {
     "use_cache": "keys and values of images and instruction are computed once per sampling either way",
 }
 
-# Key → the one value that this code can do, and why not the others.
+# Maps key → the only value that is supported, and why the others are not.
 FIXED = {
     "train_state_proj": (
         True,
@@ -36,7 +37,7 @@ FIXED = {
     ),
 }
 
-# What a key meant that an older file leaves out, where it means something else today.
+# Maps key → its default in 2025, for keys whose default is another today.
 OLD_DEFAULTS = {
     "freeze_vision_encoder": True,
     "optimizer_weight_decay": 1e-10,
@@ -48,14 +49,14 @@ _ONLY_THEN = {*RENAMED, *NO_EFFECT, *FIXED, "proj_width"}
 
 
 def read(values: dict[str, Any], expert_width: Any, defaults: dict[str, Any]) -> Reading:
-    """A model JSON of 2025 or of today in today's keys; one of today comes back as it is.
+    """Returns a model JSON of 2025 or of today in today's keys; one of today is returned unchanged.
 
     Args:
-        values: the file's, with what the command line changed.
-        expert_width: of the action expert that the values describe; None if they describe none.
+        values: the file's values, with changes from the command line.
+        expert_width: the width of the action expert that the values describe; None if they describe none.
         defaults: key → today's default.
     """
-    # Only older files have this key, LeRobot 0.6 does not; there, "" stood for none.
+    # Among LeRobot's files only older ones have this key, where "" meant none.
     if values.get("paligemma_pretrained_path") == "":
         values = values | {"paligemma_pretrained_path": None}
     old = {key: value for key, value in values.items() if key in _ONLY_THEN}
@@ -64,7 +65,7 @@ def read(values: dict[str, Any], expert_width: Any, defaults: dict[str, Any]) ->
         if key in RENAMED:
             _rename(reading, key, value)
         elif key in NO_EFFECT:
-            reading.notes.append(f"{key}: {_spelled(value)} of an older file has no effect: {NO_EFFECT[key]}")
+            reading.notes.append(f"{key}: {literal(value)} of an older file has no effect: {NO_EFFECT[key]}")
         elif key in FIXED:
             _check_fixed(reading, key, value)
         else:
@@ -79,39 +80,39 @@ def _rename(reading: Reading, key: str, value: Any) -> None:
     other = reading.values.get(today, value)
     if other != value:
         text = (
-            f"{_spelled(value)}, but {today}, the name of the same key today, is {_spelled(other)}; keep one of the two"
+            f"{literal(value)}, but {today}, the name of the same key today, is {literal(other)}; keep one of the two"
         )
         reading.mistakes.append((key, text))
     elif key == "resize_imgs_with_padding" and value is None:
         reading.mistakes.append((key, "null: images are always resized to the vision tower's size; write [224, 224]"))
     else:
         reading.values[today] = value
-        # The first π0 of LeRobot padded on the left and on top; openpi, whose weights it had, and LeRobot 0.6 do not.
+        # LeRobot's first π0 padded on the left and on top; openpi, where its weights came from, and LeRobot 0.6 do not.
         padding = "; images are padded evenly on both sides, as in LeRobot 0.6" if value and key != "num_steps" else ""
-        reading.notes.append(f"{key}: {_spelled(value)} of an older file is {today} today{padding}")
+        reading.notes.append(f"{key}: {literal(value)} of an older file is {today} today{padding}")
 
 
 def _check_fixed(reading: Reading, key: str, value: Any) -> None:
     possible, why_not = FIXED[key]
     if value is possible:
-        reading.notes.append(f"{key}: {_spelled(value)} of an older file is what always happens here")
+        reading.notes.append(f"{key}: {literal(value)} of an older file is what always happens here")
     else:
-        reading.mistakes.append((key, f"{_spelled(value)}: {why_not}"))
+        reading.mistakes.append((key, f"{literal(value)}: {why_not}"))
 
 
 def _check_width(reading: Reading, value: Any, expert_width: Any) -> None:
     if value == expert_width:
-        reading.notes.append(f"proj_width: {_spelled(value)} of an older file is the width of the action expert")
+        reading.notes.append(f"proj_width: {literal(value)} of an older file is the width of the action expert")
     elif expert_width is not None:
         text = (
-            f"{_spelled(value)}, but the action expert (action_expert_variant) is {expert_width} wide; write "
+            f"{literal(value)}, but the action expert (action_expert_variant) is {expert_width} wide; write "
             f"{expert_width}, or the table of sizes of an expert of this width as action_expert_variant"
         )
         reading.mistakes.append(("proj_width", text))
 
 
 def _check_meaning(reading: Reading, defaults: dict[str, Any]) -> None:
-    """What an older file says, or leaves out, that has another effect today."""
+    """Reports what an older file states or leaves out that has another effect today."""
     values = reading.values
     if values.get("use_amp") is True:
         reading.mistakes.append(("use_amp", USE_AMP))
@@ -125,14 +126,5 @@ def _check_meaning(reading: Reading, defaults: dict[str, Any]) -> None:
         )
     for key, then in OLD_DEFAULTS.items():
         if key not in values and defaults[key] != then:
-            today = _spelled(defaults[key])
-            reading.notes.append(
-                f"{key}: not in this older file, where that meant {_spelled(then)}; here it is {today}"
-            )
-
-
-def _spelled(value: Any) -> str:
-    """As a JSON file has it."""
-    return (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
-    )
+            today = literal(defaults[key])
+            reading.notes.append(f"{key}: not in this older file, where that meant {literal(then)}; here it is {today}")

@@ -1,4 +1,4 @@
-"""A checkpoint of several robots, for one of them: the same weights, its own statistics and dimensions."""
+"""Prepares a checkpoint of several robots for one of them: the same weights with its statistics and dimensions."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from typing import Any
 import numpy as np
 
 from agent.checkpoints.manifest import Folder
-from agent.models.lerobot_config import ACTION, STATE, FeatureSpec
-from agent.models.pi.configuration import PI0Config
-from agent.models.pi.pretrained import NAMES, ROBOTS, Statistics
-from agent.models.pi.statistics import read_statistics
+from agent.models import registry
+from agent.models.lerobot_config import ACTION, STATE, FeatureSpec, TrainableConfig
+from agent.models.lerobot_folder import NAMES, ROBOTS, Statistics
 
 PREPROCESSOR = "policy_preprocessor.json"
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A policy's processors and config for one of the robots that it was trained on."""
+    """Holds a policy's config and processors for one of the robots that it was trained on."""
 
-    config: PI0Config
+    config: TrainableConfig
     written: dict[str, Any]
-    """config.json."""
+    """The content of ``config.json``."""
     statistics: Statistics
     processors: dict[str, bytes]
-    """File → contents."""
+    """Maps file → contents."""
 
 
 def robots_of(pretrained: Path) -> list[str]:
-    """The robots that a checkpoint has statistics of, the one of its own processors first; empty for a single robot."""
+    """Lists the robots of a checkpoint, the one that its processors are for first; empty for a single robot."""
     if (path := Folder(pretrained).file(ROBOTS)) is None:
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -41,18 +40,18 @@ def robots_of(pretrained: Path) -> list[str]:
     return [first, *(name for name in content["robots"] if name != first)]
 
 
-def saved_statistics(pretrained: Path, config: PI0Config) -> dict[str | None, Statistics]:
-    """What a checkpoint of this project normalises with.
+def saved_statistics(pretrained: Path, config: TrainableConfig) -> dict[str | None, Statistics]:
+    """Reads the statistics that a checkpoint of this project normalises with.
 
     Returns:
-        Robot, None where there is but one → ``state`` and ``action`` → statistic → (dims,).
+        Robot (None for a single robot) → ``state`` and ``action`` → statistic → values (dims,) float32.
 
     Raises:
-        ValueError: if that cannot be read.
+        ValueError: if they cannot be read.
     """
     there = Folder(pretrained)
     if there.file(ROBOTS) is None:
-        return {None: dict(read_statistics([pretrained / "model.safetensors"], config))}
+        return {None: registry.family(config).saved.read_statistics([pretrained / "model.safetensors"], config)}
     return {
         robot: {
             feature: {name: np.asarray(values, np.float32) for name, values in entry["statistics"][key].items()}
@@ -62,11 +61,17 @@ def saved_statistics(pretrained: Path, config: PI0Config) -> dict[str | None, St
     }
 
 
-def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], robot: str) -> Deployment:
-    """A checkpoint for another of its robots: the same weights, other statistics and dimensions.
+def deployment(pretrained: Path, config: TrainableConfig, written: dict[str, Any], robot: str) -> Deployment:
+    """Returns a checkpoint's config and processors for another of its robots.
+
+    Args:
+        pretrained: the checkpoint's folder.
+        config: the checkpoint's config.
+        written: its ``config.json``, which is not changed.
+        robot: the robot's name.
 
     Raises:
-        ValueError: if the checkpoint does not know the robot.
+        ValueError: if the checkpoint was not trained on the robot.
     """
     known = robots_of(pretrained)
     if robot not in known:
@@ -110,14 +115,14 @@ def deployment(pretrained: Path, config: PI0Config, written: dict[str, Any], rob
 
 
 def dimension_names(pretrained: Path, instead: Mapping[str, bytes] | None = None) -> dict[str, list[str]]:
-    """Feature → names of its dimensions, as far as a checkpoint knows them.
+    """Maps feature → names of its dimensions, where a checkpoint has them.
 
     Args:
-        pretrained: its folder.
-        instead: file → contents, in place of what the folder holds under that name.
+        pretrained: the checkpoint's folder.
+        instead: file → contents that replace the folder's file of that name.
 
     Raises:
-        ValueError: if its file of names is damaged.
+        ValueError: if the file with the names is damaged.
     """
 
     def content(name: str) -> bytes | None:
@@ -131,7 +136,8 @@ def dimension_names(pretrained: Path, instead: Mapping[str, bytes] | None = None
             return {feature: [str(name) for name in names] for feature, names in json.loads(text).items()}
         except (ValueError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); copy the checkpoint again, or remove that file") from None
-    described = json.loads(content(PREPROCESSOR) or b"{}")  # LeRobot has those of relative actions, in there
+    # LeRobot stores names in its preprocessor, and only for relative actions.
+    described = json.loads(content(PREPROCESSOR) or b"{}")
     for step in described.get("steps", []):
         if step["registry_name"] == "relative_actions_processor" and step["config"].get("action_names"):
             return {ACTION: list(map(str, step["config"]["action_names"]))}

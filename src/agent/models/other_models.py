@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from agent.models.base import ModelConfig
+from agent.models.lerobot_config import TrainableConfig
 from agent.spelling import nearest
 
-# Name of the type, letters and digits alone → what it is. LeRobot 0.6.1's policies and reward models, names that it had
-# before, and the models of INT-ACT and openpi.
+# Maps the name of a type, reduced to letters and digits → what it is. It lists the policies and reward models of LeRobot
+# 0.6.1, names that LeRobot had before, and the models of INT-ACT and openpi.
 _OTHERS = {
     "act": "ACT",
     "diffusion": "Diffusion Policy",
@@ -51,18 +53,26 @@ def unknown_type(name: str, choices: Iterable[str]) -> str:
     here = {_plain(choice): choice for choice in choices}
     plain = _plain(name)
     if plain not in here and plain in _OTHERS:
-        return f"is {_OTHERS[plain]}: another model, which cannot be trained here; pi0 can"
+        return f"is {_OTHERS[plain]}: another model, which cannot be trained here; {_trainable()} can"
     near = nearest(plain, [*here, *(other for other in _OTHERS if other not in here)])
     if near is None:
         return f"is not known; write one of {', '.join(here.values())}"
     if near in here:
         return f"is not known; did you mean '{here[near]}'?"
-    return f"is not known; the nearest name is that of {_OTHERS[near]}: another model, which cannot be trained here; pi0 can"
+    return (
+        f"is not known; the nearest name is that of {_OTHERS[near]}: another model, which cannot be trained here; "
+        f"{_trainable()} can"
+    )
 
 
 def title(name: str) -> str:
     """Gives what a ``type`` of another model stands for, in brackets; empty for one that is not known either."""
     return f" ({_OTHERS[_plain(name)]})" if _plain(name) in _OTHERS else ""
+
+
+def _trainable() -> str:
+    choices = ModelConfig.get_known_choices().items()
+    return " and ".join(name for name, config in choices if issubclass(config, TrainableConfig))
 
 
 def _plain(name: str) -> str:
