@@ -189,19 +189,9 @@ def test_the_check_before_a_job_names_them_too(tmp_path):
 
     root = with_pictures(tmp_path / "data", [next(iter(DEEP.values()))])
     dataset = DatasetConfig("test/data", root=str(root))
-    model = {
-        "chunk_size": 4,
-        "max_state_dim": 16,
-        "max_action_dim": 10,
-        "image_resolution": SIZE,
-        "tokenizer_max_length": 16,
-        "camera_slots": (),
-        "state_dim": None,
-        "action_dim": None,
-    }
-    config = SimpleNamespace(
-        data=DataConfig(TrainDataConfig([dataset]), ValDataConfig(fraction=0)), model_cfg=SimpleNamespace(**model)
-    )
+    policy = SimpleNamespace(sample_spec=lambda model: SampleSpec(4, 16, 10, SIZE, 16))
+    data = DataConfig(TrainDataConfig([dataset]), ValDataConfig(fraction=0))
+    config = SimpleNamespace(data=data, family=policy, trainable=None)
     found = survey("data.train.datasets.0", dataset, config)
     assert found.problem is None
     assert f"a picture of {FRONT}, for the camera {FRONT}, has 16 bits a channel" in str(found.mismatch)

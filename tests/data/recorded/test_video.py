@@ -9,15 +9,14 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from support import large_dataset
 from support.large_dataset import write_large_dataset
+from support.videos import Read, moment
 
 from agent.data.configuration import DatasetConfig
 from agent.data.loading.worker_pool import WorkerPool
@@ -49,10 +48,6 @@ def number_of(picture) -> int:
     return sum(1 << digit for digit, stripe in enumerate(stripes.tolist()) if stripe > 127)
 
 
-def moment(number: int, fps: int = 10, frames: int = 81) -> Moment:
-    return Moment(number / fps, 1e-4, 1 / fps, 0.0, frames / fps)
-
-
 # ── streams in which decoders lose their way ────────────────────────────────────────────────────────────────────
 
 
@@ -60,21 +55,6 @@ def moment(number: int, fps: int = 10, frames: int = 81) -> Moment:
 def hevc(tmp_path_factory) -> Path:
     """As LeRobot records it, with open groups of pictures: torchcodec gives another frame for every third one asked for."""
     return encoded(tmp_path_factory.mktemp("hevc") / "v.mp4", 81, "libx265", {"g": "2", "crf": "10"})
-
-
-@dataclass
-class Picture:
-    image: torch.Tensor
-
-
-class Read:
-    """Reads pictures in the workers of a pool."""
-
-    def __init__(self, path: Path) -> None:
-        self.order, self.path = np.random.default_rng(0).permutation(81), path
-
-    def __call__(self, number: int) -> Picture:
-        return Picture(decode_frame(self.path, moment(int(self.order[number])), "torchcodec"))
 
 
 def test_what_torchcodec_does_not_find_pyav_does(hevc, caplog, monkeypatch):
