@@ -254,7 +254,7 @@ class Ours(Contender):
 
     def loss(self, exact: bool = False) -> float:
         with torch.no_grad(), _autocast(self.device, bool(self.config.use_bf16) and not exact):
-            return float(self.model(self.batch).mean())
+            return float(self.policy.total(self.model(self.batch)).mean())
 
     def rest(self) -> None:
         if self.device.type == "cuda":

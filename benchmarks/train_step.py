@@ -331,7 +331,7 @@ def profile(ours: Ours, steps: int = 3) -> list[tuple[str, float]]:
     for _ in range(steps):
         marks = [now()]
         with run.precision():
-            losses = run.model(ours.batch)
+            losses = run.policy.total(run.model(ours.batch))
         marks.append(now())
         losses.mean().backward()
         marks.append(now())
