@@ -105,7 +105,7 @@ def built(root: Path, store: str, workers: int = 0) -> Any:
     from agent.data.build import build_data
     from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
     from agent.data.normalization.robot_statistics import Normalization
-    from agent.data.samples.instructions import Wording
+    from agent.data.samples.wording import Wording
     from agent.models.flow_matching import FlowSampling
     from agent.models.pi.prompt import with_newline
 

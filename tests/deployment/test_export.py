@@ -34,7 +34,7 @@ from agent.checkpoints import weights
 from agent.checkpoints.finding import find_weights
 from agent.inference import load_policy
 from agent.models.base import ModelConfig
-from agent.models.pi import adapter, exporting
+from agent.models.pi import adapter, formats
 from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 
@@ -125,7 +125,7 @@ def statistics_names(target: str) -> set[str]:
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_the_tensors_of_the_full_model_have_the_published_names(target):
-    ours = {*exporting.tensor_names(target, PI0Config()), exporting.expert_head(target)}
+    ours = {*formats.tensor_names(target, PI0Config()), formats.expert_head(target)}
     if target == "openpi":  # safetensors' save_model stores the tied embedding once, as the head
         embedding = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
         published = reference("pi0_tensors_lerobot_0.6.json").keys() - {embedding}
@@ -138,7 +138,7 @@ def test_the_tensors_of_the_full_model_have_the_published_names(target):
 
 @pytest.mark.parametrize("target", FORMATS)
 def test_bfloat16_rounds_the_weights_alone(runs, tmp_path, target):
-    names, head = exporting.tensor_names(target, config_of(runs.pretrained())), exporting.expert_head(target)
+    names, head = formats.tensor_names(target, config_of(runs.pretrained())), formats.expert_head(target)
     out = exported(runs.run("first"), tmp_path / "out", target, "--save_dtype", "bfloat16")
     tensors, expected = load_file(out / "model.safetensors"), our_tensors(runs.pretrained())
     assert tensors.keys() == names.keys() | {head} | statistics_names(target)

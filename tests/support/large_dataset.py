@@ -185,7 +185,7 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
     from agent.data.configuration import DataConfig, TrainDataConfig
     from agent.data.loading.loader import TrainLoader
     from agent.data.normalization.robot_statistics import Normalization
-    from agent.data.samples.instructions import Wording
+    from agent.data.samples.wording import Wording
     from support.samples import prompt_of
 
     datasets = [DatasetConfig(f"test/{n}", str(root), weight=weight) for n, (root, weight) in enumerate(roots)]

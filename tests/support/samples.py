@@ -14,7 +14,7 @@ from agent.data.build import build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
 from agent.data.loading.loader import Share, TrainLoader
 from agent.data.normalization.robot_statistics import Normalization
-from agent.data.samples.instructions import Wording
+from agent.data.samples.wording import Wording
 from agent.data.source import open_source
 from agent.models.flow_matching import FlowDraws
 from agent.models.pi.prompt import with_newline

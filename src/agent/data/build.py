@@ -16,10 +16,10 @@ from agent.data.loading.loader import start_fork_server
 from agent.data.normalization.robot import Robot
 from agent.data.normalization.robot_statistics import Normalization, make_robots
 from agent.data.opening import agree, open_sources
-from agent.data.samples.building import make_readers
-from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
 from agent.data.samples.reader import Draw, SampleReader
+from agent.data.samples.readers import make_readers
+from agent.data.samples.wording import Wording
 
 
 @dataclass

@@ -12,7 +12,7 @@ from agent.checkpoints.store import PRETRAINED
 from agent.configuration_pipeline import TrainPipelineConfig
 from agent.data.build import Data, build_data
 from agent.data.normalization.robot_statistics import GivenStatistics, Normalization, RelativeActions
-from agent.data.samples.instructions import Wording
+from agent.data.samples.wording import Wording
 from agent.deployment.robots import dimension_names
 from agent.parallel.processes import Processes
 from agent.training import resuming

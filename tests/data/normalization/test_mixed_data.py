@@ -26,8 +26,8 @@ from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig,
 from agent.data.loading.loader import Share, TrainLoader, validation_batches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
 from agent.data.normalization.robot_statistics import Normalization
-from agent.data.samples.instructions import Wording
 from agent.data.samples.mixture import Mixture
+from agent.data.samples.wording import Wording
 from agent.models.flow_matching import FlowDraws
 from agent.reproducibility import stream
 

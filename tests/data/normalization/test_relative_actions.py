@@ -40,7 +40,7 @@ from agent.data.normalization.normalizer import compute_statistics, merge_statis
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
 from agent.data.normalization.robot_statistics import Normalization, RelativeActions
 from agent.data.recorded.dimension_names import names_of
-from agent.data.samples.instructions import Wording
+from agent.data.samples.wording import Wording
 from agent.models.flow_matching import FlowDraws
 from agent.models.pi import statistics as given
 from agent.reproducibility import stream

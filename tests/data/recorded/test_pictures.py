@@ -23,7 +23,7 @@ from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.recorded.pictures import NoColours, check_format, stored_picture
-from agent.data.samples.instructions import Wording
+from agent.data.samples.wording import Wording
 from agent.data.source import Source, open_source
 
 FRONT = "observation.images.front"

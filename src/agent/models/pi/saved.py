@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.models import lerobot_folder
-from agent.models.pi import adapter, exporting, statistics
+from agent.models.pi import adapter, formats, statistics
 from agent.models.pi.configuration import PI0Config
 from agent.models.pi.prompt import prompt, with_newline
 
@@ -57,7 +57,7 @@ class PI0Saved:
         dtype: torch.dtype,
         asset: str,
     ) -> Contents:
-        return exporting.contents(target, config, written, statistics, dtype, asset)
+        return formats.contents(target, config, written, statistics, dtype, asset)
 
     def usage(self, target: str, location: str, model: Mapping[str, Any]) -> str:
         return usage(target, location, model)

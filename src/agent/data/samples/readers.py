@@ -11,9 +11,9 @@ import xxhash
 from agent.batch import SampleSpec
 from agent.data.normalization.robot import Robot
 from agent.data.samples.augmentation import augmentations
-from agent.data.samples.instructions import Wording, collect
 from agent.data.samples.reader import Draw, SampleReader
 from agent.data.samples.task_tokens import cached_task_tokens
+from agent.data.samples.wording import Wording, collect
 from agent.data.source import Source
 
 
