@@ -2,65 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from agent.models import lerobot_folder
-from agent.models.pi import adapter, formats, statistics
+from agent.models.pi import adapter
 from agent.models.pi.configuration import PI0Config
+from agent.models.pi.formats import contents
 from agent.models.pi.prompt import prompt, with_newline
+from agent.models.pi.statistics import read_statistics
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
     from torch import Tensor
 
-    from agent.models.family import Contents, Statistics
-
-
-class PI0Saved:
-    """Implements ``agent.models.family.SavedForm``, which documents the methods."""
-
-    formats: Mapping[str, str] = {
-        "lerobot": "LeRobot 0.6",
-        "lerobot_v1": "LeRobot before 0.4 (v1)",
-        "openpi": "openpi (PyTorch)",
-    }
-    prompt_steps: Mapping[str, Callable[[str], str]] = {"pi0_new_line_processor": with_newline}
-    paper = "https://arxiv.org/abs/2410.24164"
-
-    def pretrained_contents(
-        self,
-        config: PI0Config,
-        tensors: dict[str, Tensor],
-        statistics: Statistics,
-        last_update: int,
-        robots: dict[str, Any] | None = None,
-        names: dict[str, list[str]] | None = None,
-    ) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
-        published = adapter.to_lerobot(tensors, config)
-        instructions = lerobot_folder.Instructions(prompt(config), tuple(self.prompt_steps))
-        return lerobot_folder.pretrained_contents(
-            config, published, instructions, statistics, last_update, robots, names
-        )
-
-    def read_statistics(self, files: Sequence[Path], config: PI0Config) -> dict[str, dict[str, np.ndarray]]:
-        return statistics.read_statistics(files, config)
-
-    def export(
-        self,
-        target: str,
-        config: PI0Config,
-        written: dict[str, Any],
-        statistics: Statistics | None,
-        dtype: torch.dtype,
-        asset: str,
-    ) -> Contents:
-        return formats.contents(target, config, written, statistics, dtype, asset)
-
-    def usage(self, target: str, location: str, model: Mapping[str, Any]) -> str:
-        return usage(target, location, model)
+    from agent.models.family import Statistics
 
 
 def usage(target: str, location: str, model: Mapping[str, Any]) -> str:
@@ -97,3 +53,34 @@ def usage(target: str, location: str, model: Mapping[str, Any]) -> str:
         "```\n\n"
         "`observation` holds each camera as float (3, height, width) in [0, 1], the state, and the instruction as `task`."
     )
+
+
+class PI0Saved:
+    """Implements ``agent.models.family.SavedForm``, which documents the methods."""
+
+    formats: Mapping[str, str] = {
+        "lerobot": "LeRobot 0.6",
+        "lerobot_v1": "LeRobot before 0.4 (v1)",
+        "openpi": "openpi (PyTorch)",
+    }
+    prompt_steps: Mapping[str, Callable[[str], str]] = {"pi0_new_line_processor": with_newline}
+    paper = "https://arxiv.org/abs/2410.24164"
+
+    def pretrained_contents(
+        self,
+        config: PI0Config,
+        tensors: dict[str, Tensor],
+        statistics: Statistics,
+        last_update: int,
+        robots: dict[str, Any] | None = None,
+        names: dict[str, list[str]] | None = None,
+    ) -> tuple[dict[str, dict[str, Tensor]], Callable[[Path], None]]:
+        published = adapter.to_lerobot(tensors, config)
+        instructions = lerobot_folder.Instructions(prompt(config), tuple(self.prompt_steps))
+        return lerobot_folder.pretrained_contents(
+            config, published, instructions, statistics, last_update, robots, names
+        )
+
+    read_statistics = staticmethod(read_statistics)
+    export = staticmethod(contents)
+    usage = staticmethod(usage)
