@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,6 +86,19 @@ class Draws:
     """
 
 
+class Real(NamedTuple):
+    """States which images and tokens of a batch are real, in plain numbers on the host.
+
+    The shapes of a computation on the real parts alone depend on them. They are noted where the batch is made, because
+    reading them from the masks would make the CPU wait for the GPU.
+    """
+
+    cameras: dict[str, list[bool]]
+    """Maps camera slot → for each sample whether it has this camera."""
+    tokens: list[int]
+    """The number of instruction tokens of each sample, padding not counted."""
+
+
 @dataclass(frozen=True)
 class Observation:
     """Holds what the policy observes at one time step.
@@ -104,9 +117,15 @@ class Observation:
     """(B, L) int64 token ids of the instruction."""
     token_mask: Tensor
     """(B, L) bool, False on padding."""
-    padded: bool = True
-    """Whether any image or token is masked; if False, no mask is needed. It is set where the batch is made, because
-    looking at the masks would make the CPU wait for the GPU."""
+    real: Real | None = None
+    """What the masks say, as plain numbers; None if nobody has read them yet, see :meth:`parts`."""
+
+    def parts(self) -> Real:
+        """Returns which images and tokens are real; without ``real`` it waits for the device of the masks."""
+        if self.real is not None:
+            return self.real
+        cameras = {slot: mask.tolist() for slot, mask in self.image_masks.items()}
+        return Real(cameras, self.token_mask.sum(dim=1).tolist())
 
 
 @dataclass(frozen=True)
@@ -176,7 +195,7 @@ def map_tensors(tree: T_co, function: Callable[[Tensor], Any]) -> T_co:
             mapped[field.name] = map_tensors(value, function)
         elif isinstance(value, dict):
             mapped[field.name] = {key: function(tensor) for key, tensor in value.items()}
-        elif isinstance(value, bool):
+        elif value is None or isinstance(value, Real):
             mapped[field.name] = value
         else:
             mapped[field.name] = function(value)

@@ -66,7 +66,7 @@ class TrainPipelineConfig:
     """bfloat16 autocast over float32 parameters. Not set: true when the model JSON's `dtype` is bfloat16, or
     `precision` bfloat16_stochastic."""
     use_torch_compile: bool | None = None
-    """Compile the model's blocks. Not set: the model JSON's `compile_model`."""
+    """Compile the model's blocks. Not set: on a GPU, and where the model JSON's `compile_model` is true."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """How AdamW's two moments are held: float32, 8 bytes a trained number, or blocks of eight bits, 2 bytes."""
     precision: Literal["float32_master", "bfloat16_stochastic"] = "float32_master"

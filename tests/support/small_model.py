@@ -17,6 +17,7 @@ from agent.models.pi.configuration import PI0Config
 from agent.models.pi.model import PI0
 
 CAMERAS = ["observation.images.top", "observation.images.left", "observation.images.right"]
+PATCHES = 4  # tokens of an image of the small model
 # LeRobot's attention assumes eight heads.
 LANGUAGE = {"width": 64, "depth": 3, "mlp_dim": 96, "heads": 8, "kv_heads": 1, "head_dim": 16, "vocab_size": 128}
 EXPERT = LANGUAGE | {"width": 48, "mlp_dim": 80}

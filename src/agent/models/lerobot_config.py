@@ -50,7 +50,7 @@ class TrainableConfig(ModelConfig):
     shared_keys: ClassVar[tuple[SharedKey, ...]] = (
         SharedKey("max_grad_norm", "optimizer_grad_clip_norm", float, float),
         SharedKey("use_bf16", "dtype", lambda on: "bfloat16" if on else "float32", lambda dtype: dtype == "bfloat16"),
-        SharedKey("use_torch_compile", "compile_model"),
+        SharedKey("use_torch_compile", "compile_model", bool, lambda on: on or None),
         SharedKey(
             "activation_checkpointing",
             "gradient_checkpointing",
@@ -127,11 +127,11 @@ class TrainableConfig(ModelConfig):
     gradient_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass: less memory, slower."""
     compile_model: bool = False
-    """Compile the layers with torch.compile."""
+    """Compile the layers with torch.compile. false leaves it to the training YAML's `use_torch_compile`."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"] = (
         "max-autotune"
     )
-    """Mode of torch.compile."""
+    """Mode of torch.compile; `default` where compiling was not asked for and happens by default."""
 
     optimizer_lr: float = 2.5e-5
     """Peak learning rate."""

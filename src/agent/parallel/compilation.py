@@ -23,6 +23,25 @@ log = logging.getLogger(__name__)
 _WITHOUT_CUDA_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs", "reduce-overhead": "default"}
 
 
+def choose_mode(wanted: bool | None, mode: str, device: torch.device) -> str | None:
+    """Returns torch.compile's mode for a run, or None if it runs uncompiled.
+
+    Args:
+        wanted: ``use_torch_compile`` of the config; None where neither YAML nor model JSON asks for it.
+        mode: the model JSON's ``compile_mode``.
+        device: where the run trains. A GPU gains by compiling, so there it happens by default, in the mode ``default``, which
+            is the quickest to compile. On a CPU the gain is small and the compiler is often missing.
+    """
+    if wanted is None:
+        return "default" if device.type == "cuda" else None
+    return mode if wanted else None
+
+
+def is_compiled(policy: Policy) -> bool:
+    """Whether :func:`compile_units` has prepared the policy's units."""
+    return any(isinstance(unit.forward, _Compiled) for unit in policy.wrap_units())
+
+
 def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode: str) -> None:
     """Compiles each unit at its first call.
 
@@ -36,8 +55,9 @@ def compile_units(units: list[nn.Module], bodies: list[Callable[..., Any]], mode
 
     mode = _WITHOUT_CUDA_GRAPHS.get(mode, mode)
     log.info("compiling %d blocks, mode %s", len(units), mode)
-    # All layers of a kind share their code, and each length of a batch's instructions and each kind of pass (with
-    # and without gradient) is a variant of it; beyond the limit of 8 layers would silently run uncompiled.
+    # All layers of a kind share their code. Dense and packed batches, passes with and without gradient, and the first shape
+    # that is met before sizes are taken as variable, are variants of it; beyond the limit of 8 a layer would silently run
+    # uncompiled.
     torch._dynamo.config.recompile_limit = 64
     # A compiler that fails does so in the forward pass, where a unit can still run eagerly.
     torch._functorch.config.force_non_lazy_backward_lowering = True

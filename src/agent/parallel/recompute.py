@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -51,4 +52,8 @@ def _kept_operations() -> list[Any]:
         "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
         "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     )
-    return [getattr(torch.ops.aten, name).default for name in names.split()]
+    operations = [getattr(torch.ops.aten, name).default for name in names.split()]
+    if torch.cuda.is_available():
+        import_module("torch.nn.attention.varlen")  # registers the operator that attends in packed batches
+        operations.append(torch.ops.torch_attn._varlen_attn.default)
+    return operations

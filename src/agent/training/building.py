@@ -17,6 +17,7 @@ from agent.optim.ema import Ema
 from agent.optim.learning_rate import LearningRate
 from agent.optim.optimizer import freeze, make_optimizer
 from agent.parallel import sharding
+from agent.parallel.compilation import choose_mode
 from agent.parallel.launch import Launch
 from agent.parallel.processes import Processes
 from agent.parallel.wrap import parallelize
@@ -73,7 +74,7 @@ def build(
         policy,
         processes,
         activation_checkpointing=config.activation_checkpointing or "none",
-        compile_mode=config.trainable.compile_mode if config.use_torch_compile else None,
+        compile_mode=choose_mode(config.use_torch_compile, config.trainable.compile_mode, processes.device),
     )
     if ema is not None and resumed is None:
         ema.begin()  # only now does every process have the weights, which DDP hands out

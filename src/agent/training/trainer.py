@@ -12,7 +12,7 @@ from agent.batch import Batch, to_device
 from agent.data.loading.loader import Share, TrainLoader
 from agent.lifecycle.stopping import StopRequest
 from agent.lifecycle.watchdog import Watchdog
-from agent.parallel.compilation import agree_on_compilation
+from agent.parallel.compilation import agree_on_compilation, is_compiled
 from agent.parallel.wrap import forget_gradients
 from agent.reporting.writing import RunReport
 from agent.training.metrics_line import numbers_of, write_line
@@ -134,9 +134,10 @@ def _warmed_up(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     DDP nor the compiler, there is nothing to learn.
     """
     alone = run.model is run.policy
-    if alone and not run.config.use_torch_compile:
+    compiled = is_compiled(run.policy)
+    if alone and not compiled:
         return batches
-    if run.config.use_torch_compile:
+    if compiled:
         log.info("the first pass compiles the model, which may take minutes")
     first = next(batches)
     for number in range(1 if alone else 2):

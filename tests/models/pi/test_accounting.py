@@ -24,7 +24,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from agent.batch import ActionChunk, Batch, Observation, to_device
+from agent.batch import ActionChunk, Batch, Observation, Real, to_device
 from agent.models.common import gemma, siglip
 from agent.models.common.memory import Training
 from agent.models.common.sizes import GEMMA, VISION, GemmaVariant, VisionVariant
@@ -309,7 +309,7 @@ def make_batch(config: PI0Config, cameras: int, size: int, draws: int) -> Batch:
             state=torch.zeros(size, config.max_state_dim),
             tokens=torch.ones(size, config.tokenizer_max_length, dtype=torch.int64),
             token_mask=torch.ones(size, config.tokenizer_max_length, dtype=torch.bool),
-            padded=False,
+            real=Real({name: [True] * size for name in names}, [config.tokenizer_max_length] * size),
         ),
         actions=ActionChunk(
             values=torch.zeros(size, *chunk),

@@ -34,7 +34,7 @@ def full_batch(padded: bool) -> Batch:
         batch.observation.image_masks[CAMERAS[0]][1] = False
         return batch
     mask = torch.ones_like(batch.observation.token_mask)
-    return replace(batch, observation=replace(batch.observation, token_mask=mask, padded=False))
+    return replace(batch, observation=replace(batch.observation, token_mask=mask))
 
 
 def loss_and_gradients(model: PI0, *batches: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -80,16 +80,6 @@ def test_a_draw_dimension_of_one_changes_no_bit() -> None:
             assert all(torch.equal(gradient, theirs[name]) for name, gradient in ours.items())
         else:
             assert torch.equal(ours, theirs)
-
-
-def test_a_batch_without_padding_needs_no_mask() -> None:
-    model, batch = lively_model(), full_batch(False)
-    masked = replace(batch, observation=replace(batch.observation, padded=True))
-    loss, gradients = loss_and_gradients(model, batch)
-    expected, their_gradients = loss_and_gradients(model, masked)
-    assert relative(loss, expected) < 1e-6
-    worst = max(relative(g, their_gradients[n]) for n, g in gradients.items() if not n.endswith("k_proj.bias"))
-    assert worst < 1e-5
 
 
 def test_draws_are_a_function_of_seed_sample_and_number() -> None:

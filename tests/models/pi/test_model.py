@@ -34,7 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from agent.batch import ActionChunk, Batch, Observation
 from agent.describe_config import field_texts
-from agent.models.common.modules import attend
+from agent.models.common.attention import attend
 from agent.models.common.sizes import GemmaVariant
 from agent.models.flow_matching import FlowDraws, FlowSampling, euler, interpolate, per_sample_loss
 from agent.models.lerobot_config import FeatureSpec

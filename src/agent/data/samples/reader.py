@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from agent.batch import ActionChunk, Batch, Draws, Observation, SampleSpec, ValidationBatch, stack_draws
+from agent.batch import ActionChunk, Batch, Draws, Observation, Real, SampleSpec, ValidationBatch, stack_draws
 from agent.data.normalization.robot import Robot
 from agent.data.resizing import resize_with_pad
 from agent.data.samples.augmentation import Augmentation
@@ -141,12 +141,12 @@ def collate_observation(
     """
     import torch
 
-    stacked, masks = {}, {}
+    stacked, masks, cameras = {}, {}, {}
     for slot in spec.camera_slots:
-        mask = torch.tensor([slot in some for some in images])
-        if mask.any():
+        have = [slot in some for some in images]
+        if any(have):
             blank = torch.zeros(3, *spec.image_resolution, dtype=torch.uint8)
-            masks[slot] = mask
+            masks[slot], cameras[slot] = torch.tensor(have), have
             stacked[slot] = torch.stack([some.get(slot, blank) for some in images])
     lengths = np.asarray([len(some) for some in tokens])
     longest = min(-(-int(lengths.max()) // 8) * 8, spec.tokenizer_max_length)
@@ -160,7 +160,7 @@ def collate_observation(
         state=state,
         tokens=torch.from_numpy(padded),
         token_mask=torch.from_numpy(token_mask),
-        padded=not (token_mask.all() and all(bool(mask.all()) for mask in masks.values())),
+        real=Real(cameras, lengths.tolist()),
     )
 
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.models.common.modules import Embedding, KeysValues, Linear, RMSNorm, Rope, attend, rotate
+from agent.models.common.attention import Packing, attend
+from agent.models.common.modules import Embedding, KeysValues, Linear, RMSNorm, Rope, rotate
 from agent.models.common.sizes import GemmaVariant
 
 
@@ -27,9 +28,11 @@ class GemmaAttention(nn.Module):
     def keys_values(self, hidden: Tensor, rope: Rope) -> KeysValues:
         return rotate(self.split_heads(self.k_proj(hidden)), rope), self.split_heads(self.v_proj(hidden))
 
-    def forward(self, hidden: Tensor, rope: Rope, mask: Tensor | None, keys: Tensor, values: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Tensor, rope: Rope, seen: Tensor | Packing | None, keys: Tensor, values: Tensor
+    ) -> Tensor:
         queries = rotate(self.split_heads(self.q_proj(hidden)), rope)
-        return self.o_proj(attend(queries, keys, values, mask))
+        return self.o_proj(attend(queries, keys, values, seen))
 
 
 class GemmaMLP(nn.Module):
@@ -59,7 +62,7 @@ class GemmaLayer(nn.Module):
         self,
         hidden: Tensor,
         rope: Rope,
-        mask: Tensor | None,
+        seen: Tensor | Packing | None,
         past: KeysValues | None = None,
         keys_values_only: bool = False,
     ) -> tuple[Tensor, KeysValues]:
@@ -73,7 +76,7 @@ class GemmaLayer(nn.Module):
         if keys_values_only:
             return hidden, own
         keys, values = own if past is None else (torch.cat(pair, dim=2) for pair in zip(past, own, strict=True))
-        hidden = hidden + self.self_attn(normed, rope, mask, keys, values)
+        hidden = hidden + self.self_attn(normed, rope, seen, keys, values)
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), own
 
 

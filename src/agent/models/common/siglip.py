@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.models.common.modules import Conv2d, Embedding, LayerNorm, Linear, attend
+from agent.models.common.attention import attend
+from agent.models.common.modules import Conv2d, Embedding, LayerNorm, Linear
 from agent.models.common.sizes import VisionVariant
 
 

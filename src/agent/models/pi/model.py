@@ -30,6 +30,7 @@ from agent.models.common.modules import (
     Rope,
     rotary,
 )
+from agent.models.common.packing import Arrangement, arrange
 from agent.models.common.siglip import Vision
 from agent.models.flow_matching import FlowDraws, euler, interpolate, per_sample_loss
 from agent.models.pi.configuration import PI0Config
@@ -198,51 +199,47 @@ class PI0(Policy):
             hidden = self.vision.post_layernorm(hidden)
         return self.projector(hidden)
 
-    def embed_prefix(self, observation: Observation) -> tuple[Tensor, Tensor]:
-        """Returns the tokens of the present cameras and the instruction (B, N, D), and which of them are real (B, N)."""
+    def embed_prefix(self, observation: Observation) -> tuple[Tensor, Arrangement]:
+        """Returns the real tokens of cameras and instruction, (B, N, D) or packed (1, N, D), and how they are arranged."""
         slots = [slot for slot in self.config.camera_slots if slot in observation.images]
         assert len(slots) == len(observation.images), (
             f"the batch has cameras {sorted(observation.images)}, the model knows {self.config.camera_slots}"
         )
         assert slots or not self.cameras, f"the batch has no image; the model expects some of {self.cameras}"
-        batch_size = len(observation.tokens)
-        tokens, masks = [], []
-        if slots:
-            # All cameras go through in one call, so that the tower gets one large batch instead of several small ones.
-            images = [prepare_images(observation.images[slot], self.config.image_resolution) for slot in slots]
-            patches = self.embed_images(torch.cat(images))
-            for slot, patches_BPD in zip(slots, patches.split(batch_size), strict=True):
-                tokens.append(patches_BPD)
-                masks.append(observation.image_masks[slot][:, None].expand(-1, patches_BPD.shape[1]))
-        width = self.language.embedding.embedding_dim
-        # Gemma scales its token embeddings; image tokens stay as they are.
-        tokens.append(self.language.embedding(observation.tokens).float() * width**0.5)
-        masks.append(observation.token_mask)
-        # The residual stream, to which every layer adds a little, is float32 under autocast too.
-        return torch.cat([t.float() for t in tokens], dim=1), torch.cat(masks, dim=1)
+        tokens, patches = observation.tokens, self.config.patches_per_camera
+        arranged = arrange(observation.parts(), slots, patches, tokens.shape[1], tokens.device)
+        images = []
+        for slot, rows in zip(slots, arranged.rows, strict=True):
+            present = observation.images[slot] if rows is None else observation.images[slot][rows]
+            images.append(prepare_images(present, self.config.image_resolution))
+        # All cameras go through in one call, so that the tower gets one large batch instead of several small ones.
+        seen = self.embed_images(torch.cat(images)).float().split([len(x) for x in images]) if images else []
+        words = tokens[:, : arranged.words] if isinstance(arranged.words, int) else tokens.flatten()[arranged.words]
+        embedding = self.language.embedding
+        # Gemma scales its token embeddings; image tokens stay as they are. The residual stream, to which every layer adds a
+        # little, is float32 under autocast too.
+        return arranged.join(seen, embedding(words).float() * embedding.embedding_dim**0.5), arranged
 
     def encode_prefix(self, observation: Observation, draws: int = 1) -> Prefix:
         """Computes each layer's keys and values of the prefix, and positions and mask of a suffix of K draws."""
         train = not self.config.train_expert_only
         with torch.set_grad_enabled(train and torch.is_grad_enabled()):
-            hidden, real_BN = self.embed_prefix(observation)
-            count_BN = real_BN.cumsum(dim=1)
-            rope = rotary(count_BN - 1, self.config.language.head_dim)
-            mask = real_BN[:, None, None, :] if observation.padded else None
+            hidden, arranged = self.embed_prefix(observation)
+            rope = rotary(arranged.positions, self.config.language.head_dim)
             keys_values, last = [], len(self.language.layers) - 1
             for i, layer in enumerate(self.language.layers):
-                hidden, own = layer(hidden, rope, mask, None, i == last)
-                keys_values.append(own)
+                hidden, own = layer(hidden, rope, arranged.packing, None, i == last)
+                keys_values.append(arranged.spread(own))
         # The suffix is the state, then the actions of each draw. Its positions continue after the real tokens of the prefix,
         # for each draw as if it were the only one. The state attends to the prefix and itself, so it is the same for all
         # draws; the actions also attend to the state and to the actions of their own draw.
-        chunk, device = self.config.chunk_size, real_BN.device
+        chunk, device = self.config.chunk_size, hidden.device
         draw_of = torch.arange(draws * chunk, device=device) // chunk
-        positions = count_BN[:, -1:] + F.pad(torch.arange(draws * chunk, device=device) % chunk + 1, (1, 0))
+        positions = arranged.lengths + F.pad(torch.arange(draws * chunk, device=device) % chunk + 1, (1, 0))
         block = F.pad(draw_of[:, None] == draw_of, (0, 0, 1, 0))
         block = F.pad(block, (1, 0), value=True)
-        seen = real_BN[:, None] if observation.padded else torch.ones_like(real_BN[:1, None])
-        seen = torch.cat((seen.expand(-1, len(block), -1), block.expand(len(seen), -1, -1)), dim=-1)
+        real = torch.ones_like(arranged.positions, dtype=torch.bool) if arranged.mask is None else arranged.mask
+        seen = torch.cat((real[:, None].expand(-1, len(block), -1), block.expand(len(real), -1, -1)), dim=-1)
         return Prefix(keys_values, rotary(positions, self.config.expert.head_dim), seen[:, None])
 
     def embed_suffix(self, state_BS: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
