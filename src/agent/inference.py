@@ -214,6 +214,7 @@ def load_policy(
     from agent.checkpoints.weights import load_into
     from agent.deployment import robots
     from agent.deployment.saved_checkpoint import open_checkpoint
+    from agent.models.common.attention_kernels import choose_attention
 
     source = open_checkpoint(checkpoint)
     config, instead, robot = source.config, {}, statistics
@@ -242,6 +243,8 @@ def load_policy(
     if config.dtype == "bfloat16":
         policy.to(torch.bfloat16)
     policy.to_empty(device=target)
+    if target.type == "cuda":
+        choose_attention(policy, target, torch.bfloat16 if config.dtype == "bfloat16" else torch.float32)
     match = partial(family.names.from_policy, config=config)
     load_into(policy.state_dict(), source.files, match, family.names.fit)
     policy.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from agent.configuration_pipeline import TrainPipelineConfig
 from agent.lifecycle import history, software
 from agent.lifecycle.run_folder import RunFolder
 from agent.lifecycle.watchdog import Watchdog
+from agent.models.common.attention_kernels import choose_attention
 from agent.models.policy import Policy
 from agent.optim.ema import Ema
 from agent.optim.learning_rate import LearningRate
@@ -115,6 +116,8 @@ def _policy(config: TrainPipelineConfig, processes: Processes) -> Policy:
     if config.parallel == "fsdp":
         _shard(config, policy, processes)
     policy.to_empty(device=processes.device)
+    if processes.device.type == "cuda":
+        choose_attention(policy, processes.device, torch.bfloat16 if config.use_bf16 else torch.float32)
     return policy
 
 

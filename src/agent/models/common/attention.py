@@ -12,7 +12,27 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
+
+packed_kernel = True
+"""Whether flash attention takes packed sequences in 16 bits on this GPU; ``attention_kernels`` finds out."""
+
+
+class AttentionShape(NamedTuple):
+    """States the sizes of an attention module."""
+
+    heads: int
+    kv_heads: int
+    """Key-value heads, each shared by ``heads / kv_heads`` query heads."""
+    head_dim: int
+
+
+class Attention(nn.Module):
+    """Is the base class of modules that call :func:`attend`, so that the kernels for their shapes can be tried."""
+
+    def __init__(self, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
 
 
 class Packing(NamedTuple):
@@ -72,7 +92,7 @@ def _attend_packed(queries: Tensor, keys: Tensor, values: Tensor, packing: Packi
     On a GPU flash attention takes them as they are, in 16 bits. Elsewhere the sequences of one length share a call.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (queries, keys, values))
-    if q.is_cuda and q.dtype != torch.float32:
+    if q.is_cuda and q.dtype != torch.float32 and packed_kernel:
         from torch.nn.attention.varlen import varlen_attn
 
         heads = q.shape[1] // k.shape[1]

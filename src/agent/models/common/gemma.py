@@ -6,24 +6,23 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.models.common.attention import Packing, attend
+from agent.models.common.attention import Attention, AttentionShape, Packing, attend
 from agent.models.common.modules import Embedding, KeysValues, Linear, RMSNorm, Rope, rotate
 from agent.models.common.sizes import GemmaVariant
 
 
-class GemmaAttention(nn.Module):
+class GemmaAttention(Attention):
     """Computes grouped-query attention: several query heads share a key-value head."""
 
     def __init__(self, table: GemmaVariant) -> None:
-        super().__init__()
-        self.head_dim = table.head_dim
+        super().__init__(AttentionShape(table.heads, table.kv_heads, table.head_dim))
         self.q_proj = Linear(table.width, table.heads * table.head_dim, bias=False)
         self.k_proj = Linear(table.width, table.kv_heads * table.head_dim, bias=False)
         self.v_proj = Linear(table.width, table.kv_heads * table.head_dim, bias=False)
         self.o_proj = Linear(table.heads * table.head_dim, table.width, bias=False)
 
     def split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.shape.head_dim)).transpose(1, 2)
 
     def keys_values(self, hidden: Tensor, rope: Rope) -> KeysValues:
         return rotate(self.split_heads(self.k_proj(hidden)), rope), self.split_heads(self.v_proj(hidden))

@@ -5,17 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from agent.models.common.attention import attend
+from agent.models.common.attention import Attention, AttentionShape, attend
 from agent.models.common.modules import Conv2d, Embedding, LayerNorm, Linear
 from agent.models.common.sizes import VisionVariant
 
 
-class VisionAttention(nn.Module):
+class VisionAttention(Attention):
     """Lets the tokens (B, P, D) of an image attend to each other."""
 
     def __init__(self, table: VisionVariant) -> None:
-        super().__init__()
-        self.heads = table.heads
+        super().__init__(AttentionShape(table.heads, table.heads, table.width // table.heads))
         self.q_proj = Linear(table.width, table.width)
         self.k_proj = Linear(table.width, table.width)
         self.v_proj = Linear(table.width, table.width)
@@ -23,7 +22,7 @@ class VisionAttention(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        queries, keys, values = (p(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in projections)
+        queries, keys, values = (p(hidden).unflatten(-1, (self.shape.heads, -1)).transpose(1, 2) for p in projections)
         return self.out_proj(attend(queries, keys, values, None))
 
 
