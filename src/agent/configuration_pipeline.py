@@ -73,6 +73,9 @@ class TrainPipelineConfig:
     """How weights and gradients are held: float32, or bfloat16 in half the memory. Each update is computed in float32 and
     rounded up or down at random so that small ones are kept in the mean; the randomness follows from the seed. Implies
     `use_bf16`, and weights are saved in bfloat16."""
+    fp8: Literal["none", "mlp"] = "none"
+    """`mlp` computes the products of the language model's MLPs in 8 bits, on GPUs that have such arithmetic (H100, H200, B200,
+    L40S, 4090, 5090): faster, with more rounding. Weights and checkpoints are the same. Wants `use_bf16`."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the trained weights with this decay, 0.999 for instance: float32, validated
     beside the weights (`val/ema_…`) and saved as `pretrained_model_ema`. Not set: none."""
@@ -181,6 +184,8 @@ class TrainPipelineConfig:
             raise ValueError(
                 "precision: bfloat16_stochastic computes in bfloat16; write use_bf16: true, or precision: float32_master"
             )
+        if self.fp8 != "none" and self.use_bf16 is False:
+            raise ValueError("fp8: mlp rounds what bfloat16 computes; write use_bf16: true, or fp8: none")
         if self.eval_cfg is not None:
             self.eval_cfg.check(self.save_model_freq)
         if isinstance(self.model_cfg, registry.PlaceholderConfig):

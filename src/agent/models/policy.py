@@ -67,6 +67,10 @@ class Policy(nn.Module, ABC):
         """
         return self.wrap_units()
 
+    def fp8_layers(self) -> list[nn.Module]:
+        """Lists the linear layers, without bias, whose products ``fp8: mlp`` computes in 8 bits; empty if there are none."""
+        return []
+
     @abstractmethod
     def init_weights(self, generator: torch.Generator) -> None:
         """Initialises every parameter and buffer in place; the result depends on the generator's seed alone."""

@@ -50,7 +50,7 @@ def _kept_operations() -> list[Any]:
     """Lists matrix products with parameters, and attention in every kernel but the one that writes out all scores."""
     names = (
         "mm addmm _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
-        "_scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+        "_scaled_mm _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
     )
     operations = [getattr(torch.ops.aten, name).default for name in names.split()]
     if torch.cuda.is_available():

@@ -105,6 +105,8 @@ def _odd(context: Context) -> Iterator[tuple[str, str]]:
     if config.use_bf16 is False and context.kinds[0]:
         yield "a GPU is asked for and computes in float32, which takes several times as long", "write use_bf16: true"
     kinds, source = context.kinds
+    if config.fp8 != "none" and (old := [gpu.name for gpu in kinds if not gpu.fp8]):
+        yield f"fp8: {config.fp8} needs arithmetic in 8 bits, which {', '.join(old)} lacks", "write fp8: none"
     if config.use_bf16 and (not kinds or source == "the GPU here"):
         slow = slow_bfloat16("cuda" if context.visible_gpus else "cpu")
         if slow is not None:

@@ -145,7 +145,7 @@ class Context:
 
         name, memory = self.visible_gpus[0], torch.cuda.get_device_properties(0).total_memory
         known = recognised(name)
-        return replace(known[0], memory=memory) if known else Gpu(name, memory, 0.0, 0.0, ())
+        return replace(known[0], memory=memory) if known else Gpu(name, memory, 0.0, 0.0, True, ())
 
     # ---- the data
 

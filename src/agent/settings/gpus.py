@@ -17,12 +17,18 @@ class Gpu:
     """FLOP per second of dense matrix products in bfloat16 that add up in float32."""
     float32: float
     """The same in float32, without TF32, which this program does not use."""
+    fp8: bool
+    """Whether it multiplies numbers of 8 bits."""
     marks: tuple[str, ...]
     """What its device name or a cluster's word for it contains, in lower case."""
 
 
+_WITHOUT_FP8 = ("a100", "a6000", "3090")
+
+
 def _gpu(name: str, gib: float, bfloat16: float, float32: float, *marks: str) -> Gpu:
-    return Gpu(name, int(gib * (1 << 30)), bfloat16 * 1e12, float32 * 1e12, marks or (name,))
+    fp8 = name.partition("-")[0] not in _WITHOUT_FP8
+    return Gpu(name, int(gib * (1 << 30)), bfloat16 * 1e12, float32 * 1e12, fp8, marks or (name,))
 
 
 GPUS = {
@@ -72,4 +78,4 @@ def recognised(text: str) -> list[Gpu]:
         return found
     gpu, share, gib = found[0], int(part[1]) / _SLICES, _OF_ITS_NAME * int(part[2])
     name, arithmetic = f"{gpu.name} {part[0]}", (share * gpu.bfloat16, share * gpu.float32)
-    return [Gpu(name, int(gib * (1 << 30)), *arithmetic, gpu.marks)]
+    return [Gpu(name, int(gib * (1 << 30)), *arithmetic, gpu.fp8, gpu.marks)]

@@ -13,6 +13,7 @@ from agent.lifecycle import history, software
 from agent.lifecycle.run_folder import RunFolder
 from agent.lifecycle.watchdog import Watchdog
 from agent.models.common.attention_kernels import choose_attention
+from agent.models.common.fp8 import use_fp8
 from agent.models.policy import Policy
 from agent.optim.ema import Ema
 from agent.optim.learning_rate import LearningRate
@@ -112,6 +113,11 @@ def _policy(config: TrainPipelineConfig, processes: Processes) -> Policy:
         policy = config.family.policy(config.trainable)
     if config.precision == "bfloat16_stochastic":
         policy.to(torch.bfloat16)
+    if config.fp8 == "mlp":
+        layers = policy.fp8_layers()
+        if not layers:
+            raise ValueError(f"fp8: mlp: {config.trainable.title} has no layers for it; write fp8: none")
+        use_fp8(layers, processes.device)
     log.info(freeze(policy, policy.frozen_parameters()))
     if config.parallel == "fsdp":
         _shard(config, policy, processes)

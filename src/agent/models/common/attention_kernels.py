@@ -1,7 +1,7 @@
 """Tries the attention kernels of a GPU before a run uses them, and turns off those that fail or compute something else.
 
-Which kernel torch takes for a shape depends on the GPU, on torch and on cuDNN. Most have been wrong for some shape in some version,
-by an error or silently. A try takes less than a second, and a wrong gradient a training. What is right is chosen by
+Which kernel torch takes for a shape depends on the GPU, on torch and on cuDNN. Most have been wrong for some shape in some
+version, by an error or silently. A try takes less than a second, and a wrong gradient a training. What is right is chosen by
 torch's own fixed order, not by a time that is measured here, because then two starts of one run could compute differently.
 """
 

@@ -148,6 +148,11 @@ class PI0(Policy):
         """Adds the token embedding, the largest tensor, see ``Policy``."""
         return [self.language.embedding, *self.wrap_units()]
 
+    def fp8_layers(self) -> list[nn.Module]:
+        """Lists the layers of the language model's MLPs, most of π0's arithmetic; the last MLP does not reach the loss."""
+        named = self.language.layers[:-1].named_modules()
+        return [module for name, module in named if ".mlp." in name and isinstance(module, Linear)]
+
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
         """Draws weights as Hugging Face's SigLIP and Gemma and torch's ``Linear`` do, see ``Policy``."""
