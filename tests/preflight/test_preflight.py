@@ -126,7 +126,10 @@ def test_an_evaluation_that_cannot_be_is_warned_of(server: ForkServer, place: Wo
 def test_eight_bits_are_not_for_a_gpu_without_them(server: ForkServer, place: Workplace) -> None:
     eight = ("--fp8", "mlp", "--use_bf16", "true", "--check_gpu")
     (row,) = check(server, place, "eight", *eight, "a100-80g").rows("config: values", "warn")
-    assert row["text"] == "fp8: mlp needs arithmetic in 8 bits, which a100-80g lacks" and row["change"] == "write fp8: none"
+    assert (
+        row["text"] == "fp8: mlp needs arithmetic in 8 bits, which a100-80g lacks"
+        and row["change"] == "write fp8: none"
+    )
 
 
 def test_the_sheet_shows_what_the_camera_sees(server: ForkServer, place: Workplace) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import torch
 
-from agent.configuration_pipeline import dump_yaml
 from agent.safe_files import write_text
 from agent.training.saving import Saver
 from agent.training.step import Clock, StepResult
@@ -26,7 +25,7 @@ def start_reporting(run: Run) -> None:
 
     def on_main() -> str | None:
         assert run.metrics is not None and run.folder is not None
-        write_text(run.config.run_dir / "config.yaml", dump_yaml(run.config))
+        write_text(run.config.run_dir / "config.yaml", run.config_yaml)
         ValidationRecords(run.config.run_dir).rewind(run.state.step or -1)
         if (note := which_may_be_best(run.config)) is not None:
             log.info(note)

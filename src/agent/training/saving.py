@@ -19,7 +19,6 @@ from agent.checkpoints.manifest import Folder
 from agent.checkpoints.store import PRETRAINED, PRETRAINED_EMA, TRAINING
 from agent.checkpoints.tensor_reader import Checksums
 from agent.checkpoints.writer import CheckpointWriter, Outcome
-from agent.configuration_pipeline import dump_yaml
 from agent.data.normalization.normalizer import to_lerobot_stats
 from agent.data.normalization.robot import names_document, robots_document
 from agent.models.policy import Policy
@@ -181,7 +180,7 @@ def checkpoint_contents(run: Run) -> tuple[dict[str, dict[str, Tensor]], Callabl
         "torch": torch.__version__,
     }
     state = json.dumps({**asdict(run.state), **details}, indent=1) + "\n"
-    config = dump_yaml(run.config)
+    config = run.config_yaml
 
     def write_small(folder: Path) -> None:
         for name in versions:

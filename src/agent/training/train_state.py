@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from agent.checkpoints.store import CheckpointStore
-from agent.configuration_pipeline import TrainPipelineConfig
+from agent.configuration_pipeline import TrainPipelineConfig, dump_yaml
 from agent.data.build import Data
 from agent.lifecycle.run_folder import RunFolder
 from agent.models.policy import Policy
@@ -57,6 +58,11 @@ class Run:
     state: TrainState
     metrics: Metrics | None  # on rank 0
     ema: Ema | None = None
+
+    @cached_property
+    def config_yaml(self) -> str:
+        """The resolved config as YAML; made once, because a built run's config does not change and saves wait for it."""
+        return dump_yaml(self.config)
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Returns the context of a forward pass: bfloat16 autocast over float32 parameters, or nothing."""

@@ -6,6 +6,7 @@ Drawn with Pillow, which the data sets need anyway: a row for each chunk, a pane
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from agent.safe_files import replacing
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
+    from PIL.ImageFont import FreeTypeFont, ImageFont
 
 _ROWS, _COLUMNS = 8, 16  # more would not be legible
 _WIDTH, _HEIGHT = 190, 110  # of a panel
@@ -52,7 +54,7 @@ def draw(path: Path, record: Mapping[str, Any]) -> None:
                 curves.append((_column(average["predicted"], column, chunk["valid"]), _AVERAGE))
             _panel(canvas, (_LEFT + column * (_WIDTH + _GAP), top), curves)
     # The default method merges a thin line's colour with another one's.
-    small = image.resize(size, Image.Resampling.LANCZOS).quantize(64, method=Image.Quantize.FASTOCTREE)
+    small = image.reduce(_SCALE).quantize(64, method=Image.Quantize.FASTOCTREE)
     with replacing(path) as temporary:
         small.save(temporary, format="PNG")
 
@@ -109,6 +111,11 @@ def _line(canvas: ImageDraw, points: list[tuple[float, float]], colour: tuple[in
 
 
 def _text(canvas: ImageDraw, place: tuple[int, int], text: str, size: int, colour: tuple[int, int, int]) -> None:
-    from PIL import ImageFont
+    canvas.text((place[0] * _SCALE, place[1] * _SCALE), text, fill=colour, font=_font(size * _SCALE))
 
-    canvas.text((place[0] * _SCALE, place[1] * _SCALE), text, fill=colour, font=ImageFont.load_default(size * _SCALE))
+
+@cache
+def _font(size: int) -> FreeTypeFont | ImageFont:
+    from PIL import ImageFont as fonts
+
+    return fonts.load_default(size)
