@@ -79,10 +79,10 @@ def accumulating(model: nn.Module, last: bool) -> contextlib.AbstractContextMana
     return contextlib.nullcontext()
 
 
-def forget_gradients(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Clears the gradients after an update, or after a pass whose gradients nobody wants.
+def forget_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = False) -> None:
+    """Clears the gradients after an update, or after a pass whose gradients nobody wants; ``keep`` leaves them their memory.
 
     DDP holds buckets for all gradients: there they stay, as zeros. Were they given back, the gradients of an update's
     first micro-batches would have memory of their own until the last one, which is twice the memory.
     """
-    optimizer.zero_grad(set_to_none=not _is_replicated(model))
+    optimizer.zero_grad(set_to_none=not (keep or _is_replicated(model)))

@@ -26,10 +26,12 @@ from agent.parallel.wrap import parallelize
 from agent.reproducibility import make_deterministic
 from agent.settings.plan import Plan, make_plan
 from agent.tracking.metrics import Metrics
-from agent.training import resuming
+from agent.training import resuming, step_graph
 from agent.training.config_changes import settle
 from agent.training.first_weights import first_weights
 from agent.training.run_data import build_run_data
+from agent.training.step import make_pass
+from agent.training.step_graph import GraphedPasses
 from agent.training.train_state import Run, TrainState
 from agent.validation.record import ValidationRecords
 
@@ -81,7 +83,7 @@ def build(
     if ema is not None and resumed is None:
         ema.begin()  # only now does every process have the weights, which DDP hands out
     metrics = Metrics(config.run_dir, plan.n_updates, config.log_freq) if processes.is_main else None
-    return Run(
+    run = Run(
         config=config,
         plan=plan,
         processes=processes,
@@ -96,6 +98,10 @@ def build(
         metrics=metrics,
         ema=ema,
     )
+    if config.cuda_graph == "auto" and step_graph.possible(processes):
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        run.graphs = GraphedPasses(partial(make_pass, run), trained, processes.device, step_graph.cuda_capture)
+    return run
 
 
 def _make_exact(config: TrainPipelineConfig) -> None:

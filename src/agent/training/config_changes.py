@@ -33,6 +33,7 @@ _FREE_ON_RESUME = (
     "load_from_checkpoint",
     "per_device_batch_size",
     "use_torch_compile",
+    "cuda_graph",
     "activation_checkpointing",
     "parallel",
     "deterministic",

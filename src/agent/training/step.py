@@ -39,27 +39,17 @@ def train_step(run: Run, batches: Iterator[Batch], clock: Clock) -> StepResult:
             allow one more skipped update.
     """
     config, state, steps = run.config, run.state, run.plan.accumulation_steps
-    # DDP averages over the processes; with this factor the sum over everything is the mean over the global batch.
-    scale = run.processes.world_size / config.global_batch_size
-    parts = run.policy.loss_weights if len(run.policy.loss_weights) > 1 else {}  # a single one is the loss itself
     seen: list[_Seen] = []
     for micro in range(steps):
         with clock.waiting_for_data():
             batch = next(batches)
         with accumulating(run.model, last=micro == steps - 1):
-            with run.precision():
-                named = run.model(to_device(batch, run.processes.device))
-                losses = run.policy.total(named)
-            (losses.sum() * scale).backward()
+            if run.graphs is not None:
+                losses = run.graphs(batch, first=micro == 0)
+            else:
+                losses = make_pass(run, to_device(batch, run.processes.device))
         # Copies: a batch is one block of memory, which any of its tensors would keep until the update's end.
-        seen.append(
-            _Seen(
-                batch.sample_index.clone(),
-                batch.provenance.clone(),
-                losses.detach(),
-                [named[name].detach() for name in parts],
-            )
-        )
+        seen.append(_Seen(batch.sample_index.clone(), batch.provenance.clone(), losses))
     max_norm = config.max_grad_norm or math.inf
     grad_norm = float(clip_gradients(run.optimizer, max_norm))
     lr = run.learning_rate.at(state.step)
@@ -76,13 +66,27 @@ def train_step(run: Run, batches: Iterator[Batch], clock: Clock) -> StepResult:
         state.skipped_updates += 1
         state.skipped_in_a_row += 1
         log.warning("%s; skipped (%d in a row, %d in all)", problem, state.skipped_in_a_row, state.skipped_updates)
-    forget_gradients(run.model, run.optimizer)
+    forget_gradients(run.model, run.optimizer, keep=run.graphs is not None and run.graphs.active)
     state.step += 1
     state.samples_seen += config.global_batch_size
-    sums = {"loss": torch.stack([part.losses.sum() for part in seen]).sum()}
-    for place, name in enumerate(parts):
-        sums[f"loss/{name}"] = torch.stack([part.parts[place].sum() for part in seen]).sum()
+    sums = {name: torch.stack([part.losses[name].sum() for part in seen]).sum() for name in seen[0].losses}
     return StepResult(sums, grad_norm, lr)
+
+
+def make_pass(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
+    """Makes the forward and backward pass of a micro-batch on the device, which adds to the gradients.
+
+    Returns:
+        ``loss``, the weighted sum, and, where a policy has several, each of them as ``loss/<name>``; (B,) without gradient.
+    """
+    # DDP averages over the processes; with this factor the sum over everything is the mean over the global batch.
+    scale = run.processes.world_size / run.config.global_batch_size
+    with run.precision():
+        named = run.model(batch)
+        losses = run.policy.total(named)
+    (losses.sum() * scale).backward()
+    parts = run.policy.loss_weights if len(run.policy.loss_weights) > 1 else {}  # a single one is the loss itself
+    return {"loss": losses.detach(), **{f"loss/{name}": named[name].detach() for name in parts}}
 
 
 class _Seen(NamedTuple):
@@ -90,17 +94,15 @@ class _Seen(NamedTuple):
 
     sample_index: torch.Tensor
     provenance: torch.Tensor
-    losses: torch.Tensor
-    """(B,) on the device."""
-    parts: list[torch.Tensor]
-    """The same of each named loss, where there are several."""
+    losses: dict[str, torch.Tensor]
+    """(B,) on the device, see :func:`make_pass`."""
 
 
 def _name_the_samples(run: Run, seen: list[_Seen], grad_norm: float) -> str:
     bad = [
         (int(part.sample_index[i]), *part.provenance[i].tolist())
         for part in seen
-        for i in torch.nonzero(~torch.isfinite(part.losses.cpu())).flatten().tolist()
+        for i in torch.nonzero(~torch.isfinite(part.losses["loss"].cpu())).flatten().tolist()
     ]
     everywhere = sorted(sample for share in run.processes.gather(bad) for sample in share)
     where = f"update {run.state.step + 1}: "

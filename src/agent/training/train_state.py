@@ -19,6 +19,7 @@ from agent.optim.learning_rate import LearningRate
 from agent.parallel.processes import Processes
 from agent.settings.plan import Plan
 from agent.tracking.metrics import Metrics
+from agent.training.step_graph import GraphedPasses
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Run:
     state: TrainState
     metrics: Metrics | None  # on rank 0
     ema: Ema | None = None
+    graphs: GraphedPasses | None = None  # where small batches may run from CUDA graphs
 
     @cached_property
     def config_yaml(self) -> str:
