@@ -301,12 +301,12 @@ def test_when_one_rank_cannot_compile_none_does(
 
 
 def test_a_compiled_block_is_one_graph_whatever_ddps_buckets_are(place: Workplace, server: ForkServer) -> None:
-    hook = "small_buckets"
-    output = server.start(place, "small-buckets", *COMPILED, "--n_updates", "1", ranks=2, hook=hook).wait()
+    hook, one = "small_buckets", (*COMPILED, *FOUR, "--n_updates", "1")
+    output = server.start(place, "small-buckets", *one, ranks=2, hook=hook).wait()
     assert place.status("small-buckets")["state"] == "finished" and WARNING not in output, output
     counts = [int(number) for number in re.findall(r"traced (\d+) graphs", output)]
     # As many as for one process: at most one for each kind of layer and of pass.
-    alone = server.start(place, "no-buckets", *COMPILED, *FOUR, "--n_updates", "1", hook=hook).wait()
+    alone = server.start(place, "no-buckets", *one, hook=hook).wait()
     assert counts == 2 * [int(number) for number in re.findall(r"traced (\d+) graphs", alone)], (output, alone)
 
 
