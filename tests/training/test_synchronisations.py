@@ -101,7 +101,8 @@ def test_nothing_leaves_the_gpu_in_a_pass(monkeypatch: pytest.MonkeyPatch, padde
         with torch.device("cuda"):
             model = PI0(small_config())
         assert model.state_proj.weight.device.type == "cuda"
-        loss = model(batch)["flow"]
+        with torch.autocast("cuda", torch.bfloat16, enabled=padded):
+            loss = model(batch)["flow"]
         assert loss.device.type == "cuda" and loss.shape == (3,)
         assert fake is not None and copies.left == []
         loss.cpu()
