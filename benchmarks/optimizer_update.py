@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -35,11 +36,15 @@ def time_updates(updates: int) -> float:
     from agent.optim.optimizer import apply_update, clip_gradients, make_optimizer
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = nn.ParameterList([nn.Parameter(torch.randn(shape).bfloat16()) for shape in MATRICES + VECTORS])
+    noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def numbers(shape: tuple[int, ...]) -> torch.Tensor:
+        return noise.repeat(math.prod(shape) // len(noise) + 1)[: math.prod(shape)].view(shape).clone()
+
+    model = nn.ParameterList([nn.Parameter(numbers(shape)) for shape in MATRICES + VECTORS])
     optimizer = make_optimizer(model, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, eight_bit=True, seed=0)
     for parameter in model:
-        parameter.grad = torch.randn_like(parameter) * 1e-3
+        parameter.grad = numbers(tuple(parameter.shape)) * 1e-3
     times = []
     for number in range(updates + 1):
         begin = time.perf_counter()

@@ -183,6 +183,9 @@ def test_the_norm_is_that_of_float32_and_clipping_rounds_nothing() -> None:
     apply_update(optimizer, 1e-3, 0)
     moment = optimizer.state[model.first.bias]["exp_avg"]
     assert torch.allclose(moment, 0.1 * gradients[1].float() * (0.5 / (norm + 1e-6)), rtol=1e-5)
+    moment.zero_()
+    apply_update(optimizer, 1e-3, 1)  # is not clipped
+    assert torch.allclose(moment, 0.1 * gradients[1].float(), rtol=1e-5)
     # As torch's clip_grad_norm_ scales where there is hardly a gradient; one below the norm is left as it is.
     for size, most, scale in ((0.0, 1.0, 1.0), (0.0, 5e-7, 0.5), (1e-6, 5e-7, 0.25), (1e-6, 1e-5, 1.0)):
         parameter = model.first.bias

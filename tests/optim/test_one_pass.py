@@ -360,6 +360,19 @@ def test_a_counter_that_something_else_wrote_is_read_again() -> None:
     assert not all(map(torch.equal, ends[0], weights(range(4))))
 
 
+def test_a_parameter_that_had_no_gradient_before_makes_its_first_step() -> None:
+    named = parameters({"early": (40,), "late": (40,)})
+    optimizer = optimizer_of(named)
+    for number in range(2):
+        for _, parameter in named[: number + 1]:
+            parameter.grad = torch.ones_like(parameter)
+        apply_update(optimizer, 1e-3, number)
+    alone = parameters({"early": (40,), "late": (40,)})[1:]
+    alone[0][1].grad = torch.ones_like(alone[0][1])
+    apply_update(optimizer_of(alone), 1e-3, 1)
+    assert torch.equal(named[1][1], alone[0][1])
+
+
 # ---- split over processes, and how many launches
 
 

@@ -1,5 +1,6 @@
-"""Updates by AdamW with moments of eight bits, weights of bfloat16, or both; the temporary memory is that of a few million
-numbers.
+"""Updates by AdamW with moments of eight bits, weights of bfloat16, or both; the temporary memory is a few megabytes.
+
+The arithmetic is in ``one_pass.py``, and the two quicker ways to the same bits are beside it.
 
 torchao's and bitsandbytes' were tried first (0.18 and 0.50, on a CPU). torchao compiles its update: 31 s before the first
 one of two tensors, and it does not run without a C++ compiler. Its stochastic rounding draws from torch's global
@@ -35,8 +36,8 @@ _WORTH_COMPILING = 4_000_000  # trained numbers on a CPU; compiling takes a seco
 class LowMemoryAdamW(torch.optim.Optimizer):
     """AdamW (https://arxiv.org/abs/1711.05101), computed in float32 whatever its weights and moments are held in.
 
-    Weights of bfloat16 are rounded stochastically. The optimizer takes a tensor in pieces of whole rows, so with FSDP,
-    which splits by rows, each process does for its rows what one process would do for all.
+    Weights of bfloat16 are rounded stochastically. No number depends on others than those of its block in its row, so
+    with FSDP, which splits by rows, each process does for its rows what one process would do for all.
     """
 
     update = 0

@@ -1,6 +1,8 @@
 """The update of ``one_pass.c``, built with the machine's C compiler and held against the one in torch before it is used.
 
-torch.compile would need no source of its own, but takes 20 s or more for the shapes of a model, where this takes one.
+torch.compile would need no source of its own. Tried on one piece of 131,072 numbers, in one thread of a machine that was
+busy, it compiled for 154 s where this takes 1.5 s, needed 36 ns a number (without the random bits) where this needs 10 and
+torch's operators 29, and gave other bits.
 """
 
 from __future__ import annotations

@@ -30,12 +30,13 @@ def examples(device: torch.device) -> list[OneUpdate]:
     for shape, weights, gradients, eight_bit in product(_SHAPES, _TYPES, _TYPES, (False, True)):
         wide = torch.logspace(-9, 3, shape[-1])
         weight, gradient = (torch.randn(shape, generator=generator) * wide for _ in range(2))
-        weight[0], gradient[0] = 0.0, 0.0
+        weight[0], gradient[0] = 0.0, -0.0
         moments = [torch.randn(shape, generator=generator) * wide, torch.rand(shape, generator=generator) * wide]
-        moments[0][0], moments[1][0] = 0.0, 0.0
+        moments[0][0], moments[1][0] = -0.0, 0.0
         if eight_bit:
             codes = torch.randint(256, (2, *shape), dtype=torch.uint8, generator=generator)
             scales = torch.rand((2, *scale_shape(shape)), generator=generator)
+            codes[0, 0], scales[:, 0] = 0, 0.0  # the first code is negative, so these are -0.0 too
             moments = [codes[0], scales[0], codes[1], scales[1]]
         first = 0 if shape[-1] == 512 else 2 * 2**32 - 901
         scale = None if gradients == torch.float32 else torch.tensor(0.37, device=device)
