@@ -14,10 +14,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from agent.optim.stochastic_rounding import constant
+
 BLOCK = 256
 _DECADES = 7
-_PREFIX = 20  # sign, exponent and 11 bits of the mantissa, of which a code keeps seven at most
-_NO_SCALE = 1e-30  # of a block of zeros
+PREFIX = 20  # sign, exponent and 11 bits of the mantissa, of which a code keeps seven at most
+NO_SCALE = 1e-30  # of a block of zeros
 
 
 def dynamic_map(signed: bool) -> list[float]:
@@ -32,8 +34,8 @@ def dynamic_map(signed: bool) -> list[float]:
 
 
 @cache
-def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The numbers of the codes, and the nearest code of every float32, found by its first 20 bits.
+def tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The numbers of the codes (256,) float32, and the nearest code (2^20,) uint8 of every float32's first 20 bits.
 
     A search among the 256 would be nearest to the last bit, and took ten times as long on a CPU.
     """
@@ -41,8 +43,8 @@ def _tables(signed: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     boundaries = [(a + b) / 2 for a, b in zip(numbers, numbers[1:], strict=False)]
     if not signed:
         boundaries[0] = 0.0  # only zero itself is zero
-    words = torch.arange(1 << _PREFIX, dtype=torch.int32) << (32 - _PREFIX)
-    middles = (words + (1 << (31 - _PREFIX))).view(torch.float32)
+    words = torch.arange(1 << PREFIX, dtype=torch.int32) << (32 - PREFIX)
+    middles = (words + (1 << (31 - PREFIX))).view(torch.float32)
     middles[words == 0] = 0.0
     codes = torch.bucketize(middles, torch.tensor(boundaries)).to(torch.uint8)
     return torch.tensor(numbers, device=device), codes.to(device)
@@ -53,23 +55,39 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.ceil(math.prod(shape[1:]) / BLOCK)
 
 
-def dequantise(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
-    """Codes (rows, numbers) uint8 with scales (rows, blocks) → new float32 (rows, numbers)."""
-    numbers, _ = _tables(signed, codes.device)
-    values = numbers.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-    for part, factor in _blocks(values, scale):
+def dequantise(codes: Tensor, scale: Tensor, signed: bool, out: Tensor, words: Tensor) -> Tensor:
+    """Reads a moment.
+
+    Args:
+        codes: uint8 (rows, numbers), contiguous.
+        scale: float32 (rows, blocks).
+        signed: whether it is the first moment.
+        out: float32 (rows, numbers), contiguous, overwritten.
+        words: int32 (rows * numbers,), overwritten.
+
+    Returns:
+        ``out``.
+    """
+    numbers, _ = tables(signed, codes.device)
+    torch.index_select(numbers, 0, words.copy_(codes.view(-1)), out=out.view(-1))
+    for part, factor in _blocks(out, scale):
         part.mul_(factor)
-    return values
+    return out
 
 
 def quantise(values: Tensor, codes: Tensor, scale: Tensor, signed: bool) -> None:
-    """The reverse, into ``codes`` and ``scale``; ``values`` (rows, numbers) are overwritten."""
+    """The reverse, into ``codes`` and ``scale``; ``values`` float32 (rows, numbers), contiguous, are overwritten."""
     for part, factor in _blocks(values, scale):
-        factor.copy_(torch.linalg.vector_norm(part, ord=math.inf, dim=-1, keepdim=True))
-        part.div_(factor.clamp_min(_NO_SCALE))
-    _, nearest = _tables(signed, values.device)
-    prefixes = values.view(torch.int32).bitwise_right_shift_(32 - _PREFIX).bitwise_and_((1 << _PREFIX) - 1)
-    codes.copy_(nearest.index_select(0, prefixes.view(-1)).view(codes.shape))
+        largest = part.amax(dim=-1, keepdim=True)
+        if signed:
+            torch.maximum(largest, part.amin(dim=-1, keepdim=True).neg_(), out=largest).abs_()
+        factor.copy_(largest)
+        part.div_(largest.clamp_min_(NO_SCALE))
+    _, nearest = tables(signed, values.device)
+    prefixes = values.view(torch.int32).bitwise_right_shift_(constant(32 - PREFIX))
+    if signed:
+        prefixes.bitwise_and_(constant((1 << PREFIX) - 1))
+    torch.index_select(nearest, 0, prefixes.view(-1), out=codes.view(-1))
 
 
 def _blocks(values: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:

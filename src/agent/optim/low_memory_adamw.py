@@ -1,5 +1,6 @@
-"""Updates by AdamW with moments of eight bits, weights of bfloat16, or both; the temporary memory is that of a few million
-numbers.
+"""Updates by AdamW with moments of eight bits, weights of bfloat16, or both; the temporary memory is a few megabytes.
+
+The arithmetic is in ``one_pass.py``, and the two quicker ways to the same bits are beside it.
 
 torchao's and bitsandbytes' were tried first (0.18 and 0.50, on a CPU). torchao compiles its update: 31 s before the first
 one of two tensors, and it does not run without a C++ compiler. Its stochastic rounding draws from torch's global
@@ -11,27 +12,32 @@ that float32 AdamW had gone, these by 11%.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from agent.optim.adamw8bit import dequantise, quantise, scale_shape
-from agent.optim.stochastic_rounding import RandomBits, round_to_bfloat16
+from agent.optim.adamw8bit import scale_shape
+from agent.optim.one_pass import Factors, OneUpdate, update_in_torch
+from agent.optim.stochastic_rounding import rounding_key
 from agent.parallel import sharding
 
-_PIECE = 1 << 22  # numbers at a time; the temporary memory is some ten times that in float32
+log = logging.getLogger(__name__)
+
 _SMALL = 4096  # tensors with fewer numbers keep float32 moments; they take no memory to speak of
+_WORTH_COMPILING = 4_000_000  # trained numbers on a CPU; compiling takes a second
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
     """AdamW (https://arxiv.org/abs/1711.05101), computed in float32 whatever its weights and moments are held in.
 
-    Weights of bfloat16 are rounded stochastically. The optimizer takes a tensor in pieces of whole rows, so with FSDP,
-    which splits by rows, each process does for its rows what one process would do for all.
+    Weights of bfloat16 are rounded stochastically. No number depends on others than those of its block in its row, so
+    with FSDP, which splits by rows, each process does for its rows what one process would do for all.
     """
 
     update = 0
@@ -54,7 +60,11 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in named_parameters], defaults)
         self._names = {parameter: name for name, parameter in named_parameters}
         self._eight_bit = eight_bit
-        self._bits = RandomBits(seed)
+        self._seed = seed
+        self._first: dict[Tensor, int] = {}
+        """Position of the first number that this process has of a parameter."""
+        self._steps: dict[Tensor, tuple[int, int]] = {}
+        """Counter of a parameter's steps → how often it had been written after the last update, and the number in it."""
 
     def new_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of a parameter before its first update.
@@ -80,7 +90,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         bfloat16, they are not rounded a second time. A collective if they are sharded.
         """
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [sharding.rows(parameter.grad).local for parameter in parameters]
+        gradients = [_local(parameter.grad) for parameter in parameters]
         square = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).square().sum()
         if sharding.is_sharded(parameters[0]):
             torch.distributed.all_reduce(square)
@@ -92,107 +102,79 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        trained = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        way = self._way([parameter for parameter, _ in trained])
+        factors: dict[tuple[int, int], Factors] = {}
+        for (parameter, group), step in zip(trained, self._count([p for p, _ in trained]), strict=True):
+            if (id(group), step) not in factors:
+                factors[id(group), step] = Factors.of(group, step)
+            update = self._update(parameter, factors[id(group), step])
+            if update.weight.numel():  # there may be more processes than rows
+                way(update)
         self.gradient_scale = None
 
-    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
-        if not state:
-            state |= self.new_state(parameter)
-        state["step"] += 1
-        factors = _Factors.of(group, int(state["step"]))
-        weight, first_row = sharding.rows(parameter)
-        assert weight.is_contiguous() and parameter.grad is not None
-        gradient = sharding.rows(parameter.grad).local
-        tensors = {kind: sharding.rows(tensor).local for kind, tensor in state.items() if kind != "step"}
-        for piece in _pieces(tuple(parameter.shape), first_row, len(weight) if weight.dim() else 1):
-            part = _rows(weight, piece)
-            bits = None
-            if weight.dtype == torch.bfloat16:
-                key = (self.update, self._names[parameter], piece.number)
-                bits = self._bits.draw(key, (piece.rows_of_all, part.shape[1]), weight.device)
-                bits = bits[piece.offset : piece.offset + len(part)]
-            moments = {kind: _rows(tensor, piece) for kind, tensor in tensors.items()}
-            _update_rows(part, self._read(_rows(gradient, piece)), moments, factors, bits)
+    def _way(self, parameters: list[torch.nn.Parameter]) -> Callable[[OneUpdate], None]:
+        """The quickest way to compute the updates; all give the same bits."""
+        if not parameters:
+            return update_in_torch
+        if parameters[0].device.type == "cuda":
+            return _in_triton() or update_in_torch
+        worth = sum(parameter.numel() for parameter in parameters) >= _WORTH_COMPILING
+        return worth and _in_c() or update_in_torch
 
-    def _read(self, gradient: Tensor) -> Tensor:
-        gradient = gradient.float()
-        return gradient if self.gradient_scale is None else gradient * self.gradient_scale
+    def _count(self, parameters: list[torch.nn.Parameter]) -> list[int]:
+        """Counts one more step of each; a counter is read only if something else than this has written it."""
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter] |= self.new_state(parameter)
+        counters = [self.state[parameter]["step"] for parameter in parameters]
+        steps = []
+        for counter in counters:
+            written, step = self._steps.get(counter, (-1, 0))
+            steps.append((step if written == counter._version else int(counter)) + 1)
+        if counters:
+            torch._foreach_add_(counters, 1)
+        self._steps = {counter: (counter._version, step) for counter, step in zip(counters, steps, strict=True)}
+        return steps
 
-
-@dataclass(frozen=True)
-class _Factors:
-    """The numbers of one update."""
-
-    first: float
-    second: float
-    decay: float
-    rate: float
-    correction: float
-    eps: float
-
-    @classmethod
-    def of(cls, group: dict[str, Any], step: int) -> _Factors:
-        lr, (first, second) = group["lr"], group["betas"]
-        decay, rate = 1 - lr * group["weight_decay"], lr / (1 - first**step)
-        return cls(first, second, decay, rate, math.sqrt(1 - second**step), group["eps"])
+    def _update(self, parameter: torch.nn.Parameter, factors: Factors) -> OneUpdate:
+        """Gathers what an update of this parameter needs, in no more operators than a gradient's memory layout takes."""
+        assert parameter.grad is not None
+        if parameter not in self._first:
+            row = math.prod(parameter.shape[1:])
+            self._first[parameter] = sharding.rows(parameter).first * row
+        weight, gradient = _local(parameter), _local(parameter.grad)
+        assert weight.is_contiguous()
+        moments = tuple(_local(tensor) for kind, tensor in self.state[parameter].items() if kind != "step")
+        key = rounding_key(self._seed, self.update, self._names[parameter])
+        gradient = gradient if gradient.is_contiguous() else gradient.contiguous()
+        return OneUpdate(weight, gradient, moments, factors, key, self._first[parameter], self.gradient_scale)
 
 
-def _update_rows(
-    weight: Tensor, gradient: Tensor, moments: dict[str, Tensor], factors: _Factors, bits: Tensor | None
-) -> None:
-    """All arguments (rows, numbers); weight and moments are changed."""
-    eight_bit = "exp_avg_scale" in moments
-    if eight_bit:
-        average = dequantise(moments["exp_avg"], moments["exp_avg_scale"], signed=True)
-        square = dequantise(moments["exp_avg_sq_root"], moments["exp_avg_sq_root_scale"], signed=False).square_()
-    else:
-        average, square = moments["exp_avg"], moments["exp_avg_sq"]
-    average.lerp_(gradient, 1 - factors.first)
-    square.mul_(factors.second).addcmul_(gradient, gradient, value=1 - factors.second)
-    root = square.sqrt()
-    value = weight.float()  # the weight itself, if it is float32
-    value.mul_(factors.decay).addcdiv_(average, (root / factors.correction).add_(factors.eps), value=-factors.rate)
-    if bits is not None:
-        weight.copy_(round_to_bfloat16(value, bits))
-    if eight_bit:
-        quantise(average, moments["exp_avg"], moments["exp_avg_scale"], signed=True)
-        quantise(root, moments["exp_avg_sq_root"], moments["exp_avg_sq_root_scale"], signed=False)
+def _local(tensor: Any) -> Tensor:
+    """This process's part of a tensor, as :func:`agent.parallel.sharding.rows` has it, without an operator."""
+    return tensor.to_local() if sharding.is_sharded(tensor) else tensor
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Some rows of a tensor, of which this process has all or a part."""
-
-    number: int
-    rows_of_all: int
-    offset: int
-    """The first row that this process has, counted from the piece's first."""
-    begin: int
-    end: int
-    """The same rows, counted from the first that this process has of the tensor."""
+@cache
+def _in_triton() -> Callable[[OneUpdate], None] | None:
+    try:
+        from agent.optim.one_pass_triton import update_in_triton
+    except ImportError as error:
+        log.warning("the optimizer's updates take longer: their kernel needs triton, which is not there (%s)", error)
+        return None
+    return update_in_triton
 
 
-def _pieces(shape: tuple[int, ...], first_row: int, rows: int) -> Iterator[_Piece]:
-    """Cuts a tensor of this shape, of which rows from ``first_row`` on are here, at the same rows on every process."""
-    total = shape[0] if shape else 1
-    size = max(1, _PIECE // max(1, math.prod(shape[1:])))
-    if rows == 0:  # more processes than rows
-        return
-    for number in range(first_row // size, math.ceil((first_row + rows) / size)):
-        begin, end = max(first_row, number * size), min(first_row + rows, (number + 1) * size)
-        of_all = min(size, total - number * size)
-        yield _Piece(number, of_all, begin - number * size, begin - first_row, end - first_row)
+@cache
+def _in_c() -> Callable[[OneUpdate], None] | None:
+    from agent.optim.one_pass_c import compile_update
 
-
-def _rows(tensor: Tensor, piece: _Piece) -> Tensor:
-    """Returns these rows of a tensor as (rows, numbers): a view, unless a gradient's memory layout is not its weight's."""
-    if tensor.dim() == 0:
-        return tensor.reshape(1, 1)
-    return tensor[piece.begin : piece.end].flatten(1) if tensor.dim() > 1 else tensor[piece.begin : piece.end, None]
+    try:
+        return compile_update()
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.info("the optimizer's updates are not compiled, torch computes them (%s)", error)
+        return None
 
 
 def _scales_like(parameter: Any) -> Tensor:
