@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,13 @@ class Place:
     @property
     def device(self) -> torch.device:
         """The one GPU, or the CPU of a rehearsal."""
+        import torch
+
         return torch.device("cpu") if self.rehearsal else torch.device("cuda", 0)
 
     @property
     def gpu(self) -> bool:
-        return self.device.type == "cuda"
+        return not self.rehearsal
 
     def size(self, real: str) -> str:
         """Name of the model's size, which in a rehearsal is the smallest."""
@@ -55,6 +58,8 @@ class Place:
 
     def wait(self) -> None:
         """Until the device has done what was asked of it."""
+        import torch
+
         if self.gpu:
             torch.cuda.synchronize()
 

@@ -68,7 +68,9 @@ def _inside(text: str, name: str, page: Path) -> list[str]:
 
 def _between(text: str, name: str, lines: list[str], page: Path) -> str:
     _inside(text, name, page)
-    return re.sub(_pattern(name), lambda match: f"{match[1]}\n\n" + "\n".join(lines) + f"\n\n{match[3]}", text, flags=re.S)
+    return re.sub(
+        _pattern(name), lambda match: f"{match[1]}\n\n" + "\n".join(lines) + f"\n\n{match[3]}", text, flags=re.S
+    )
 
 
 def _pattern(name: str) -> str:
@@ -76,8 +78,13 @@ def _pattern(name: str) -> str:
 
 
 def _machine(line: Line) -> str:
-    packages = ", ".join(f"{name} {line[name]}" for name in ("torch", "triton", "transformers", "numpy") if line.get(name))
-    return f"Measured on {line['date']}: {line['name']}, {line['memory_bytes'] / GIB:.1f} GiB; {packages}, CUDA {line['cuda']}, cuDNN {line['cudnn']}."
+    packages = ", ".join(
+        f"{name} {line[name]}" for name in ("torch", "triton", "transformers", "numpy") if line.get(name)
+    )
+    return (
+        f"Measured on {line['date']}: {line['name']}, {line['memory_bytes'] / GIB:.1f} GiB; {packages}, "
+        f"CUDA {line['cuda']}, cuDNN {line['cudnn']}."
+    )
 
 
 def _speed(found: dict[tuple[str, str], Line]) -> Cells:
