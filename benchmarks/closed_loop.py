@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import lerobot_of_size
+from lerobot_contender import lerobot_of_size
 
 from agent.configuration_pipeline import load_config
 from agent.data.normalization.normalizer import Normalizer

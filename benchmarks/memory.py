@@ -56,7 +56,7 @@ def row(options: argparse.Namespace, training: Training, gpu: bool) -> dict[str,
     config = model_config(options.size, training.cameras)
     config.freeze_lm_head = options.freeze_lm_head
     memory = predict(config, training)
-    measured = measure(options, training) if gpu else None
+    measured = measure(options.size, training, options.freeze_lm_head) if gpu else None
     numbers = (memory.parameters, memory.gradients, memory.optimizer, memory.activations, memory.peak, memory.card)
     text = "".join(f"{n / GIB:{width}.2f}" for n, width in zip(numbers, (8, 10, 7, 12, 7, 7), strict=True))
     said = f"{measured / GIB:10.2f}" if measured else f"{'no memory' if gpu else '-':>10}"
@@ -73,14 +73,22 @@ def row(options: argparse.Namespace, training: Training, gpu: bool) -> dict[str,
     }
 
 
-def measure(options: argparse.Namespace, training: Training) -> int | None:
-    """Most bytes that torch has allocated over three updates; None if the GPU has not that much."""
-    import torch
-    from contenders import Ours, make_batch, make_weights, model_config, train_config
+def measure(size: str, training: Training, freeze_lm_head: bool, cap: float | None = None) -> int | None:
+    """Most bytes that torch has allocated over three updates; None if the GPU has not that much.
 
-    device = torch.device("cuda")
-    model = model_config(options.size, training.cameras)
-    model.freeze_lm_head = options.freeze_lm_head
+    Args:
+        size: of the model.
+        training: the settings.
+        freeze_lm_head: do not train the token embeddings.
+        cap: the fraction of the card's memory that the process may take.
+    """
+    import torch
+    from contenders import Ours, make_batch, model_config, train_config
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    model = model_config(size, training.cameras)
+    model.freeze_lm_head = freeze_lm_head
     config = train_config(
         model,
         training.batch,
@@ -90,23 +98,24 @@ def measure(options: argparse.Namespace, training: Training) -> int | None:
         precision=training.precision,
     )
     batch = make_batch(model, training.cameras, training.batch, model.tokenizer_max_length)
-    weights = make_weights(model, device)
-    torch.cuda.empty_cache()
+    if gpu:
+        torch.cuda.set_per_process_memory_fraction(cap or 1.0)
     ours = None
     try:
-        ours = Ours(config, batch, weights, device)
-        del weights
-        torch.cuda.reset_peak_memory_stats()
-        ours.wake()
+        ours = Ours(config, batch, device)
+        ours.arm()
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             ours.step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() if gpu else None
     except torch.cuda.OutOfMemoryError:
         return None
     finally:
         del ours
         gc.collect()
-        torch.cuda.empty_cache()
+        if gpu:
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -2,14 +2,17 @@
 
     uv run python benchmarks/train_step.py --size reduced --cameras 3 --present 1 --batch 2 --peer lerobot
 
-Both train the same weights on the same batch, in turns on one device: forward, backward, clipping, AdamW (fused on both
-sides). `--present` of the model's cameras have an image. LeRobot is tried in several configurations (float32, `dtype:
-bfloat16`, and on a GPU that one compiled; with `gradient_checkpointing` where it does not fit otherwise), this code in
-float32 and, on a GPU only, bfloat16 autocast; on a CPU both. `ratio` compares the fastest of ours with the fastest of
-theirs: the median over the rounds of the quotient of times within a round.
+Both train the same weights on the same batch: forward, backward, clipping, AdamW (fused on both sides); on a CPU in turns, on
+a GPU one after the other, each in a process of its own, because two of the full size do not fit one card. `--present` of the
+model's cameras have an image. LeRobot is tried in several configurations (float32, `dtype: bfloat16`, and on a GPU that one
+compiled as `--peer_compile` says), this code in float32 and, on a GPU only, bfloat16 autocast; on a CPU both. What does not
+fit a GPU is tried again with recomputed activations, and its name says so. `ratio` compares the fastest of ours with the
+fastest of theirs: the median over the rounds of the quotient of times within a round.
 
 `loss_relative_difference` compares both in float32, uncompiled, with the same noise and time; more than 1e-4 ends the
-benchmark. The table also says how far each configuration as timed is from LeRobot in float32.
+benchmark. The table also says how far each configuration as timed is from LeRobot in float32. `--padding language` takes
+instructions of different lengths. Under `--padding mixed` every other sample has one camera besides, which LeRobot cannot
+be told, so losses are not compared.
 
 `flop_per_sample` is what the mathematics needs (`agent.models.pi.accounting`), `matrix_flops` what the device does in
 products of square matrices of the type that ours was timed in, measured between the rounds, `fraction` the part of it
@@ -21,30 +24,22 @@ of a step goes.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import multiprocessing
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import (
-    MAX_GRAD_NORM,
-    SIZES,
-    Contender,
-    LeRobot,
-    Ours,
-    make_batch,
-    make_weights,
-    model_config,
-    train_config,
-)
+from contenders import MAX_GRAD_NORM, SIZES, Contender, Ours, make_batch, model_config, train_config
 
 from agent.models.pi.accounting import flop_per_sample
 from agent.optim.optimizer import apply_update, clip_gradients
@@ -56,18 +51,20 @@ LARGEST_ROUNDED_DIFFERENCE = 2e-2  # as timed, in bfloat16
 def main() -> None:
     """Reads the options, measures, reports."""
     options = read_options()
+    names = list(configurations(options))
     if options.device == "cuda":
-        print(report(options, compete(options)))
-        return
-    # Nothing has been computed in this process, so that children can be forked from it, after the imports.
-    import lerobot.policies.pi0.modeling_pi0  # noqa: F401
+        result = decide([in_child("spawn", compete, options, [name]) for name in names])
+    else:
+        # Nothing has been computed in this process, so that children can be forked from it, after the imports.
+        import lerobot.policies.pi0.modeling_pi0  # noqa: F401
 
-    result = in_child(compete, options)
-    result["peaks"] = {name: in_child(memory_on_cpu, options, name) for name in (result["ours"], result["peer"])}
+        result = decide([in_child("fork", compete, options, names)])
+        fastest = (result["ours"], result["peer"])
+        result["peaks"] = {name: in_child("fork", memory_on_cpu, options, name) for name in fastest}
     print(report(options, result))
 
 
-def read_options() -> argparse.Namespace:
+def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=list(SIZES), default="reduced")
@@ -75,7 +72,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--present", type=int, default=3, help="of which so many have an image")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--peer", choices=["lerobot"], default="lerobot")
+    parser.add_argument("--peer_compile", choices=["none", "default", "max-autotune"], default="none",
+                        help="on a GPU the peer is compiled too; its own mode is max-autotune: many minutes")  # fmt: skip
     parser.add_argument("--language", type=int, help="tokens of the instruction; the model's most when not given")
+    parser.add_argument("--padding", choices=["none", "language", "mixed"], default="none")
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="ours")
     parser.add_argument("--activation_checkpointing", choices=["none", "blocks", "full"], default="none", help="ours")
     parser.add_argument("--compile", action="store_true", help="ours with use_torch_compile; eager when not given")
@@ -83,7 +83,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed updates of a turn; default: 1 on a CPU, 5 on a GPU")
     parser.add_argument("--profile", action="store_true", help="also where the time of our step goes, by module")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if not 1 <= options.present <= options.cameras:
         parser.error(f"--present {options.present} is not within 1..--cameras {options.cameras}")
     gpu = options.device == "cuda"
@@ -97,104 +97,103 @@ def read_options() -> argparse.Namespace:
 
 
 def configurations(options: argparse.Namespace) -> dict[str, Callable[..., Contender]]:
-    """Name → what builds it from batch, weights and device."""
+    """Name → what builds it from batch and device; with ``smaller`` so that it needs less memory."""
     gpu = options.device == "cuda"
     precisions = ["bfloat16"] if gpu else ["float32", "bfloat16"]
     if options.precision != "auto":
         precisions = [options.precision]
 
-    def ours(precision: str, batch: Any, weights: Any, device: torch.device) -> Contender:
+    def ours(precision: str, batch: Any, device: torch.device, smaller: bool = False) -> Contender:
         config = train_config(
             model_config(options.size, options.cameras),
             options.batch,
             use_bf16=precision == "bfloat16",
-            activation_checkpointing=options.activation_checkpointing,
+            activation_checkpointing="blocks" if smaller else options.activation_checkpointing,
             use_torch_compile=options.compile,
         )
-        return Ours(config, batch, weights, device)
+        return Ours(config, batch, device)
 
-    def theirs(batch: Any, weights: Any, device: torch.device, **settings: Any) -> Contender:
-        return LeRobot(model_config(options.size, options.cameras), batch, weights, device, **settings)
+    def theirs(batch: Any, device: torch.device, smaller: bool = False, **settings: Any) -> Contender:
+        from lerobot_contender import LeRobot
+
+        return LeRobot(model_config(options.size, options.cameras), batch, device, checkpointing=smaller, **settings)
 
     table: dict[str, Callable[..., Contender]] = {f"agent {p}": partial(ours, p) for p in precisions}
     table |= {f"LeRobot {dtype}": partial(theirs, dtype=dtype) for dtype in ("float32", "bfloat16")}
-    if gpu:
-        table["LeRobot bfloat16 compiled"] = partial(theirs, dtype="bfloat16", compiled=True)
+    if gpu and options.peer_compile != "none":
+        table["LeRobot bfloat16 compiled"] = partial(theirs, dtype="bfloat16", compile_mode=options.peer_compile)
     return table
 
 
-def inputs(options: argparse.Namespace) -> tuple[Any, Any, torch.device]:
-    """Batch, weights and device."""
-    config, device = model_config(options.size, options.cameras), torch.device(options.device)
-    batch = make_batch(config, options.present, options.batch, options.language)
-    return batch, make_weights(config, device), device
+def inputs(options: argparse.Namespace) -> tuple[Any, torch.device]:
+    """Batch and device."""
+    config = model_config(options.size, options.cameras)
+    batch = make_batch(config, options.present, options.batch, options.language, padding=options.padding)
+    return batch, torch.device(options.device)
 
 
 # ---- time
 
 
-def compete(options: argparse.Namespace) -> dict[str, Any]:
-    """Losses, times, peak memory (on a GPU) of all contenders, in turns."""
-    batch, weights, device = inputs(options)
+def compete(
+    options: argparse.Namespace, names: Sequence[str], after: Callable[[Contender], None] | None = None
+) -> dict[str, Any]:
+    """Losses, times, peak memory (on a GPU) of these contenders, in turns; ``after`` is called with each at the end."""
+    batch, device = inputs(options)
     contenders: dict[str, Contender] = {}
-    losses: dict[str, float] = {}
-    exact: float | None = None
-    for name, build in configurations(options).items():
-        contender = build(batch, weights, device)
-        contender.module().to(device)
-        losses[name] = contender.loss()
-        if exact is None:
-            exact = contender.loss(exact=True)
-        if device.type == "cuda":
-            contender = fitting(contender, partial(build, batch, weights, device))
-        contenders[name] = contender
-    reference = losses["LeRobot float32"]
-    assert exact is not None
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks: dict[str, int] = {}
-    rates: list[float] = []
-    bfloat16 = not any(name == "agent float32" for name in contenders)
+    found: dict[str, Any] = {key: {} for key in ("losses", "exact", "peaks", "called", "profile")}
+    gpu = device.type == "cuda"
+    for name in names:
+        build = partial(configurations(options)[name], batch, device)
+        contender, found["losses"][name], found["exact"][name] = fitting(build)
+        contenders[name], found["called"][name] = contender, contender.name
+    found["times"] = {name: [] for name in contenders}
+    # On a CPU ours is timed in both types, and its rate is that of the one which is faster.
+    found["rates"] = {dtype: [] for dtype in ((torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16))}
     for round_ in range(options.rounds + 1):  # the first warms up
         for name, contender in contenders.items():
             seconds, peak = turn(contender, options.steps)
-            peaks[name] = max(peak, peaks.get(name, 0))
-            if round_ or device.type == "cuda":
-                times[name].append(seconds)
-        rates.append(matrix_rate(device, torch.bfloat16 if bfloat16 else torch.float32))
+            found["peaks"][name] = max(peak, found["peaks"].get(name, 0))
+            if round_:
+                found["times"][name].append(seconds)
+        for dtype, rates in found["rates"].items():
+            rates.append(matrix_rate(device, dtype))
+    for contender in contenders.values() if after is not None else ():
+        after(contender)
+    if options.profile:
+        found["profile"] = {n: profile(c) for n, c in contenders.items() if isinstance(c, Ours)}
+    return found
+
+
+def decide(shares: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Puts together what processes found of their contenders, and finds the fastest of either side."""
+    keys = ("losses", "exact", "peaks", "called", "profile", "times")
+    result: dict[str, Any] = {key: {k: v for share in shares for k, v in share[key].items()} for key in keys}
+    times, reference = result["times"], result["losses"]["LeRobot float32"]
     fastest = {who: min((n for n in times if n.startswith(who)), key=lambda n: statistics.median(times[n]))
                for who in ("agent", "LeRobot")}  # fmt: skip
-    if fastest["agent"] == "agent bfloat16" and not bfloat16:
-        rates = [matrix_rate(device, torch.bfloat16) for _ in range(3)]
-    result = {
-        "losses": losses,
-        "difference": abs(exact - reference) / abs(reference),
-        "reference": reference,
-        "times": times,
-        "ours": fastest["agent"],
-        "peer": fastest["LeRobot"],
-        "peaks": peaks,
-        "matrix_flops": statistics.median(rates),
-    }
-    if options.profile:
-        fastest_of_ours = contenders[fastest["agent"]]
-        assert isinstance(fastest_of_ours, Ours)
-        result["profile"] = profile(fastest_of_ours)
+    result["ours"], result["peer"], result["reference"] = fastest["agent"], fastest["LeRobot"], reference
+    result["difference"] = abs(next(iter(result["exact"].values())) - reference) / abs(reference)
+    dtype = torch.bfloat16 if "bfloat16" in result["ours"] else torch.float32
+    result["matrix_flops"] = statistics.median(rate for share in shares for rate in share["rates"][dtype])
     return result
 
 
-def fitting(contender: Contender, again: Callable[..., Contender]) -> Contender:
-    """The contender, or where the GPU's memory is too small for LeRobot's, the same with its checkpointing."""
-    try:
+def fitting(build: Callable[..., Contender]) -> tuple[Contender, float, float]:
+    """The contender, its loss and that in float32; where the GPU's memory is too small, one that recomputes activations."""
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        return started(build())
+    gc.collect()  # of the first one nothing is referred to any more
+    torch.cuda.empty_cache()
+    return started(build(smaller=True))
+
+
+def started(contender: Contender) -> tuple[Contender, float, float]:
+    """The same, which on a GPU has made an update: only then is it known to fit."""
+    loss, exact = contender.loss(), contender.loss(exact=True)
+    if contender.device.type == "cuda":
         turn(contender, 1)
-        return contender
-    except torch.cuda.OutOfMemoryError:
-        if not isinstance(contender, LeRobot):
-            raise
-    contender.rest()
-    del contender
-    checkpointed = again(checkpointing=True)
-    turn(checkpointed, 1)
-    return checkpointed
+    return contender, loss, exact
 
 
 def turn(contender: Contender, steps: int) -> tuple[float, int]:
@@ -202,7 +201,7 @@ def turn(contender: Contender, steps: int) -> tuple[float, int]:
     gpu = contender.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    contender.wake()
+    contender.arm()
     if gpu:
         for _ in range(2):  # allocates the optimizer's state and fills the allocator's pools
             contender.step()
@@ -213,9 +212,7 @@ def turn(contender: Contender, steps: int) -> tuple[float, int]:
     if gpu:
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - begin) / steps
-    peak = torch.cuda.max_memory_allocated() if gpu else 0
-    contender.rest()
-    return seconds, peak
+    return seconds, torch.cuda.max_memory_allocated() if gpu else 0
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -235,18 +232,14 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / min(seconds)
 
 
-# ---- memory on a CPU, in processes of their own
+# ---- processes of their own, and memory on a CPU
 
 
-def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The function's result, computed in a fork of this process."""
-    context = multiprocessing.get_context("fork")
+def in_child(method: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, computed in a process of its own: a fork of this one, or one that is started anew."""
+    context = multiprocessing.get_context(method)
     receiver, sender = context.Pipe(duplex=False)
-
-    def work() -> None:
-        sender.send(function(*arguments))
-
-    process = context.Process(target=work)
+    process = context.Process(target=_answer, args=(sender, function, *arguments))  # type: ignore[attr-defined]
     process.start()
     sender.close()
     try:
@@ -258,13 +251,17 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
         process.join()
 
 
+def _answer(sender: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    sender.send(function(*arguments))
+
+
 def memory_on_cpu(options: argparse.Namespace, name: str) -> int:
     """Bytes that this process grows by while it builds a contender and makes two updates."""
-    batch, weights, device = inputs(options)
+    batch, device = inputs(options)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the threads and buffers of the library
     before = memory("VmRSS")
-    contender = configurations(options)[name](batch, weights, device)
-    contender.wake()
+    contender = configurations(options)[name](batch, device)
+    contender.arm()
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak of building
     for _ in range(2):
         contender.step()
@@ -293,7 +290,7 @@ def profile(ours: Ours, steps: int = 3) -> list[tuple[str, float]]:
     What is no module of its own (attention, rotations, residual sums, the loss) is the rest of forward and backward
     pass. On a GPU the device is waited for at every boundary, which makes the step slower and the shares rougher.
     """
-    ours.wake()
+    ours.arm()
     spent: dict[str, float] = defaultdict(float)
     begun: dict[str, float] = {}
 
@@ -362,19 +359,20 @@ def report(options: argparse.Namespace, result: dict[str, Any]) -> str:
     ours, peer = result["ours"], result["peer"]
     print(f"{options.size}, {options.present} of {options.cameras} cameras, batch {options.batch}, {options.language} "
           f"language tokens, {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-          f"{options.rounds} rounds, medians")  # fmt: skip
+          f"padding {options.padding}, {options.rounds} rounds, medians")  # fmt: skip
     print(f"{'':<30}{'s/step':>9}{'min':>9}{'max':>9}{'samples/s':>11}{'loss, from float32 LeRobot':>29}")
     for name, seconds in times.items():
         median = statistics.median(seconds)
         away = abs(result["losses"][name] - reference) / abs(reference)
+        rate = options.batch / median
         print(
-            f"{name:<30}{median:9.3f}{min(seconds):9.3f}{max(seconds):9.3f}{options.batch / median:11.2f}{away:29.1e}"
+            f"{result['called'][name]:<30}{median:9.3f}{min(seconds):9.3f}{max(seconds):9.3f}{rate:11.2f}{away:29.1e}"
         )
-        if away > LARGEST_ROUNDED_DIFFERENCE:
+        if away > LARGEST_ROUNDED_DIFFERENCE and options.padding != "mixed":
             sys.exit(f"the loss of {name} is {result['losses'][name]:.6f}, of LeRobot in float32 {reference:.6f}")
-    if result["difference"] > LARGEST_DIFFERENCE:
+    if result["difference"] > LARGEST_DIFFERENCE and options.padding != "mixed":
         sys.exit(f"in float32 the losses differ by {result['difference']:.1e}: not the same mathematics")
-    for name, share in result.get("profile", []):
+    for name, share in result["profile"].get(ours, []):
         print(f"  {name:<40}{100 * share:6.1f} %")
     ratio = statistics.median(theirs / mine for mine, theirs in zip(times[ours], times[peer], strict=True))
     flop = flop_per_sample(model_config(options.size, options.cameras), options.present, options.language)

@@ -1,6 +1,7 @@
 """Settings for every test: no hub, one thread a process, no run of the user's in reach."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,12 @@ LONGEST = (
     "data/normalization/test_mixed_data.py", "models/pi/test_vintages.py", "optim/test_ema.py",
     "training/test_best.py", "models/pi/test_flow_samples.py", "data/samples/test_augmentation.py",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU also where there is a GPU, but for those that `-m gpu` asks for."""
+    if not re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

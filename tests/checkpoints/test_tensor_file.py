@@ -202,7 +202,7 @@ def test_what_goes_to_the_host_waits_for_no_gpu(tmp_path, monkeypatch):
     assert torch.equal(target, written.float())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_file_goes_to_the_gpu_and_to_the_host(tmp_path):
     written = {name: torch.randn(37, 5).bfloat16() for name in ("a", "b")}
     tensor_file.write(tmp_path / "file", written)
@@ -286,7 +286,7 @@ def test_shared_memory_is_copied_once_and_an_expanded_number_is_one_number():
     assert all(same(copies[path], tensors) for path, tensors in files.items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_snapshot_of_a_gpu_is_pinned_and_right(tmp_path):
     tensors = {name: tensor.cuda() for name, tensor in every_type().items()} | {"step": torch.tensor(3.0)}
     expected = {name: tensor.cpu() for name, tensor in tensors.items()}

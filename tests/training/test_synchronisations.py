@@ -63,6 +63,7 @@ def test_no_micro_batch_waits(place: Workplace, server: ForkServer, kind: str) -
         assert [len(update["after"]) for update in updates] == [1, 1]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: on a CPU DDP itself reads numbers")
 def test_no_micro_batch_waits_with_two_processes(place: Workplace, server: ForkServer) -> None:
     updates = waits(place, server, "two", ranks=2)

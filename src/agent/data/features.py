@@ -62,7 +62,8 @@ def check_features(
     if tables:
         raise ValueError("\n\n".join(dict.fromkeys(tables)))  # a held-out part has those of its data set
     for source in sources:
-        check_pictures(source)
+        if source.store is None:  # else they were looked at when it was made, and nothing here may decode a video
+            check_pictures(source)
     return spec, notes
 
 

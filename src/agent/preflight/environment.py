@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 
 from agent.lifecycle.run_folder import holder
 from agent.preflight import needs
@@ -19,7 +20,8 @@ def check(context: Context) -> list[Row]:
 
 
 def _software(context: Context) -> Row:
-    found = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lerobot"))
+    # LeRobot's own code is needed for some formats of data alone.
+    found = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "lerobot") if find_spec(name))
     gpus = ", ".join(context.visible_gpus) or "no GPU here"
     text = f"Python {platform.python_version()}, {found}; {os.cpu_count()} cores; {gpus}"
     if context.model.device == "cuda" and not context.visible_gpus:

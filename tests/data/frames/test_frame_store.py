@@ -199,6 +199,15 @@ def test_training_with_a_store_has_the_same_losses(place, server, stores):
     assert code == 2 and change in output, output
 
 
+def test_training_with_a_store_needs_no_decoder(place, stores, tmp_path):
+    for name in ("av", "torchcodec", "lerobot"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')")
+    root = ("--data.train.datasets.0.root", str(stores), "--data.train.frame_store", "jpeg")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    code, output = place.run("--name", "no-decoder", *root, "--n_updates", "1", "--eval_freq", "0", PYTHONPATH=path)
+    assert code == 0 and "32x32-jpeg95" in output, output
+
+
 def test_under_auto_a_run_keeps_to_the_pictures_that_it_began_with(place, server, copy, stores):
     def run(name, root, *more):
         root = ("--data.train.datasets.0.root", str(root))
