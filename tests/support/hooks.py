@@ -175,7 +175,8 @@ def report_determinism() -> None:
     def reporting(*arguments: Any, **keywords: Any) -> Any:
         chosen, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
         workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-        print(f"deterministic: {chosen}, benchmark: {benchmark}, workspace: {workspace}", flush=True)
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        print(f"deterministic: {chosen}, benchmark: {benchmark}, workspace: {workspace}, filled: {filled}", flush=True)
         return train(*arguments, **keywords)
 
     trainer.train = reporting
