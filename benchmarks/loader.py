@@ -128,7 +128,7 @@ def our_loader(root: Path, store: str, workers: int = 0) -> Any:
     from agent.data.loading.loader import TrainLoader
 
     data = built(root, store, workers)
-    return TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32, num_workers=workers)
+    return TrainLoader(data.reader, data.mixture, per_device_batch=32, num_workers=workers)
 
 
 def ours(root: Path, store: str) -> Callable[[int], int]:

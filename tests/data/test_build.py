@@ -13,7 +13,7 @@ from support.samples import FRONT, SPEC, WRIST, built, by_number, dataset_config
 
 from agent.batch import SampleSpec
 from agent.data.configuration import ValDataConfig
-from agent.data.loading.loader import validation_batches
+from agent.data.loading.loader import ValidationBatches
 from agent.data.recorded.episodes import hold_out
 
 
@@ -133,7 +133,7 @@ def test_validation_is_a_fixed_set(data):
     def collected(size, batch, world):
         found = {}
         for rank in range(world):
-            for item in validation_batches(data.validation, size, batch, rank, world):
+            for item in ValidationBatches(data.validation, size, batch, rank, world):
                 samples = by_number([item.batch])
                 for row, index in enumerate(item.index.tolist()):
                     if index < 0:  # of a rank that is left with nothing
@@ -146,11 +146,11 @@ def test_validation_is_a_fixed_set(data):
     assert sorted(one) == list(range(9))
     assert collected(9, 2, 2) == one
     together = [
-        {tuple(item.index) for rank in range(world) for item in validation_batches(data.validation, 9, 2, rank, world)}
+        {tuple(item.index) for rank in range(world) for item in ValidationBatches(data.validation, 9, 2, rank, world)}
         - {(-1,)}
         for world in (1, 3)
     ]
-    counts = {len(list(validation_batches(data.validation, 9, 2, rank, 4))) for rank in range(4)}
+    counts = {len(list(ValidationBatches(data.validation, 9, 2, rank, 4))) for rank in range(4)}
     assert counts == {2}  # five batches over four ranks, whose passes may be collectives
     assert together[0] == together[1] == {(0, 1), (2, 3), (4, 5), (6, 7), (8,)}  # whatever the number of ranks
     assert {sample[0][0][0] for sample in one.values()} == {0, 1}

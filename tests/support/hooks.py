@@ -175,7 +175,8 @@ def report_determinism() -> None:
     def reporting(*arguments: Any, **keywords: Any) -> Any:
         chosen, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
         workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
-        print(f"deterministic: {chosen}, benchmark: {benchmark}, workspace: {workspace}", flush=True)
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        print(f"deterministic: {chosen}, benchmark: {benchmark}, workspace: {workspace}, filled: {filled}", flush=True)
         return train(*arguments, **keywords)
 
     trainer.train = reporting
@@ -236,18 +237,18 @@ def fail_while_ending() -> None:
 def slow_validation() -> None:
     """Validation says when it begins, and takes a while for each batch."""
 
-    from agent.training import validating
+    from agent.data.loading.loader import TrainLoader
 
-    batches = validating.validation_batches
+    batches = TrainLoader.validation_batches
 
-    def slow(*arguments: Any, **keywords: Any) -> Any:
+    def slow(self: Any) -> Any:
         print("validation begins", flush=True)
-        for item in batches(*arguments, **keywords):
+        for item in batches(self):
             time.sleep(0.4)
             yield item
         print("validation ends", flush=True)
 
-    validating.validation_batches = slow
+    TrainLoader.validation_batches = slow  # type: ignore[method-assign]
 
 
 def slow_save() -> None:

@@ -198,7 +198,7 @@ def start(*roots: tuple[Path | str, float | None]) -> dict:
         normalization=Normalization({"STATE": "MEAN_STD", "ACTION": "QUANTILES"}),
         wording=Wording(prompt_of(REPOSITORY / "demo" / "tokenizer")),
     )
-    batch = next(TrainLoader(data.reader, data.mixture, global_batch=32, per_device_batch=32))
+    batch = next(TrainLoader(data.reader, data.mixture, per_device_batch=32))
     statistics = [data.robots[0].state_statistics, data.robots[0].action_statistics]
     return {
         "seconds": time.perf_counter() - begin,

@@ -70,7 +70,6 @@ def micro_batches(data, count, *, batch, rank=0, world=1, first_sample=0, worker
     loader = TrainLoader(
         data.reader,
         data.mixture,
-        global_batch=16,
         per_device_batch=batch,
         share=Share(rank, world, first_sample),
         num_workers=workers,
@@ -112,7 +111,7 @@ def lives(process):
 def wait_with_workers(video, tokenizer):
     """In a process of its own: prints the fork server and its workers, and waits to be killed."""
     data = built(dataset_config(video), tokenizer=tokenizer)
-    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=2)
+    loader = TrainLoader(data.reader, data.mixture, per_device_batch=4, num_workers=2)
     next(loader)
     print(forkserver._forkserver._forkserver_pid, *worker_processes(), flush=True)
     time.sleep(100)

@@ -461,7 +461,7 @@ def test_an_update_is_adamw_on_the_clipped_gradient_of_the_mean_loss(place: Work
 def test_deterministic_kernels_are_asked_for(place: Workplace, server: ForkServer) -> None:
     brief = ("--n_updates", "1", "--eval_freq", "0", "--deterministic", "true")
     output = server.start(place, "deterministic", *brief, hook="report_determinism").wait()
-    assert "deterministic: True, benchmark: False, workspace: :4096:8" in output
+    assert "deterministic: True, benchmark: False, workspace: :4096:8, filled: False" in output
 
 
 @pytest.mark.parametrize("most", [0.0, 0.25])

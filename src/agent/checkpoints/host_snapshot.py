@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -13,17 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from agent.checkpoints import tensor_file
+from agent.checkpoints import pinning, tensor_file
 from agent.parallel import sharding
-
-log = logging.getLogger(__name__)
 
 TensorFiles = dict[str, dict[str, Tensor]]
 """Relative path of a file → its tensors by name."""
 
 _PIECE = 1 << 25
 _ALIGNMENT = 4096
-_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context, whichever thread registers it
 
 
 class _Place(NamedTuple):
@@ -46,13 +41,13 @@ class HostSnapshot:
 
     Each file's tensors lie in it one after the other as they do in the file, so that writing is a few large system
     calls. Memory that two tensors share is copied once. Where the tensors are on a GPU the block is pinned, which lets
-    the copy run at the speed of the bus.
+    the copy run at the speed of the bus, in the pieces of ``pinning.py``.
     """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads or max(1, min(8, len(os.sched_getaffinity(0))))
         self._block: Tensor | None = None
-        self._pinned = False
+        self._pinned: pinning.Pinned | None = None
         self._device = torch.device("cpu")
         self._stream: Any = None
         self._event: Any = None
@@ -68,12 +63,13 @@ class HostSnapshot:
             return
         self.release()
         pin = any(tensor.is_cuda for tensors in files.values() for tensor in tensors.values())
-        self._block = torch.empty(size, dtype=torch.uint8)
-        self._touch(self._block)
+        self._block = block = pinning.whole_pages(size)
         if pin and size:
             self._device = next(t.device for tensors in files.values() for t in tensors.values() if t.is_cuda)
-            with torch.cuda.device(self._device):  # per thread, and this one may be new
-                self._pin(self._block)
+            self._pinned = pinning.Pinned(block, self._device)
+        self._touch(block)
+        if self._pinned is not None and not self._pinned.pin():
+            return  # released meanwhile: nobody wants it any more
         self._layout = layout
         self._copies = {path: {place.name: self._view(place) for place in places} for path, places in layout.items()}
 
@@ -138,7 +134,7 @@ class HostSnapshot:
         self._stream.wait_stream(torch.cuda.current_stream(device))  # the last update is still being computed
         with torch.no_grad(), torch.cuda.stream(self._stream):
             for copy, tensor in pairs:
-                copy.copy_(tensor, non_blocking=True)
+                self._fill(copy, tensor)
         self._event.record(self._stream)
 
     def _gather(self, mine: TensorFiles, everyones: Sequence[TensorFiles]) -> torch.device | None:
@@ -153,33 +149,21 @@ class HostSnapshot:
                     seen.add(id(tensor))
                     whole = sharding.whole(tensor)
                     if files is mine:
-                        self._copies[path][name].copy_(whole, non_blocking=True)
+                        self._fill(self._copies[path][name], whole)
                         device = whole.device if whole.is_cuda else None
         return device
 
     def release(self) -> None:
         """Gives the memory back."""
-        if self._pinned and self._block is not None:
-            runtime: Any = torch.cuda.cudart()
-            with torch.cuda.device(self._device):
-                runtime.cudaHostUnregister(self._block.data_ptr())
-        self._block, self._pinned, self._layout, self._copies = None, False, None, {}
+        if self._pinned is not None:
+            self._pinned.release()
+        self._block, self._pinned, self._layout, self._copies = None, None, None, {}
 
-    def _pin(self, block: Tensor) -> None:
-        # Not torch's pinned allocator, which rounds up to a power of two.
-        runtime: Any = torch.cuda.cudart()
-        failure = runtime.cudaHostRegister(block.data_ptr(), block.nbytes, _PORTABLE)
-        self._pinned = failure == runtime.cudaError.success
-        if self._pinned:
-            return
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=self._device)  # the runtime reports the failure once more, at the next kernel
-        log.warning(
-            "%.1f GB of host memory for checkpoints cannot be pinned (%s), so saves will stall longer; try `ulimit -l "
-            "unlimited`",
-            block.nbytes / 1e9,
-            failure,
-        )
+    def _fill(self, copy: Tensor, tensor: Tensor) -> None:
+        """Copies a tensor to its place, beside what the CPU does next."""
+        assert self._block is not None
+        for target, source in pinning.between(copy, tensor, self._block):
+            target.copy_(source, non_blocking=True)
 
     def _view(self, place: _Place) -> Tensor:
         assert self._block is not None

@@ -37,14 +37,17 @@ class Rows(NamedTuple):
 def shard(policy: Policy, processes: Processes, reduced: torch.dtype | None) -> None:
     """Splits a policy's parameters over the processes, in place, before they have memory.
 
-    Each of ``policy.shard_units()`` is gathered when it is called and given back after; what is in none of them is the
-    root's. The policy stays the object it was, but ``forward`` and ``sample_actions`` are collectives from now on.
+    Each of ``policy.shard_units()`` is gathered when it is called and given back after. What is in none of them is the
+    root's, and so are their parameters of one dimension, norms and biases: these are gathered once a pass, in their own
+    type, with what the root gathers anyway. The policy stays the object it was, but ``forward`` and ``sample_actions`` are
+    collectives from now on.
 
     Args:
         policy: on the ``meta`` device, with ``requires_grad`` as it shall be.
         processes: more than one.
-        reduced: the type to which ``policy.wrap_units()`` are gathered, None for the parameters' own. What is outside
-            of them is small, or computes in float32 by itself, and is gathered as it is.
+        reduced: the type to which the matrices in ``policy.wrap_units()`` are gathered, None for the parameters' own.
+            Autocast rounds these before their products under DDP too, but not the norms' weights, which compute in
+            float32. What is outside of the blocks is small, or computes in float32 itself, and is gathered as it is.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -55,10 +58,18 @@ def shard(policy: Policy, processes: Processes, reduced: torch.dtype | None) -> 
     lowered = MixedPrecisionPolicy(param_dtype=reduced, reduce_dtype=torch.float32, cast_forward_inputs=False)
     blocks = set(policy.wrap_units())
     units = policy.shard_units()
-    for unit in units:
-        fully_shard(unit, mesh=mesh, mp_policy=lowered if unit in blocks else as_it_is, reshard_after_forward=True)
+    # The root is split before its units, or it would find nothing in them; what is theirs it has to leave.
+    theirs = {p for unit in units for p in unit.parameters() if p.ndim > 1}
     # The root too gives back what it gathered, so that nobody ever meets a whole parameter between two passes.
-    fully_shard(policy, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True)
+    fully_shard(policy, mesh=mesh, mp_policy=as_it_is, reshard_after_forward=True, ignored_params=theirs)
+    for unit in units:
+        fully_shard(
+            unit,
+            mesh=mesh,
+            mp_policy=lowered if unit in blocks else as_it_is,
+            reshard_after_forward=True,
+            ignored_params={p for p in unit.parameters() if p.ndim == 1},
+        )
     register_fsdp_forward_method(policy, "sample_actions")
     log.info("parameters split over %d processes (FSDP2), gathered in %d units", processes.world_size, len(units) + 1)
 

@@ -71,7 +71,6 @@ def _measure(context: Context, workers: int) -> tuple[float, int, float]:
     loader = TrainLoader(
         data.reader,
         data.mixture,
-        global_batch=batch,
         per_device_batch=batch,
         num_workers=workers,
         prefetch_factor=config.data.train.prefetch_factor,

@@ -113,7 +113,6 @@ def _rehearse(context: Context, config: TrainPipelineConfig, device: torch.devic
     loader = TrainLoader(
         run.data.reader,
         run.data.mixture,
-        global_batch=config.global_batch_size,
         per_device_batch=config.per_device_batch_size,
     )
     try:

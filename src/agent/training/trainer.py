@@ -19,7 +19,7 @@ from agent.training.metrics_line import numbers_of, write_line
 from agent.training.saving import Saver
 from agent.training.step import Clock, train_step
 from agent.training.train_state import Run
-from agent.training.validating import validate, validate_start
+from agent.training.validating import held_out, validate, validate_start
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             return stop.reasons(processes)
         watchdog.alive("the pass before the first update", patience=4)  # compiles the model, when that is asked for
         batches = _warmed_up(run, iter(loader))
-        if not _validated_before(run, stop, watchdog, clock, saver):
+        if not _validated_before(run, loader, stop, watchdog, clock, saver):
             return stop.reasons(processes)
         stop.can_save = True
         while state.step < run.plan.n_updates:
@@ -54,7 +54,7 @@ def train(run: Run, stop: StopRequest, watchdog: Watchdog) -> str:
             if due:
                 watchdog.alive(f"validation at update {state.step}", patience=4)
                 saver.settle()  # a skipped update does not wait for the copies that a save began
-                validation = validate(run, stop)
+                validation = validate(run, loader, stop)
             if due or last or state.step % config.log_freq == 0:
                 numbers = numbers_of(run, result, clock)
                 if validation is None:  # cut short: the save below counts; the next start validates and reports
@@ -88,7 +88,9 @@ def _note_update(run: Run) -> None:
         run.folder.note(first_update_s=round(time.time() - run.folder.attempt["started"], 1))
 
 
-def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Clock, saver: Saver) -> bool:
+def _validated_before(
+    run: Run, loader: TrainLoader, stop: StopRequest, watchdog: Watchdog, clock: Clock, saver: Saver
+) -> bool:
     """Makes the validation that is due before an update: of the starting weights, or the one that a stop has cut short.
 
     Returns:
@@ -98,7 +100,7 @@ def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Cl
     if state.unreported is not None:
         watchdog.alive(f"validation at update {state.step}", patience=4)
         # Nothing is owed any more if validation was turned off since.
-        validation = validate(run, stop) if run.config.eval_freq else {}
+        validation = validate(run, loader, stop) if run.config.eval_freq else {}
         if validation is None:
             return False
         write_line(run, state.unreported | validation, clock, saver)
@@ -106,19 +108,19 @@ def _validated_before(run: Run, stop: StopRequest, watchdog: Watchdog, clock: Cl
         run.processes.on_main(run.checkpoints.link_best)
     elif state.step == 0 and run.config.eval_freq and run.config.eval_start:
         watchdog.alive("validation of the starting weights", patience=4)
-        return validate_start(run, stop)
+        return validate_start(run, loader, stop)
     return True
 
 
 def _loader(run: Run) -> TrainLoader:
-    """Gives this process's micro-batches, beginning with the first sample that the run has not seen."""
+    """Gives this process's micro-batches, beginning with the first sample that the run has not seen, and its validations'."""
     config = run.config
     return TrainLoader(
         run.data.reader,
         run.data.mixture,
-        global_batch=config.global_batch_size,
         per_device_batch=config.per_device_batch_size,
         share=Share(run.processes.rank, run.processes.world_size, run.state.samples_seen),
+        validation=held_out(run),
         num_workers=config.data.train.num_workers,
         prefetch_factor=config.data.train.prefetch_factor,
         pin=run.processes.device.type == "cuda",

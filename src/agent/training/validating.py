@@ -6,7 +6,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from agent.data.loading.loader import validation_batches
+from agent.data.loading.loader import TrainLoader, ValidationBatches
 from agent.data.recorded.dimension_names import labels_of
 from agent.tracking.progress import followed
 from agent.validation.measurement import DatasetNames, HeldOut, evaluate
@@ -22,11 +22,20 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
+def held_out(run: Run) -> ValidationBatches | None:
+    """Gives this process's share of the validation set; None if the run validates on nothing."""
+    if run.data.validation is None or not run.config.eval_freq:
+        return None
+    processes, batch = run.processes, run.config.per_device_batch_size
+    return ValidationBatches(run.data.validation, run.config.eval_size, batch, processes.rank, processes.world_size)
+
+
+def validate(run: Run, loader: TrainLoader, stop: StopRequest) -> dict[str, float] | None:
     """Validates the present weights, and their moving average if there is one, and keeps the details in the run folder.
 
     Training's random streams do not move, and its weights are afterwards what they were, bit for bit. No checkpoint may
-    be under way whose tensors are not copied yet.
+    be under way whose tensors are not copied yet. The samples come through the workers of ``loader``, whose samples for
+    training stay where they are.
 
     Returns:
         The numbers for ``metrics.jsonl``, empty if nothing is held out. On rank 0 the baseline of the starting weights
@@ -35,13 +44,13 @@ def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
     if run.data.validation is None:
         return {}
     what = f"validation at update {run.state.step}" if run.state.step else "validation of the starting weights"
-    raw, average = _evaluate(run, stop, what), None
+    raw, average = _evaluate(run, loader, stop, what), None
     if raw is None:
         return None
     metrics = raw.metrics() | raw.baselines()
     if run.ema is not None and run.state.step:  # before the first update it is the weights themselves
         with run.ema.applied():
-            average = _evaluate(run, stop, f"{what}, averaged")
+            average = _evaluate(run, loader, stop, f"{what}, averaged")
         if average is None:
             return None
         metrics |= average.metrics("val/ema_")
@@ -50,18 +59,18 @@ def validate(run: Run, stop: StopRequest) -> dict[str, float] | None:
     return metrics
 
 
-def validate_start(run: Run, stop: StopRequest) -> bool:
+def validate_start(run: Run, loader: TrainLoader, stop: StopRequest) -> bool:
     """Validates the weights that the run starts from, for the baseline of all later validations.
 
     Returns:
         False if a stop request has cut it short.
     """
-    if run.data.validation is not None:
+    if (batches := held_out(run)) is not None:
         log.info(
             "validation of the starting weights, %d samples: the baseline of all later ones (eval_start: false skips it)",
-            _size(run),
+            batches.size,
         )
-    metrics = validate(run, stop)
+    metrics = validate(run, loader, stop)
     if metrics:
         log.info("the starting weights: %s", "  ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return metrics is not None
@@ -82,29 +91,17 @@ def which_may_be_best(config: TrainPipelineConfig) -> str | None:
     )
 
 
-def _size(run: Run) -> int:
-    """Counts the samples of the validation set."""
-    assert run.data.validation is not None
-    return min(run.config.eval_size, sum(len(source) for source in run.data.validation.sources))
-
-
-def _evaluate(run: Run, stop: StopRequest, what: str) -> Evaluation | None:
-    config, reader, size = run.config, run.data.validation, _size(run)
-    assert reader is not None
-    batches = validation_batches(
-        reader,
-        size=config.eval_size,
-        batch=config.per_device_batch_size,
-        rank=run.processes.rank,
-        world=run.processes.world_size,
-    )
-    number = math.ceil(size / (config.per_device_batch_size * run.processes.world_size))
+def _evaluate(run: Run, loader: TrainLoader, stop: StopRequest, what: str) -> Evaluation | None:
+    reader, whole = run.data.validation, held_out(run)
+    assert reader is not None and whole is not None
     return evaluate(
         run.policy,
-        followed(batches, what, number, "batch", speaks=run.processes.is_main),
+        followed(loader.validation_batches(), what, len(whole), "batch", speaks=run.processes.is_main),
         run.processes,
-        held_out=HeldOut(size, reader.unnormalize, reader.mean_actions, [_names(source) for source in reader.sources]),
-        thresholds=config.eval_thresholds,
+        held_out=HeldOut(
+            whole.size, reader.unnormalize, reader.mean_actions, [_names(source) for source in reader.sources]
+        ),
+        thresholds=run.config.eval_thresholds,
         precision=run.precision,
         interrupted=lambda: run.processes.any(stop.pending()),
     )

@@ -228,7 +228,7 @@ def data(place: Workplace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> A
 
 
 def test_a_batch_is_one_block_and_workers_keep_no_more_than_they_may(data: Any) -> None:
-    loader = TrainLoader(data.reader, data.mixture, global_batch=64, per_device_batch=64, num_workers=2)
+    loader = TrainLoader(data.reader, data.mixture, per_device_batch=64, num_workers=2)
     batches = [next(loader) for _ in range(3)]
     seen = [batch.sample_index.tolist() for batch in batches]
     tensors: list[torch.Tensor] = []
@@ -250,7 +250,7 @@ def test_a_batch_is_one_block_and_workers_keep_no_more_than_they_may(data: Any) 
 
 @pytest.mark.parametrize("samples", [20_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_memory_is_flat(data: Any, samples: int) -> None:
-    loader = TrainLoader(data.reader, data.mixture, global_batch=100, per_device_batch=100, num_workers=2)
+    loader = TrainLoader(data.reader, data.mixture, per_device_batch=100, num_workers=2)
     next(loader)
     processes = {"trainer": os.getpid()} | {f"worker {pid}": pid for pid in worker_processes()}
     assert len(processes) == 3

@@ -26,7 +26,7 @@ def test_errors_in_workers_keep_their_message(data, monkeypatch):
 
 
 def test_signals_spare_workers_and_a_killed_one_is_reported(data):
-    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=1)
+    loader = TrainLoader(data.reader, data.mixture, per_device_batch=4, num_workers=1)
     next(loader)
     workers = worker_processes()
     assert workers
@@ -48,7 +48,7 @@ def test_signals_spare_workers_and_a_killed_one_is_reported(data):
 
 
 def test_a_killed_fork_server_is_reported(data):
-    loader = TrainLoader(data.reader, data.mixture, global_batch=4, per_device_batch=4, num_workers=2)
+    loader = TrainLoader(data.reader, data.mixture, per_device_batch=4, num_workers=2)
     next(loader)
     workers = worker_processes()
     os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)

@@ -23,7 +23,7 @@ from agent import export
 from agent.batch import SampleSpec
 from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
-from agent.data.loading.loader import Share, TrainLoader, validation_batches
+from agent.data.loading.loader import Share, TrainLoader, ValidationBatches
 from agent.data.normalization.normalizer import STATISTIC_NAMES, compute_statistics
 from agent.data.normalization.robot_statistics import Normalization
 from agent.data.samples.mixture import Mixture
@@ -97,7 +97,7 @@ def test_each_robot_has_the_statistics_of_its_own_training_frames(mixed: Data) -
 
 
 def test_samples_are_padded_and_masked_each_to_its_own_size(mixed: Data) -> None:
-    loader = TrainLoader(mixed.reader, mixed.mixture, global_batch=32, per_device_batch=32)
+    loader = TrainLoader(mixed.reader, mixed.mixture, per_device_batch=32)
     batch = next(loader)
     datasets = batch.provenance[:, 0]
     assert set(datasets.tolist()) == {0, 1}
@@ -119,7 +119,7 @@ def test_samples_are_padded_and_masked_each_to_its_own_size(mixed: Data) -> None
 def test_validation_brings_every_sample_back_to_its_own_units(mixed: Data) -> None:
     assert mixed.validation is not None
     seen = Counter()
-    for item in validation_batches(mixed.validation, size=0, batch=7):
+    for item in ValidationBatches(mixed.validation, samples=0, batch=7):
         back = mixed.validation.unnormalize(item.batch.actions.values, item)
         np.testing.assert_allclose(back, item.actions, atol=1e-6)
         for number, actions, state in zip(item.batch.provenance[:, 0].tolist(), item.actions, item.state, strict=True):
@@ -281,11 +281,7 @@ def test_a_loader_at_a_billion_costs_what_it_costs_at_the_start(mixed: Data, mon
         order = Mixture(mixed.mixture.lengths, weights, seed=5)
         for update in (0, 10**9 // 32):
             calls[0] = 0
-            batch = next(
-                TrainLoader(
-                    mixed.reader, order, global_batch=32, per_device_batch=32, share=Share(first_sample=32 * update)
-                )
-            )
+            batch = next(TrainLoader(mixed.reader, order, per_device_batch=32, share=Share(first_sample=32 * update)))
             assert batch.sample_index.tolist() == list(range(update * 32, update * 32 + 32))
             order.counts(update * 32, update * 32 + 32)
             costs.append(calls[0])

@@ -34,7 +34,7 @@ from agent import export
 from agent.batch import SampleSpec
 from agent.data.build import Data, build_data
 from agent.data.configuration import DataConfig, DatasetConfig, TrainDataConfig, ValDataConfig
-from agent.data.loading.loader import validation_batches
+from agent.data.loading.loader import ValidationBatches
 from agent.data.normalization import kept as statistics_cache
 from agent.data.normalization.normalizer import compute_statistics, merge_statistics, to_lerobot_stats
 from agent.data.normalization.relative import Chunks, chunk_statistics, relative_mask
@@ -185,7 +185,7 @@ def test_names_are_read_as_data_sets_have_them(names: list | dict) -> None:
 def test_validation_is_in_absolute_units(root: Path) -> None:
     data = built(root, RelativeActions(["gripper"], None), ValDataConfig(fraction=0.5))
     assert data.validation is not None
-    robot, items = data.robots[0], list(validation_batches(data.validation, size=0, batch=5))
+    robot, items = data.robots[0], list(ValidationBatches(data.validation, samples=0, batch=5))
     assert sum(len(item.index) for item in items) == len(data.validation.sources[0])
     for item in items:
         normalised = item.batch.actions.values.numpy()[..., :4]

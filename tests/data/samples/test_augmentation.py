@@ -18,7 +18,7 @@ from agent.configuration_pipeline import ConfigError, load_config
 from agent.data.configuration import AugmentationConfig, CameraAugmentation
 from agent.data.frames.making import prepare
 from agent.data.frames.store import WantedStore
-from agent.data.loading.loader import validation_batches
+from agent.data.loading.loader import ValidationBatches
 from agent.data.resizing import resize_with_pad
 from agent.data.samples.augmentation import Box, Change, augmented, crop, draw_change, picture_box, recoloured
 from agent.data.source import open_source
@@ -245,7 +245,7 @@ def test_cameras_and_validation_that_are_left_alone(video, pictures):
     (batch,), (other,) = (micro_batches(each, 1, batch=16) for each in (data, plain))
     assert batch.observation.images[WRIST].equal(other.observation.images[WRIST])
     assert not batch.observation.images[FRONT].equal(other.observation.images[FRONT])
-    ours, theirs = (list(validation_batches(each.validation, 12, 4)) for each in (data, plain))
+    ours, theirs = (list(ValidationBatches(each.validation, 12, 4)) for each in (data, plain))
     assert [by_number([item.batch]) for item in ours] == [by_number([item.batch]) for item in theirs]
 
 

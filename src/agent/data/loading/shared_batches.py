@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from agent.batch import Batch, map_tensors
+from agent.batch import map_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -29,12 +29,14 @@ class Place(NamedTuple):
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    is_array: bool
+    """Whether it is one of NumPy."""
 
 
 class Description(NamedTuple):
     """Describes a batch in a slot; small, to be pickled."""
 
-    places: Batch
+    places: Any
     """The batch with a :class:`Place` for each tensor."""
     size: int
     """Of the block, in bytes."""
@@ -45,8 +47,8 @@ def create_memory() -> int:
     return os.memfd_create("agent-batches")
 
 
-def write(batch: Batch, memory: int, slot: int) -> Description:
-    """Writes a batch into a slot, over what was there.
+def write(batch: Any, memory: int, slot: int) -> Description:
+    """Writes a batch, a dataclass of tensors and arrays, into a slot, over what was there.
 
     Raises:
         OSError: if the system has no memory left.
@@ -55,18 +57,20 @@ def write(batch: Batch, memory: int, slot: int) -> Description:
 
     begin, end = slot * _SLOT, 0
 
-    def place(tensor: torch.Tensor) -> Place:
+    def place(value: torch.Tensor | np.ndarray) -> Place:
         nonlocal end
+        is_array = isinstance(value, np.ndarray)
+        tensor: Any = torch.from_numpy(value) if is_array else value
         data = tensor.contiguous().view(-1).view(torch.uint8).numpy()  # bytes: NumPy knows no bfloat16
         offset = -(-end // _ALIGNMENT) * _ALIGNMENT
         _transfer(lambda part, at: os.pwrite(memory, part, at), data, begin + offset)
         end = offset + data.size
-        return Place(offset, tensor.dtype, tuple(tensor.shape))
+        return Place(offset, tensor.dtype, tuple(tensor.shape), is_array)
 
     return Description(map_tensors(batch, place), end)
 
 
-def read(description: Description, memory: int, slot: int, pin: bool) -> Batch:
+def read(description: Description, memory: int, slot: int, pin: bool) -> Any:
     """Copies the batch in a slot into one block.
 
     Args:
@@ -81,9 +85,10 @@ def read(description: Description, memory: int, slot: int, pin: bool) -> Batch:
     block = torch.empty(description.size, dtype=torch.uint8, pin_memory=pin)
     _transfer(lambda part, at: os.preadv(memory, [part], at), block.numpy(), slot * _SLOT)
 
-    def view(place: Any) -> torch.Tensor:
+    def view(place: Any) -> Any:
         size = place.dtype.itemsize * int(np.prod(place.shape, dtype=np.int64))
-        return block[place.offset : place.offset + size].view(place.dtype).view(place.shape)
+        tensor = block[place.offset : place.offset + size].view(place.dtype).view(place.shape)
+        return tensor.numpy() if place.is_array else tensor
 
     return map_tensors(description.places, view)
 
