@@ -26,23 +26,24 @@ KINDS = {"float32": False, "bfloat16": True}
 
 def serve(size: int) -> None:
     """Answers lines of standard input: the loss of a kind, or the seconds of a step of it. Runs in either tree."""
+    import contenders
     import numpy as np
     import torch
-    from contenders import STATE_DIM, Ours, make_batch, make_weights, model_config, train_config
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    config = model_config("reduced", 3)
-    batch = mixed(make_batch(config, 3, size, config.tokenizer_max_length), np.linspace(8, 48, size).astype(int))
-    assert batch.observation.state.shape[1] >= STATE_DIM
-    device = torch.device("cpu")
-    weights = make_weights(config, device)
-    sides = {
-        kind: Ours(train_config(config, size, use_bf16=on, use_torch_compile=False), batch, weights, device)
-        for kind, on in KINDS.items()
-    }
+    config = contenders.model_config("reduced", 3)
+    batch = contenders.make_batch(config, 3, size, config.tokenizer_max_length)
+    batch = mixed(batch, np.linspace(8, 48, size).astype(int))
+    device, sides = torch.device("cpu"), {}
+    for kind, on in KINDS.items():
+        train = contenders.train_config(config, size, use_bf16=on, use_torch_compile=False)
+        # Trees from before the packing hand the weights over; the others draw the same.
+        older = hasattr(contenders.Contender, "wake")
+        weights = [contenders.make_weights(config, device)] if older else []
+        sides[kind] = contenders.Ours(train, batch, *weights, device)
     losses = {kind: side.loss() for kind, side in sides.items()}
     for side in sides.values():
-        side.wake()
+        side.arm()
         side.step()
     print(json.dumps(losses), flush=True)
     for line in sys.stdin:
