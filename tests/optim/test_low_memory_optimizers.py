@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from agent.optim.adamw8bit import dequantise, dynamic_map, quantise, scale_shape
 from agent.optim.low_memory_adamw import LowMemoryAdamW
 from agent.optim.optimizer import allocate_state, apply_update, clip_gradients, make_optimizer, optimizer_tensors
-from agent.optim.stochastic_rounding import random_bits, round_to_bfloat16, rounding_key
 
 BF16 = ("--precision", "bfloat16_stochastic")
 BOTH = (*BF16, "--optimizer", "adamw8bit")
@@ -65,27 +64,6 @@ def test_rows_are_quantised_as_if_they_were_whole() -> None:
     values = random(6, 700)
     parts = [out_and_in(part, signed=True) for part in values.split([1, 3, 2])]
     assert torch.equal(torch.cat(parts), out_and_in(values, signed=True))
-
-
-# ---- stochastic rounding
-
-
-def test_rounding_gives_a_neighbour_and_the_mean_is_kept() -> None:
-    values = torch.cat([random(50), random(50) * 1e-8, torch.tensor([0.0, 1.0, -1.0, 1 / 3, 3e38])])
-    keys = 2000
-    bits = torch.empty(105, dtype=torch.int32)
-    rounded = torch.stack(
-        [round_to_bfloat16(values.clone(), random_bits(rounding_key(1, k, "a.weight"), 0, bits)) for k in range(keys)]
-    )
-    assert torch.equal(rounded, rounded.bfloat16().float())
-    below = (values.view(torch.int32) & -65536).view(torch.float32)
-    above = (below.view(torch.int32) + 65536).view(torch.float32)
-    assert ((rounded == below) | (rounded == above)).all()
-    exact = values == values.bfloat16()
-    assert (rounded[:, exact] == values[exact]).all()
-    # Five standard deviations of a mean over so many coins.
-    gap = (above - below).double().abs()
-    assert ((rounded.double().mean(dim=0) - values).abs() <= gap * 5 * 0.5 / keys**0.5).all()
 
 
 # ---- the optimizer

@@ -1,4 +1,4 @@
-"""The low-memory update gives the same bits however it is computed, and takes few launches; its random bits are random.
+"""The low-memory update gives the same bits however it is computed, and takes few launches.
 
 Run with ``uv run pytest tests/optim/test_one_pass.py``; half a minute, most of it Triton's interpreter.
 """
@@ -34,85 +34,6 @@ CPU = torch.device("cpu")
 KEY = rounding_key(1, 2, "some.weight")
 
 
-def drawn(first: int, count: int, key: tuple[int, int] = KEY) -> Tensor:
-    return random_bits(key, first, torch.empty(count, dtype=torch.int32))
-
-
-# ---- random bits
-
-
-def expected_bits(key: tuple[int, int], position: int) -> int:
-    """The hash in Python's integers."""
-    mask = 0xFFFFFFFF
-    low, high = position // 2 & mask, position // 2 >> 32
-    x = low ^ ((key[0] + high * 0x9E3779B9) & mask)
-    x = (x ^ x >> 17) * 0xED5AD4BB & mask
-    x = (x ^ x >> 11) * 0xAC4C1B51 & mask
-    x = (x + key[1] + high * 0x85EBCA6B) & mask
-    x = (x ^ x >> 15) * 0x31848BAB & mask
-    x ^= x >> 14
-    return x >> 16 if position % 2 else x & 0xFFFF
-
-
-@pytest.mark.parametrize("first", [0, 1, 2**31 - 3, 2**32 - 5, 2**33 - 4, 2**33 + 1, 5 * 2**33 - 7, 2**40 + 3])
-def test_the_bits_are_a_function_of_key_and_position(first: int) -> None:
-    assert drawn(first, 11).tolist() == [expected_bits(KEY, first + i) for i in range(11)]
-
-
-def test_a_part_has_the_bits_of_the_whole() -> None:
-    whole = drawn(2**33 - 500, 1000)
-    for begin, count in ((0, 1), (1, 1), (3, 500), (499, 2), (998, 2), (501, 499)):
-        assert torch.equal(drawn(2**33 - 500 + begin, count), whole[begin : begin + count])
-
-
-def test_the_bits_are_uniform() -> None:
-    numbers = drawn(0, 1 << 22).numpy()
-    for values, kinds in ((numbers, 65536), (numbers & 0xFF, 256), (numbers >> 8, 256)):
-        expected = len(values) / kinds
-        chi_square = float(((np.bincount(values, minlength=kinds) - expected) ** 2 / expected).sum())
-        assert abs(chi_square - (kinds - 1)) < 4 * (2 * (kinds - 1)) ** 0.5
-
-
-def signs(numbers: Tensor) -> Tensor:
-    """(numbers,) of 16 bits → (numbers, 16), a bit as -1 or 1."""
-    return ((numbers[:, None] >> torch.arange(16)) & 1).float() * 2 - 1
-
-
-def largest_correlation(one: Tensor, other: Tensor) -> float:
-    """Of any bit of one with any of the other, in standard deviations of fair coins."""
-    return float((signs(one).T @ signs(other) / len(one) ** 0.5).abs().max())
-
-
-@pytest.mark.parametrize("apart", [1, 2, 3, 16, 256, 1152, 2048, 65536])
-def test_neighbours_have_nothing_to_do_with_each_other(apart: int) -> None:
-    bits = drawn(0, (1 << 17) + apart)
-    assert largest_correlation(bits[:-apart], bits[apart:]) < 5
-
-
-def test_halves_updates_names_and_seeds_have_nothing_to_do_with_each_other() -> None:
-    bits = drawn(0, 1 << 17)
-    assert largest_correlation(bits[::2], bits[1::2]) < 5
-    keys = [rounding_key(1, 3, "some.weight"), rounding_key(1, 2, "some.weighu"), rounding_key(2, 2, "some.weight")]
-    for others in [drawn(0, 1 << 17, key) for key in keys] + [drawn(2**33, 1 << 17), drawn(2**34, 1 << 17)]:
-        assert largest_correlation(bits, others) < 5
-        assert float((bits == others).float().mean()) < 1e-4
-
-
-def test_a_bit_of_the_position_turns_half_of_the_bits() -> None:
-    count = 1 << 12
-    keys = [rounding_key(0, update, "w") for update in range(16)]
-    at = torch.arange(count)
-    here = torch.cat([drawn(0, count, key) for key in keys])
-    for bit in range(40):
-        if 1 << bit < count:
-            there = torch.cat([drawn(0, count, key)[at ^ (1 << bit)] for key in keys])
-        else:
-            there = torch.cat([drawn(1 << bit, count, key) for key in keys])
-        turned = (signs(here) != signs(there)).float().mean(dim=0)
-        # Each pair below `count` is met twice.
-        assert ((turned - 0.5).abs() < 5 * 0.5 / (len(here) / 2) ** 0.5).all(), bit
-
-
 # ---- the same bits in every way
 
 
@@ -125,8 +46,8 @@ def in_numpy(update: OneUpdate) -> tuple[np.ndarray, ...]:
     v = v * f.keep_second + (g * g) * f.add_second
     w = w * f.decay - (m / (np.sqrt(v) * f.correction + f.eps)) * f.rate
     if update.weight.dtype == torch.bfloat16:
-        bits = np.array([expected_bits(update.key, update.first + i) for i in range(w.size)], np.int32)
-        w = ((w.view(np.int32) + bits.reshape(w.shape)) & np.int32(-65536)).view(np.float32)
+        bits = random_bits(update.key, update.first, torch.empty(w.size, dtype=torch.int32))
+        w = ((w.view(np.int32) + bits.view(w.shape).numpy()) & np.int32(-65536)).view(np.float32)
     return w, m, v
 
 
@@ -205,9 +126,8 @@ one_pass_triton.update_in_triton(floats)
 assert kernels[0] is kernels[1] is kernels[2]
 print(*(kernel.asm["ptx"] for kernel in kernels))
 """
-    instructions = re.findall(
-        r"\b((?:add|sub|mul|mad|fma|div|sqrt|rcp|rsqrt)\S*\.f32)\b", printed(code, TRITON_CACHE_DIR=str(tmp_path))
-    )
+    ptx = printed(code, TRITON_CACHE_DIR=str(tmp_path))
+    instructions = re.findall(r"\b((?:add|sub|mul|mad|fma|div|sqrt|rcp|rsqrt)\S*\.f32)\b", ptx)
     assert set(instructions) == {f"{name}.rn.f32" for name in ("add", "sub", "mul", "div", "sqrt")}
 
 
@@ -220,22 +140,18 @@ def in_c() -> Any:
         pytest.skip(str(error))
 
 
-def test_compiled_for_the_cpu_it_gives_the_same_bits_in_threads(in_c: Any) -> None:
+def test_compiled_for_the_cpu_it_gives_the_same_bits_in_threads(in_c: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [differences(in_c, example, 3) for example in examples(CPU)] == [{}] * 24
     generator = torch.Generator().manual_seed(0)
     shape = (9000, 300)
-    tensors = [torch.randn(shape, generator=generator) for _ in range(3)]
-    codes = [torch.randint(256, shape, dtype=torch.uint8, generator=generator) for _ in range(2)]
-    scales = [torch.rand((9000, 2), generator=generator) for _ in range(2)]
+    tensors = torch.randn((3, *shape), generator=generator)
+    codes = torch.randint(256, (2, *shape), dtype=torch.uint8, generator=generator)
+    scales = torch.rand((2, 9000, 2), generator=generator)
     factors = Factors.of({"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01}, 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        for moments in ((tensors[2], tensors[2].square()), (codes[0], scales[0], codes[1], scales[1])):
-            update = OneUpdate(tensors[0].bfloat16(), tensors[1].bfloat16(), moments, factors, KEY)
-            assert differences(in_c, update) == {}
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for moments in ((tensors[2], tensors[2].square()), (codes[0], scales[0], codes[1], scales[1])):
+        update = OneUpdate(tensors[0].bfloat16(), tensors[1].bfloat16(), moments, factors, KEY)
+        assert differences(in_c, update) == {}
 
 
 # ---- the optimizer's way
@@ -279,10 +195,11 @@ def test_the_compiler_is_used_where_it_pays_and_changes_nothing(monkeypatch: pyt
 @pytest.fixture
 def forgotten() -> Iterator[None]:
     """What this process found out about the machine is found out anew, during the test and after it."""
-    for way in (low_memory_adamw._in_c, low_memory_adamw._in_triton):
+    ways = (low_memory_adamw._in_c, low_memory_adamw._in_triton)
+    for way in ways:
         way.cache_clear()
     yield
-    for way in (low_memory_adamw._in_c, low_memory_adamw._in_triton):
+    for way in ways:
         way.cache_clear()
 
 
@@ -348,12 +265,8 @@ def test_a_counter_that_something_else_wrote_is_read_again() -> None:
         named = parameters(SHAPES)
         optimizer = optimizer_of(named)
         updated(optimizer, named, range(2))
-        for _, parameter in named:
-            state = optimizer.state[parameter]
-            if written:
-                state["step"].fill_(40.0)
-            else:
-                optimizer.state[parameter] = {**state, "step": torch.tensor(40.0)}
+        for state in optimizer.state.values():
+            state["step"] = state["step"].fill_(40.0) if written else torch.tensor(40.0)
         ends.append(updated(optimizer, named, range(2, 4)))
         assert {float(optimizer.state[parameter]["step"]) for _, parameter in named} == {42.0}
     assert all(map(torch.equal, *ends))
@@ -398,14 +311,12 @@ def split(named: list[tuple[str, nn.Parameter]], mesh: Any) -> list[tuple[str, n
     """This process's rows of the parameters, and of their gradients."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    def part(tensor: Tensor) -> Tensor:
+    def part(tensor: Any) -> Tensor:
         return distribute_tensor(tensor.detach(), mesh, [Shard(0)], src_data_rank=None)
 
-    found = []
-    for name, parameter in named:
-        found.append((name, nn.Parameter(part(parameter))))
-        assert parameter.grad is not None
-        found[-1][1].grad = part(parameter.grad)
+    found = [(name, nn.Parameter(part(parameter))) for name, parameter in named]
+    for (_, ours), (_, whole) in zip(found, named, strict=True):
+        ours.grad = part(whole.grad)
     return found
 
 
@@ -437,9 +348,7 @@ def test_rows_of_a_split_tensor_are_updated_as_in_the_whole(two_processes: Any) 
 class Operators(TorchDispatchMode):
     """Counts torch's operators."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+    count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
