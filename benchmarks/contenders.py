@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from agent.batch import Batch, SampleSpec, to_device
+from agent.batch import Batch, Real, SampleSpec, map_tensors, to_device
 from agent.configuration_pipeline import TrainPipelineConfig, reconcile
 from agent.data.configuration import DataConfig
 from agent.data.samples.reader import Sample, collate
+from agent.models.common.fp8 import use_fp8
 from agent.models.common.sizes import GemmaVariant, VisionVariant
 from agent.models.flow_matching import FlowDraws
 from agent.models.lerobot_config import FeatureSpec
@@ -29,7 +31,9 @@ from agent.parallel.launch import Launch
 from agent.parallel.processes import Processes
 from agent.parallel.wrap import parallelize
 from agent.settings.plan import Plan
-from agent.training.step import train_step
+from agent.training import step_graph
+from agent.training.step import make_pass, train_step
+from agent.training.step_graph import GraphedPasses
 from agent.training.train_state import Run, TrainState
 
 STATE_DIM, ACTION_DIM = 8, 7
@@ -72,6 +76,7 @@ def model_config(size: str, cameras: int) -> PI0Config:
         input_features=features | {"observation.state": FeatureSpec("STATE", [STATE_DIM])},
         output_features={"action": FeatureSpec("ACTION", [ACTION_DIM])},
         optimizer_grad_clip_norm=MAX_GRAD_NORM,
+        compile_mode="default",  # as runs have it on a GPU; max-autotune takes many minutes
     )
 
 
@@ -145,6 +150,13 @@ def make_batch(config: PI0Config, present: int, size: int, tokens: int, draws: i
     return collate([sample(k) for k in range(size)], spec, 0)
 
 
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some samples of a batch."""
+    part, real = map_tensors(batch, lambda tensor: tensor[rows]), batch.observation.parts()
+    kept = Real({slot: have[rows] for slot, have in real.cameras.items()}, real.tokens[rows])
+    return replace(part, observation=replace(part.observation, real=kept))
+
+
 def draw_weights(policy: PI0) -> None:
     """Fills the policy with weights of which every part does something: attention is not uniform, norms and biases are
     not trivial. On one device always the same."""
@@ -204,6 +216,8 @@ class Ours(Contender):
             self.policy.to(torch.bfloat16)
         self.policy.to_empty(device=device)
         draw_weights(self.policy)
+        if config.fp8 == "mlp":
+            use_fp8(self.policy.fp8_layers(), device)
         freeze(self.policy, self.policy.frozen_parameters())
         self.batch = to_device(batch, device)
         self.processes = Processes(Launch(), device)
@@ -246,6 +260,9 @@ class Ours(Contender):
             state=TrainState(),
             metrics=None,
         )
+        if self.config.cuda_graph == "auto" and step_graph.possible(self.processes):
+            trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+            self.run.graphs = GraphedPasses(partial(make_pass, self.run), trained, self.device, step_graph.cuda_capture)
 
     def step(self) -> torch.Tensor:
         clock: Any = _NoClock()
@@ -254,6 +271,7 @@ class Ours(Contender):
         return result.loss_sums["loss"] / len(self.batch)
 
     def loss(self, exact: bool = False) -> float:
+        exact = exact and self.config.precision == "float32_master"
         with torch.no_grad(), autocast(self.device, bool(self.config.use_bf16) and not exact):
             return float(self.policy.total(self.model(self.batch)).mean())
 

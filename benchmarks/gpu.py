@@ -62,6 +62,7 @@ STEPS = (
     Step(5, "gpu_steps.peaks", 60),
     Step(6, "gpu_steps.speed", 60, arguments=("compiled",)),
     Step(6, "gpu_steps.speed", 15, arguments=("eager",)),
+    Step(6, "gpu_steps.speed", 25, arguments=("small",)),
     Step(6, "gpu_steps.speed", 25, lerobot=True, arguments=("lerobot",)),
     Step(7, "gpu_steps.snapshot", 50),
     Step(8, "gpu_steps.groups", 40),

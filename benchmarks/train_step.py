@@ -79,6 +79,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto", help="ours")
     parser.add_argument("--activation_checkpointing", choices=["none", "blocks", "full"], default="none", help="ours")
     parser.add_argument("--compile", action="store_true", help="ours with use_torch_compile; eager when not given")
+    parser.add_argument("--fp8", choices=["none", "mlp"], default="none", help="ours")
+    parser.add_argument("--low_memory", action="store_true", help="ours with adamw8bit and bfloat16_stochastic")
+    parser.add_argument("--cuda_graph", choices=["none", "auto"], default="none", help="ours")
     parser.add_argument("--rounds", type=int, help="default: 6 on a CPU, 3 on a GPU")
     parser.add_argument("--steps", type=int, help="timed updates of a turn; default: 1 on a CPU, 5 on a GPU")
     parser.add_argument("--profile", action="store_true", help="also where the time of our step goes, by module")
@@ -110,6 +113,10 @@ def configurations(options: argparse.Namespace) -> dict[str, Callable[..., Conte
             use_bf16=precision == "bfloat16",
             activation_checkpointing="blocks" if smaller else options.activation_checkpointing,
             use_torch_compile=options.compile,
+            fp8=options.fp8,
+            cuda_graph=options.cuda_graph,
+            optimizer="adamw8bit" if options.low_memory else "adamw",
+            precision="bfloat16_stochastic" if options.low_memory else "float32_master",
         )
         return Ours(config, batch, device)
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from contenders import MAX_GRAD_NORM, draw_weights, make_batch, model_config
+from contenders import MAX_GRAD_NORM, draw_weights, make_batch, model_config, rows_of
 from torch import nn
 
-from agent.batch import Batch, map_tensors, to_device
+from agent.batch import Batch, to_device
 from agent.models.pi.model import PI0
 from agent.optim.optimizer import apply_update, clip_gradients, freeze, make_optimizer
 from agent.parallel import sharding
@@ -100,7 +100,7 @@ def _work(
 
 def _share(batch: Batch, rank: int, ranks: int) -> Batch:
     each = BATCH // ranks
-    return map_tensors(batch, lambda tensor: tensor[rank * each : (rank + 1) * each])
+    return rows_of(batch, slice(rank * each, (rank + 1) * each))
 
 
 def _train(policy: PI0, model: nn.Module, batch: Batch, bf16: bool, processes: Processes) -> list[float]:

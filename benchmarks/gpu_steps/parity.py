@@ -8,17 +8,23 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from contenders import ACTION_DIM, Ours, make_batch, make_weights, model_config, train_config
+from contenders import ACTION_DIM, Ours, make_batch, make_weights, model_config, rows_of, train_config
 from torch import Tensor
 
-from agent.batch import Batch, map_tensors, to_device
+from agent.batch import Batch, to_device
+from agent.models.common.fp8 import use_fp8
+from agent.models.common.modules import Linear
 from agent.models.flow_matching import FlowDraws
 from agent.models.pi import adapter
 from agent.models.pi.model import PI0
 from agent.reproducibility import make_deterministic
+from agent.training import step_graph
+from agent.training.step import make_pass
+from agent.training.step_graph import GraphedPasses
 from gpu_steps.place import Place, away
 
 LOSS, GRADIENTS, ACTIONS = 1e-5, 1e-4, 1e-5
@@ -38,6 +44,58 @@ def run(place: Place) -> None:
             continue
         for dtype in ("float32", "bfloat16"):
             _against_lerobot(place, kind, dtype)
+    _eight_bits(place)
+    _from_a_graph(place)
+
+
+def _eight_bits(place: Place) -> None:
+    """The products of ``fp8: mlp`` on the device against the same rounding in float32 on the CPU."""
+    random = torch.Generator().manual_seed(0)
+    x, gradient = (torch.randn(40, size, generator=random).bfloat16() for size in (256, 96))
+    weight = torch.randn(96, 256, generator=random).bfloat16()
+    found = []
+    for device in (torch.device("cpu"), place.device):
+        layer = Linear(256, 96, bias=False).to(device, torch.bfloat16)
+        layer.load_state_dict({"weight": weight})
+        use_fp8([layer], device)
+        inputs = x.to(device).requires_grad_()
+        with torch.autocast(device.type, torch.bfloat16):
+            out = layer(inputs)
+        found.append([out, *torch.autograd.grad(out, (inputs, layer.weight), gradient.to(device))])
+    differences = [away(ours, exact) for exact, ours in zip(*found, strict=True)]
+    place.tell("products in 8 bits", max(differences) < ROUNDED, differences=differences)
+
+
+def _from_a_graph(place: Place) -> None:
+    """Losses and gradients of updates from a CUDA graph against those of the passes themselves."""
+    config = model_config(place.size("reduced"), 2)
+    batches = [make_batch(config, 2, 4, tokens, 1) for tokens in (6, 7, 6, 6, 6)]
+    found = []
+    for capture in (None, step_graph.cuda_capture if place.gpu else lambda function: function):
+        ours = Ours(train_config(config, 4, use_bf16=True), batches[0], place.device)
+        ours.arm()
+        assert ours.run is not None
+        once = partial(make_pass, ours.run)
+        trained = [parameter for parameter in ours.policy.parameters() if parameter.requires_grad]
+        if capture is None:
+            for batch in batches:
+                losses = once(to_device(batch, place.device))
+        else:
+            step_graph._GAIN = 0.0  # it is to be right, whether it pays is measured elsewhere
+            graphs = GraphedPasses(once, trained, place.device, capture)
+            for _ in range(3):  # the shape becomes known, and then has a graph
+                graphs(batches[0], first=True)
+                for parameter in trained:
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()
+            for batch in batches:
+                losses = graphs(batch, first=False)
+            place.tell("a graph was made", graphs.active)
+        found.append([losses["loss"], *(parameter.grad for parameter in trained if parameter.grad is not None)])
+    differences = [away(ours, plain) for plain, ours in zip(*found, strict=True)]
+    place.tell(
+        "updates from a graph", max(differences) < GRADIENTS, largest=max(differences), equal=not any(differences)
+    )
 
 
 def _policy(place: Place, device: torch.device, weights: dict[str, Tensor]) -> PI0:
@@ -97,7 +155,7 @@ def _against_itself(place: Place, kind: str) -> None:
     policy = _policy(place, place.device, make_weights(config, place.device))
     mixed = to_device(make_batch(config, 3, 2, config.tokenizer_max_length, padding="mixed"), place.device)
     seen = next(iter(mixed.observation.images))
-    second = map_tensors(mixed, lambda tensor: tensor[1:])
+    second = rows_of(mixed, slice(1, None))
     images = {seen: second.observation.images[seen]}
     masks = {seen: second.observation.image_masks[seen]}
     alone = replace(second, observation=replace(second.observation, images=images, image_masks=masks))

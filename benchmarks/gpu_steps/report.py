@@ -93,7 +93,9 @@ def _speed(found: dict[tuple[str, str], Line]) -> Cells:
     return {
         (check,): {
             "samples/s": f"{line['samples_per_s']:.1f}",
-            "ratio": f"{line['samples_per_s'] / peer:.2f}" if peer and not check.startswith("LeRobot") else "",
+            "ratio": f"{line['samples_per_s'] / peer:.2f}"
+            if peer and line["batch"] == 32 and "LeRobot" not in check
+            else "",
             "fraction": f"{line['fraction']:.2f}",
             "peak GiB": f"{line['peak_bytes'] / GIB:.1f}",
             "recomputed": "yes" if "checkpointed" in line["contender"] else "no",

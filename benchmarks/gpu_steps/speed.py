@@ -12,6 +12,8 @@ import train_step
 from agent.models.pi.accounting import flop_per_sample
 from gpu_steps.place import Place
 
+# As a card of 24 GB has it.
+_SMALL = ("--compile", "--batch", "4", "--low_memory", "--activation_checkpointing", "full")
 # Label, cameras with an image, padding, further options of train_step.py. LeRobot always computes three cameras.
 ROWS: dict[str, tuple[tuple[str, int, str, tuple[str, ...]], ...]] = {
     "compiled": (
@@ -20,6 +22,11 @@ ROWS: dict[str, tuple[tuple[str, int, str, tuple[str, ...]], ...]] = {
         ("ours, compiled, 3 of 3, mixed", 3, "mixed", ("--compile",)),
         ("ours, compiled, 1 of 3", 1, "none", ("--compile",)),
         ("ours, compiled, 2 of 3", 2, "none", ("--compile",)),
+        ("ours, compiled, 3 of 3, fp8", 3, "none", ("--compile", "--fp8", "mlp")),
+    ),
+    "small": (
+        ("ours, low-memory, batch 4, 2 of 3", 2, "none", _SMALL),
+        ("ours, low-memory, batch 4, 2 of 3, graph", 2, "none", (*_SMALL, "--cuda_graph", "auto")),
     ),
     "eager": (("ours, eager, 3 of 3", 3, "none", ()),),
     "lerobot": (("LeRobot, eager, 3 of 3", 3, "none", ()),),
@@ -32,7 +39,7 @@ def run(place: Place, who: str) -> None:
         options = train_step.read_options([
             "--size", place.size("full"), "--batch", "32" if place.gpu else "2", "--present", str(present),
             "--padding", padding, "--device", place.device.type, "--precision", "bfloat16", "--rounds", "2" if place.gpu else "1",
-            *(further if place.gpu else ()),
+            *(option for option in further if place.gpu or option != "--compile"),
         ])  # fmt: skip
         name = "LeRobot bfloat16" if who == "lerobot" else "agent bfloat16"
         _row(place, label, options, name)

@@ -123,6 +123,7 @@ class Observation:
     def parts(self) -> Real:
         """Returns which images and tokens are real; without ``real`` it waits for the device of the masks."""
         if self.real is not None:
+            assert len(self.real.tokens) == len(self.tokens), "a part of a batch was taken without its ``real``"
             return self.real
         cameras = {slot: mask.tolist() for slot, mask in self.image_masks.items()}
         return Real(cameras, self.token_mask.sum(dim=1).tolist())
