@@ -87,7 +87,7 @@ def _quietly(place: Place, ours: Ours, host: Batch, kind: str) -> Tensor:
     finally:
         if place.gpu:
             torch.cuda.set_sync_debug_mode("default")
-    check = f"waits, {kind}, {present} cameras, {tokens} tokens, padded {host.observation.padded}"
+    check = f"waits, {kind}, {present} cameras, {tokens} tokens, {sum(host.observation.parts().tokens)} words"
     place.tell(check, problem is None, why=problem)
     return losses
 
