@@ -158,7 +158,7 @@ def test_the_report_fills_what_was_measured_and_empties_the_rest(page: Path) -> 
     after = page.read_text().splitlines()
     for line in (
         "Measured on 2001-02-03: A made card, 100.0 GiB; torch 2.11.0, triton 3.6.0, CUDA 13.0, cuDNN 91900.",
-        "| ours, compiled, 3 of 3 | 50.0 | 2.50 | 2 | 0.30 | 0.60 | 100.0 | no |",
+        "| ours, compiled, 3 of 3 | 50.0 | 2.50 | 1.6 | 0.30 | 0.60 | 100.0 | no |",
         "| LeRobot, eager, 3 of 3 | 20.0 | | | 0.30 | | 100.0 | yes |",
         "| 4 | 2 | full | adamw8bit | bfloat16_stochastic | 16.0 | 17.0 |",
         "| vision | none | cudnn | 2.0e-03 | 2.00 | flash | 1.00 |",
@@ -171,7 +171,7 @@ def test_the_report_fills_what_was_measured_and_empties_the_rest(page: Path) -> 
     # Results of another day, with less in them: nothing of the first is left.
     assert report(page, [MACHINE | {"name": "Another"}]).returncode == 0
     text = page.read_text()
-    assert "A made card" not in text and "| ours, compiled, 3 of 3 | | | 2 | | 0.60 | | |" in text
+    assert "A made card" not in text and "| ours, compiled, 3 of 3 | | | 1.6 | | 0.60 | | |" in text
 
 
 @pytest.mark.parametrize(
