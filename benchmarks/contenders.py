@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,9 +30,7 @@ from agent.parallel.launch import Launch
 from agent.parallel.processes import Processes
 from agent.parallel.wrap import parallelize
 from agent.settings.plan import Plan
-from agent.training import step_graph
-from agent.training.step import make_pass, train_step
-from agent.training.step_graph import GraphedPasses
+from agent.training.step import graphed_passes, train_step
 from agent.training.train_state import Run, TrainState
 
 STATE_DIM, ACTION_DIM = 8, 7
@@ -260,9 +257,7 @@ class Ours(Contender):
             state=TrainState(),
             metrics=None,
         )
-        if self.config.cuda_graph == "auto" and step_graph.possible(self.processes):
-            trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-            self.run.graphs = GraphedPasses(partial(make_pass, self.run), trained, self.device, step_graph.cuda_capture)
+        self.run.graphs = graphed_passes(self.run)
 
     def step(self) -> torch.Tensor:
         clock: Any = _NoClock()

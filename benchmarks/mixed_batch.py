@@ -14,13 +14,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
 KINDS = {"float32": False, "bfloat16": True}
 
 
@@ -100,12 +98,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.serve:
         return serve(options.batch)
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(
-            ["git", "archive", options.against], cwd=REPOSITORY, stdout=subprocess.PIPE, check=True
-        )
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
-        ours, before = start(REPOSITORY, options.batch), start(Path(folder), options.batch)
+    from revisions import REPOSITORY, unpacked  # only here: the other revision may not have it
+
+    with unpacked(options.against) as tree:
+        ours, before = start(REPOSITORY, options.batch), start(tree, options.batch)
         losses = ask(ours), ask(before)
         times: dict[str, tuple[list[float], list[float]]] = {kind: ([], []) for kind in KINDS}
         for _ in range(options.rounds):

@@ -18,11 +18,11 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from revisions import REPOSITORY, unpacked
+
 MATRICES = [(2048, 16384), (16384, 2048), *[(1152, 4304)] * 3, *[(1152, 1152)] * 8, *[(1024, 1024)] * 6, (588, 1152)]
 VECTORS = [(4304,)] * 10 + [(1152,)] * 20 + [(2048,)] * 10
 OTHER, TORCH, COMPILED = "other revision", "torch", "compiled"
@@ -76,13 +76,9 @@ def main() -> None:
         print(time_updates(options.updates))
         return
     seconds: dict[str, list[float]] = {OTHER: [], TORCH: [], COMPILED: []}
-    with tempfile.TemporaryDirectory() as folder:
-        archive = subprocess.run(
-            ["git", "archive", options.revision, "src"], cwd=REPOSITORY, stdout=subprocess.PIPE, check=True
-        )
-        subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    with unpacked(options.revision) as before:
         for _ in range(options.rounds):
-            seconds[OTHER].append(timed(Path(folder) / "src", options.updates, compiler=True))
+            seconds[OTHER].append(timed(before / "src", options.updates, compiler=True))
             seconds[TORCH].append(timed(REPOSITORY / "src", options.updates, compiler=False))
             seconds[COMPILED].append(timed(REPOSITORY / "src", options.updates, compiler=True))
             print("  ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()), flush=True)

@@ -26,12 +26,11 @@ from agent.parallel.wrap import parallelize
 from agent.reproducibility import make_deterministic
 from agent.settings.plan import Plan, make_plan
 from agent.tracking.metrics import Metrics
-from agent.training import resuming, step_graph
+from agent.training import resuming
 from agent.training.config_changes import settle
 from agent.training.first_weights import first_weights
 from agent.training.run_data import build_run_data
-from agent.training.step import make_pass
-from agent.training.step_graph import GraphedPasses
+from agent.training.step import graphed_passes
 from agent.training.train_state import Run, TrainState
 from agent.validation.record import ValidationRecords
 
@@ -98,9 +97,7 @@ def build(
         metrics=metrics,
         ema=ema,
     )
-    if config.cuda_graph == "auto" and step_graph.possible(processes):
-        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        run.graphs = GraphedPasses(partial(make_pass, run), trained, processes.device, step_graph.cuda_capture)
+    run.graphs = graphed_passes(run)
     return run
 
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from agent.batch import Batch, to_device
 from agent.optim.optimizer import apply_update, clip_gradients
 from agent.parallel.wrap import accumulating, forget_gradients
+from agent.training import step_graph
+from agent.training.step_graph import GraphedPasses
 from agent.training.train_state import Run
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,14 @@ def make_pass(run: Run, batch: Batch) -> dict[str, torch.Tensor]:
     (losses.sum() * scale).backward()
     parts = run.policy.loss_weights if len(run.policy.loss_weights) > 1 else {}  # a single one is the loss itself
     return {"loss": losses.detach(), **{f"loss/{name}": named[name].detach() for name in parts}}
+
+
+def graphed_passes(run: Run) -> GraphedPasses | None:
+    """Returns what makes a run's passes from CUDA graphs, or None where that is not asked for or not possible."""
+    if run.config.cuda_graph == "none" or not step_graph.possible(run.processes):
+        return None
+    trained = [parameter for parameter in run.policy.parameters() if parameter.requires_grad]
+    return GraphedPasses(partial(make_pass, run), trained, run.processes.device, step_graph.cuda_capture)
 
 
 class _Seen(NamedTuple):
